@@ -1,0 +1,1 @@
+//! Quartet: what a model is, on disk or on the Hub.

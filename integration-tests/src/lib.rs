@@ -1,0 +1,1 @@
+//! Quartet: the real programs, driven through one harness.

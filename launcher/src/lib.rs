@@ -1,0 +1,1 @@
+//! Quartet: plans, starts and supervises the shards and the router.

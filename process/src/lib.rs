@@ -1,0 +1,1 @@
+//! Quartet: what every one of its processes does alike: logs, signals, exit codes.

@@ -1,0 +1,128 @@
+//! One channel to one shard.
+
+use std::path::{Path, PathBuf};
+
+use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint, Uri};
+
+use crate::ClientError;
+use crate::control::shard_control_client::ShardControlClient;
+use crate::control::{HandshakeRequest, HandshakeResponse, StatusRequest, StatusResponse};
+use crate::v3::text_generation_service_client::TextGenerationServiceClient;
+use crate::v3::{
+    Batch, CachedBatch, ClearCacheRequest, DecodeRequest, DecodeResponse, FilterBatchRequest, HealthRequest,
+    InfoRequest, InfoResponse, PrefillRequest, PrefillResponse, ServiceDiscoveryRequest, WarmupRequest,
+    WarmupResponse,
+};
+
+/// A shard accepts messages of up to 2^31 - 1 bytes, as TGI's does; answers of prompt log-probabilities are large too.
+const MAX_MESSAGE_BYTES: usize = (1 << 31) - 1;
+
+/// A client of one shard over its Unix socket. Cloning is cheap: clones share the connection.
+#[derive(Debug, Clone)]
+pub struct ShardClient {
+    generation: TextGenerationServiceClient<Channel>,
+    control: ShardControlClient<Channel>,
+}
+
+impl ShardClient {
+    /// Connects to the shard that listens on `uds_path`.
+    ///
+    /// # Errors
+    /// [`ClientError::Connection`] when nobody listens there.
+    pub async fn connect(uds_path: impl AsRef<Path>) -> Result<Self, ClientError> {
+        let path: PathBuf = uds_path.as_ref().to_path_buf();
+        let uds_path = path.display().to_string();
+        let connector = tower::service_fn(move |_: Uri| {
+            let path = path.clone();
+            async move { UnixStream::connect(path).await.map(TokioIo::new) }
+        });
+        // The authority is never resolved: the connector above ignores it.
+        let channel = Endpoint::from_static("http://shard.invalid")
+            .connect_with_connector(connector)
+            .await
+            .map_err(|error| ClientError::Connection { uds_path, reason: innermost(&error) })?;
+        Ok(Self {
+            generation: TextGenerationServiceClient::new(channel.clone())
+                .max_decoding_message_size(MAX_MESSAGE_BYTES),
+            control: ShardControlClient::new(channel),
+        })
+    }
+
+    /// Who answers on this socket.
+    pub async fn handshake(&mut self) -> Result<HandshakeResponse, ClientError> {
+        Ok(self.control.handshake(HandshakeRequest {}).await?.into_inner())
+    }
+
+    /// Step counters and ledgers; never waits for the engine.
+    pub async fn status(&mut self) -> Result<StatusResponse, ClientError> {
+        Ok(self.control.status(StatusRequest {}).await?.into_inner())
+    }
+
+    /// What the shard is.
+    pub async fn info(&mut self) -> Result<InfoResponse, ClientError> {
+        Ok(self.generation.info(InfoRequest {}).await?.into_inner())
+    }
+
+    /// Socket paths of all ranks, in rank order, without the `unix://` prefix.
+    pub async fn service_discovery(&mut self) -> Result<Vec<String>, ClientError> {
+        let response = self.generation.service_discovery(ServiceDiscoveryRequest {}).await?.into_inner();
+        Ok(response
+            .urls
+            .into_iter()
+            .map(|url| url.strip_prefix("unix://").map(str::to_string).unwrap_or(url))
+            .collect())
+    }
+
+    /// Touches the device.
+    pub async fn health(&mut self) -> Result<(), ClientError> {
+        self.generation.health(HealthRequest {}).await?;
+        Ok(())
+    }
+
+    /// Drops one cached batch, or all.
+    pub async fn clear_cache(&mut self, batch_id: Option<u64>) -> Result<(), ClientError> {
+        self.generation.clear_cache(ClearCacheRequest { id: batch_id }).await?;
+        Ok(())
+    }
+
+    /// Keeps `request_ids` of a cached batch.
+    pub async fn filter_batch(
+        &mut self,
+        batch_id: u64,
+        request_ids: Vec<u64>,
+    ) -> Result<Option<CachedBatch>, ClientError> {
+        let request = FilterBatchRequest { batch_id, request_ids };
+        Ok(self.generation.filter_batch(request).await?.into_inner().batch)
+    }
+
+    /// Runs the worst legal prefill and sizes the KV cache.
+    pub async fn warmup(&mut self, request: WarmupRequest) -> Result<WarmupResponse, ClientError> {
+        Ok(self.generation.warmup(request).await?.into_inner())
+    }
+
+    /// Computes the prompts of `batch`; with chunking, the running batch's next tokens too.
+    pub async fn prefill(
+        &mut self,
+        batch: Batch,
+        cached_batch: Option<CachedBatch>,
+    ) -> Result<PrefillResponse, ClientError> {
+        let request = PrefillRequest { batch: Some(batch), cached_batch };
+        Ok(self.generation.prefill(request).await?.into_inner())
+    }
+
+    /// One token for every request of `batches`.
+    pub async fn decode(&mut self, batches: Vec<CachedBatch>) -> Result<DecodeResponse, ClientError> {
+        Ok(self.generation.decode(DecodeRequest { batches }).await?.into_inner())
+    }
+}
+
+/// tonic wraps the interesting cause in "transport error".
+fn innermost(error: &dyn std::error::Error) -> String {
+    let mut cause = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    cause.to_string()
+}

@@ -1,0 +1,25 @@
+//! The wire contract between router, benchmark, launcher and shards, and the one client for it.
+//!
+//! - [`v3`]: TGI's `generate.v3`, field for field.
+//! - [`control`]: what Quartet adds, a second service on the same socket.
+//! - [`ShardClient`]: one shard. [`ShardedClient`]: all ranks, merged into one answer.
+
+mod client;
+mod error;
+mod sharded_client;
+
+pub use client::ShardClient;
+pub use error::ClientError;
+pub use sharded_client::{ShardInfo, ShardedClient, StepResult, StepTimings};
+
+/// `generate.v3`, TGI's protocol.
+pub mod v3 {
+    #![allow(missing_docs, unreachable_pub, clippy::all, reason = "generated code")]
+    tonic::include_proto!("generate.v3");
+}
+
+/// `quartet.v1`, our additions.
+pub mod control {
+    #![allow(missing_docs, unreachable_pub, clippy::all, reason = "generated code")]
+    tonic::include_proto!("quartet.v1");
+}

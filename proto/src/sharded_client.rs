@@ -1,0 +1,216 @@
+//! All ranks of one model as if they were one shard.
+//!
+//! Every rank receives the same calls in the same order. Each reports the generations of the requests with
+//! `request_id % world_size == rank`; merged they are the whole batch. The next batch is the same on all ranks, and the
+//! slowest rank's timings are the group's.
+
+use std::path::Path;
+use std::time::Duration;
+
+use futures::future::{join_all, try_join_all};
+
+use crate::v3::{Batch, CachedBatch, DecodeResponse, Generation, InfoResponse, PrefillResponse, WarmupRequest, WarmupResponse};
+use crate::{ClientError, ShardClient};
+
+/// What the shards are.
+pub type ShardInfo = InfoResponse;
+
+/// Where the time of one step went, on the slowest rank.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct StepTimings {
+    /// Forward pass and sampling.
+    pub forward: Duration,
+    /// Host-side token and text work.
+    pub decode: Duration,
+    /// The whole call.
+    pub total: Duration,
+    /// Joining batches, when there were several.
+    pub concat: Option<Duration>,
+}
+
+/// The answer to one prefill or decode, merged over the ranks.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct StepResult {
+    /// One entry a request that got a token in this step.
+    pub generations: Vec<Generation>,
+    /// The batch to decode next; absent when every request has stopped.
+    pub next_batch: Option<CachedBatch>,
+    /// Timings of the slowest rank.
+    pub timings: StepTimings,
+}
+
+/// A client of all ranks. Cloning is cheap.
+#[derive(Debug, Clone)]
+pub struct ShardedClient {
+    clients: Vec<ShardClient>,
+}
+
+impl ShardedClient {
+    /// Connects to the master shard and, through it, to every rank.
+    ///
+    /// # Errors
+    /// [`ClientError::Connection`] for a socket nobody listens on, [`ClientError::Disagreement`] for an empty list.
+    pub async fn connect(master_uds_path: impl AsRef<Path>) -> Result<Self, ClientError> {
+        let urls = ShardClient::connect(master_uds_path).await?.service_discovery().await?;
+        if urls.is_empty() {
+            return Err(ClientError::Disagreement("service discovery returned no shard".to_string()));
+        }
+        let clients = try_join_all(urls.iter().map(ShardClient::connect)).await?;
+        Ok(Self { clients })
+    }
+
+    /// Number of ranks.
+    pub fn world_size(&self) -> usize {
+        self.clients.len()
+    }
+
+    /// The clients of the single ranks, in rank order.
+    pub fn ranks(&self) -> &[ShardClient] {
+        &self.clients
+    }
+
+    /// What the shards are, in the last rank's words, as TGI's router takes it.
+    pub async fn info(&mut self) -> Result<ShardInfo, ClientError> {
+        last(try_join_all(self.clients.iter_mut().map(ShardClient::info)).await?)
+    }
+
+    /// Touches the device of every rank.
+    pub async fn health(&mut self) -> Result<(), ClientError> {
+        try_join_all(self.clients.iter_mut().map(ShardClient::health)).await.map(drop)
+    }
+
+    /// Drops one cached batch, or all, on every rank.
+    pub async fn clear_cache(&mut self, batch_id: Option<u64>) -> Result<(), ClientError> {
+        settle(join_all(self.clients.iter_mut().map(|client| client.clear_cache(batch_id))).await).map(drop)
+    }
+
+    /// Keeps `request_ids` of a cached batch on every rank.
+    pub async fn filter_batch(
+        &mut self,
+        batch_id: u64,
+        request_ids: Vec<u64>,
+    ) -> Result<Option<CachedBatch>, ClientError> {
+        let calls = self.clients.iter_mut().map(|client| client.filter_batch(batch_id, request_ids.clone()));
+        last(settle(join_all(calls).await)?)
+    }
+
+    /// Warms up every rank; each limit is the smallest any rank reported.
+    pub async fn warmup(&mut self, request: WarmupRequest) -> Result<WarmupResponse, ClientError> {
+        let calls = self.clients.iter_mut().map(|client| client.warmup(request.clone()));
+        settle(join_all(calls).await)?
+            .into_iter()
+            .reduce(|a, b| WarmupResponse {
+                max_supported_total_tokens: a.max_supported_total_tokens.min(b.max_supported_total_tokens),
+                max_input_tokens: a.max_input_tokens.min(b.max_input_tokens),
+                max_total_tokens: a.max_total_tokens.min(b.max_total_tokens),
+            })
+            .ok_or_else(no_answer)
+    }
+
+    /// Computes the prompts of `batch` on every rank; with chunking, the running batch joins the same pass.
+    pub async fn prefill(
+        &mut self,
+        batch: Batch,
+        cached_batch: Option<CachedBatch>,
+    ) -> Result<StepResult, ClientError> {
+        let calls = self.clients.iter_mut().map(|client| client.prefill(batch.clone(), cached_batch.clone()));
+        merge(settle(join_all(calls).await)?.into_iter().map(StepResult::from).collect())
+    }
+
+    /// One token for every request of `batches`, on every rank.
+    pub async fn decode(&mut self, batches: Vec<CachedBatch>) -> Result<StepResult, ClientError> {
+        let calls = self.clients.iter_mut().map(|client| client.decode(batches.clone()));
+        merge(settle(join_all(calls).await)?.into_iter().map(StepResult::from).collect())
+    }
+}
+
+impl From<PrefillResponse> for StepResult {
+    fn from(response: PrefillResponse) -> Self {
+        StepResult {
+            generations: response.generations,
+            next_batch: response.batch,
+            timings: StepTimings {
+                forward: Duration::from_nanos(response.forward_ns),
+                decode: Duration::from_nanos(response.decode_ns),
+                total: Duration::from_nanos(response.total_ns),
+                concat: response.concat_ns.map(Duration::from_nanos),
+            },
+        }
+    }
+}
+
+impl From<DecodeResponse> for StepResult {
+    fn from(response: DecodeResponse) -> Self {
+        StepResult {
+            generations: response.generations,
+            next_batch: response.batch,
+            timings: StepTimings {
+                forward: Duration::from_nanos(response.forward_ns),
+                decode: Duration::from_nanos(response.decode_ns),
+                total: Duration::from_nanos(response.total_ns),
+                concat: response.concat_ns.map(Duration::from_nanos),
+            },
+        }
+    }
+}
+
+/// Waits for all ranks before it reports the first error: a call that went to one rank must have ended on all of them
+/// before the next one starts, or their order would differ from rank to rank.
+fn settle<T>(answers: Vec<Result<T, ClientError>>) -> Result<Vec<T>, ClientError> {
+    answers.into_iter().collect()
+}
+
+fn merge(steps: Vec<StepResult>) -> Result<StepResult, ClientError> {
+    let mut merged = StepResult::default();
+    let mut answered = false;
+    for step in steps {
+        answered = true;
+        merged.generations.extend(step.generations);
+        merged.next_batch = step.next_batch;
+        if step.timings.total >= merged.timings.total {
+            merged.timings = step.timings;
+        }
+    }
+    if answered { Ok(merged) } else { Err(no_answer()) }
+}
+
+fn last<T>(answers: Vec<T>) -> Result<T, ClientError> {
+    answers.into_iter().next_back().ok_or_else(no_answer)
+}
+
+fn no_answer() -> ClientError {
+    ClientError::Disagreement("no shard answered".to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn step(request_ids: &[u64], total_ms: u64) -> StepResult {
+        StepResult {
+            generations: request_ids.iter().map(|&request_id| Generation { request_id, ..Default::default() }).collect(),
+            next_batch: Some(CachedBatch { id: 7, ..Default::default() }),
+            timings: StepTimings { total: Duration::from_millis(total_ms), ..Default::default() },
+        }
+    }
+
+    #[test]
+    fn merging_keeps_every_ranks_generations_and_the_slowest_timings() {
+        let merged = merge(vec![step(&[0, 2], 5), step(&[1], 9)]).unwrap();
+        let ids: Vec<u64> = merged.generations.iter().map(|generation| generation.request_id).collect();
+        assert_eq!(ids, [0, 2, 1]);
+        assert_eq!(merged.timings.total, Duration::from_millis(9));
+        assert_eq!(merged.next_batch.map(|batch| batch.id), Some(7));
+    }
+
+    #[test]
+    fn one_failing_rank_fails_the_call() {
+        let answers = vec![Ok(1), Err(ClientError::Generation("out of memory".to_string()))];
+        assert_eq!(settle(answers).unwrap_err().to_string(), "Server error: out of memory");
+    }
+
+    #[test]
+    fn no_rank_is_an_error() {
+        assert!(merge(Vec::new()).is_err());
+    }
+}

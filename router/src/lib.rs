@@ -1,0 +1,1 @@
+//! Quartet: HTTP, validation, the queue and the batches.

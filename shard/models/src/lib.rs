@@ -1,0 +1,1 @@
+//! Quartet: architectures as data, their weights, and the one executor.

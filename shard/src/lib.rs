@@ -1,0 +1,1 @@
+//! Quartet: one shard, the process that owns one device and one rank of a model.
