@@ -1,1 +1,13 @@
 //! Quartet: what every one of its processes does alike: logs, signals, exit codes.
+
+pub mod args;
+mod exit_code;
+mod log_line;
+mod logging;
+mod signals;
+
+pub use args::LogArgs;
+pub use exit_code::ExitCode;
+pub use log_line::{LogLine, LogSource};
+pub use logging::{LogSettings, Program, init_logging, max_level};
+pub use signals::{Signal, SignalStream, shutdown_signal};
