@@ -1,1 +1,26 @@
 //! Quartet: what a model is, on disk or on the Hub.
+//!
+//! Two questions: which files make up a model ([`locate`], [`fetch`]), and what do they say ([`ModelFiles`]'s
+//! methods). A checkpoint in Hugging Face's layout and a single GGUF file give the same answers: the latter's
+//! metadata is translated into the spelling of the former.
+
+mod args;
+mod config;
+mod download;
+mod error;
+mod generation_config;
+pub mod gguf;
+mod gguf_config;
+mod gguf_tokenizer;
+mod model_files;
+mod snapshot;
+mod tokenizer_files;
+
+pub use args::{HubArgs, HubOptions, Secret};
+pub use config::ModelConfig;
+pub use download::fetch;
+pub use error::HubError;
+pub use generation_config::GenerationConfig;
+pub use model_files::{GgufFile, ModelFiles, WeightFiles};
+pub use snapshot::{ModelRef, locate};
+pub use tokenizer_files::TokenizerConfig;

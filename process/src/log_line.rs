@@ -131,7 +131,8 @@ mod tests {
 
     #[test]
     fn other_text_is_no_log_line() {
-        for text in ["", "plain", "{}", "[]", r#"{"text":"x"}"#, r#"{"text":1,"record":{"level":{"name":"INFO"}}}"#]
+        for text in
+            ["", "plain", "{}", "[]", r#"{"text":"x"}"#, r#"{"text":1,"record":{"level":{"name":"INFO"}}}"#]
         {
             assert_eq!(LogLine::parse(text), None, "{text}");
         }

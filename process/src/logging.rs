@@ -221,7 +221,8 @@ mod tests {
 
     #[test]
     fn shard_accepts_both_spellings_of_levels() {
-        for (level, expected) in [("WARN", "=warn"), ("WARNING", "=warn"), ("SUCCESS", "=info"), ("odd", "=info")]
+        for (level, expected) in
+            [("WARN", "=warn"), ("WARNING", "=warn"), ("SUCCESS", "=info"), ("odd", "=info")]
         {
             let settings = LogSettings::shard(level, true);
             assert!(settings.filter.contains(&format!("shard{expected}")), "{level}: {}", settings.filter);

@@ -1,0 +1,1 @@
+//! Tests of gguf_tokenizer.rs.

@@ -1,0 +1,306 @@
+//! Where a model's files are on this disk.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::args::HubOptions;
+use crate::config::read_object;
+use crate::error::HubError;
+use crate::model_files::{ModelFiles, WeightFiles};
+
+/// Name of the file that lists which safetensors file holds which tensor.
+pub(crate) const SAFETENSORS_INDEX: &str = "model.safetensors.index.json";
+/// Upstream skips weight files whose name has one of these: they are trainer state, not weights.
+const NOT_WEIGHTS: [&str; 3] = ["arguments", "args", "training"];
+
+/// Which model is meant.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct ModelRef {
+    /// A Hub id (`organisation/name`), a directory, or the path of a `.gguf` file. On the Hub, one GGUF file of
+    /// several is chosen as `organisation/name/file.gguf`.
+    pub model_id: String,
+    /// A branch, tag or commit on the Hub; `None` = `main`.
+    pub revision: Option<String>,
+}
+
+impl ModelRef {
+    /// A model by id at its default revision.
+    pub fn new(model_id: impl Into<String>) -> Self {
+        Self { model_id: model_id.into(), revision: None }
+    }
+
+    pub(crate) fn revision(&self) -> &str {
+        self.revision.as_deref().filter(|revision| !revision.is_empty()).unwrap_or("main")
+    }
+
+    pub(crate) fn missing(&self, missing: &str, looked_in: &Path, remedy: &str) -> HubError {
+        HubError::Missing {
+            model_id: self.model_id.clone(),
+            missing: missing.to_owned(),
+            looked_in: looked_in.to_owned(),
+            remedy: remedy.to_owned(),
+        }
+    }
+}
+
+/// A model on the Hub: its repository and, when the id names one, a file of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct HubId {
+    /// `organisation/name`, or `name` for a few old models.
+    pub(crate) repository: String,
+    /// A `.gguf` file in it.
+    pub(crate) gguf: Option<String>,
+}
+
+impl HubId {
+    /// Reads a model id that is no local path.
+    pub(crate) fn parse(model_id: &str) -> Result<Self, HubError> {
+        let invalid = || HubError::InvalidModelId { model_id: model_id.to_owned() };
+        let legal = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        let parts: Vec<&str> = model_id.split('/').collect();
+        // A part of dots only would leave the cache directory.
+        if parts.iter().any(|part| part.chars().all(|c| c == '.') || !part.chars().all(legal)) {
+            return Err(invalid());
+        }
+        match parts.as_slice() {
+            [_] | [_, _] if !is_gguf(model_id) => Ok(Self { repository: model_id.to_owned(), gguf: None }),
+            [organisation, name, file] if is_gguf(file) => {
+                Ok(Self { repository: format!("{organisation}/{name}"), gguf: Some((*file).to_owned()) })
+            }
+            _ => Err(invalid()),
+        }
+    }
+
+    /// The repository's folder in the cache.
+    pub(crate) fn folder(&self, options: &HubOptions) -> PathBuf {
+        options.cache_dir.join(format!("models--{}", self.repository.replace('/', "--")))
+    }
+}
+
+/// What is on this disk already; zero network.
+///
+/// # Errors
+/// The model is not there, not complete, or has its weights in a format that is not read.
+pub fn locate(model: &ModelRef, options: &HubOptions) -> Result<ModelFiles, HubError> {
+    locate_with(
+        model,
+        options,
+        "check --model-id and --huggingface-hub-cache, or run `shard download-weights` first",
+    )
+}
+
+/// [`locate`] with the remedy for a model that is not in the cache.
+pub(crate) fn locate_with(
+    model: &ModelRef,
+    options: &HubOptions,
+    remedy: &str,
+) -> Result<ModelFiles, HubError> {
+    if let Some(directory) = &options.weights_cache_override {
+        return locate_override(model, options, directory, remedy);
+    }
+    let path = Path::new(&model.model_id);
+    if path.is_file() {
+        return from_file(model, path);
+    }
+    if path.is_dir() {
+        let weights = weights_in(model, path, None, "complete the directory or change --model-id")?;
+        return Ok(ModelFiles::new(&model.model_id, path, weights, None));
+    }
+    let id = HubId::parse(&model.model_id)?;
+    let (root, sha) = cached_snapshot(model, &id, options, remedy)?;
+    let weights = weights_in(model, &root, id.gguf.as_deref(), remedy)?;
+    Ok(ModelFiles::new(&model.model_id, &root, weights, Some(sha)))
+}
+
+/// Weights from the override directory; the other files from there too if it has them, else from where the model is.
+fn locate_override(
+    model: &ModelRef,
+    options: &HubOptions,
+    directory: &Path,
+    remedy: &str,
+) -> Result<ModelFiles, HubError> {
+    let weights = weights_in_flat(model, directory, None, "change --weights-cache-override")?;
+    if matches!(weights, WeightFiles::Gguf(_)) || directory.join("config.json").is_file() {
+        return Ok(ModelFiles::new(&model.model_id, directory, weights, None));
+    }
+    let path = Path::new(&model.model_id);
+    let (root, sha) = if path.is_dir() {
+        (path.to_owned(), None)
+    } else {
+        let id = HubId::parse(&model.model_id)?;
+        cached_snapshot(model, &id, options, remedy).map(|(root, sha)| (root, Some(sha)))?
+    };
+    if !root.join("config.json").is_file() {
+        return Err(model.missing("config.json", &root, remedy));
+    }
+    Ok(ModelFiles::new(&model.model_id, &root, weights, sha))
+}
+
+fn from_file(model: &ModelRef, path: &Path) -> Result<ModelFiles, HubError> {
+    if !is_gguf(&model.model_id) {
+        return Err(HubError::UnsupportedWeights {
+            model_id: model.model_id.clone(),
+            found: "a file that is not .gguf".to_owned(),
+            remedy: "give --model-id a directory, a .gguf file or a Hub id".to_owned(),
+        });
+    }
+    let root = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    Ok(ModelFiles::new(&model.model_id, root, WeightFiles::Gguf(path.to_owned()), None))
+}
+
+/// The snapshot folder of the wanted revision in the shared cache, and its commit.
+fn cached_snapshot(
+    model: &ModelRef,
+    id: &HubId,
+    options: &HubOptions,
+    remedy: &str,
+) -> Result<(PathBuf, String), HubError> {
+    let folder = id.folder(options);
+    let revision = model.revision();
+    if revision.split('/').any(|part| part.is_empty() || part.chars().all(|c| c == '.')) {
+        return Err(HubError::format(
+            "--revision",
+            format!("found {revision:?}, expected a branch, tag or commit"),
+        ));
+    }
+    // A commit names its snapshot itself; a branch is looked up.
+    let commit = match std::fs::read_to_string(folder.join("refs").join(revision)) {
+        Ok(commit) => commit.trim().to_owned(),
+        Err(_) => revision.to_owned(),
+    };
+    let root = folder.join("snapshots").join(&commit);
+    if commit.contains('/') || !root.is_dir() {
+        return Err(model.missing(&format!("revision {revision:?}"), &folder, remedy));
+    }
+    Ok((root, commit))
+}
+
+/// The weights in `root`, which must also hold what goes with them.
+fn weights_in(
+    model: &ModelRef,
+    root: &Path,
+    gguf: Option<&str>,
+    remedy: &str,
+) -> Result<WeightFiles, HubError> {
+    let weights = weights_in_flat(model, root, gguf, remedy)?;
+    if matches!(weights, WeightFiles::Safetensors(_)) && !root.join("config.json").is_file() {
+        return Err(model.missing("config.json", root, remedy));
+    }
+    Ok(weights)
+}
+
+/// The weights in `root`: the files its index lists, else all safetensors, else the only GGUF file.
+fn weights_in_flat(
+    model: &ModelRef,
+    root: &Path,
+    gguf: Option<&str>,
+    remedy: &str,
+) -> Result<WeightFiles, HubError> {
+    let names = file_names(root)?;
+    if let Some(file) = gguf {
+        return match names.iter().any(|name| name == file) {
+            true => Ok(WeightFiles::Gguf(root.join(file))),
+            false => Err(model.missing(file, root, remedy)),
+        };
+    }
+    let index = root.join(SAFETENSORS_INDEX);
+    let wanted = if index.is_file() { files_of_index(&index)? } else { safetensors_among(&names) };
+    if let Some(missing) = wanted.iter().find(|name| !names.contains(name)) {
+        return Err(model.missing(missing, root, remedy));
+    }
+    if !wanted.is_empty() {
+        return Ok(WeightFiles::Safetensors(wanted.iter().map(|name| root.join(name)).collect()));
+    }
+    match only_gguf(model, &names, &root.display().to_string())? {
+        Some(file) => Ok(WeightFiles::Gguf(root.join(file))),
+        None => Err(no_weights(model, &names)
+            .unwrap_or_else(|| model.missing("a weight file (*.safetensors or *.gguf)", root, remedy))),
+    }
+}
+
+/// Names of the files in a directory, sorted; links count as what they lead to.
+fn file_names(root: &Path) -> Result<Vec<String>, HubError> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(root).map_err(HubError::io("list", root))? {
+        let entry = entry.map_err(HubError::io("list", root))?;
+        if entry.path().is_file() {
+            names.extend(entry.file_name().into_string().ok());
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// The files a safetensors index refers to, sorted.
+pub(crate) fn files_of_index(path: &Path) -> Result<Vec<String>, HubError> {
+    let index = read_object(path)?;
+    let wrong = |found: String| {
+        HubError::format(
+            format!("{}: weight_map", path.display()),
+            format!("found {found}, expected file names"),
+        )
+    };
+    let map =
+        index.get("weight_map").and_then(Value::as_object).ok_or_else(|| wrong("no object".to_owned()))?;
+    let mut files = Vec::new();
+    for file in map.values() {
+        match file.as_str() {
+            // A name with a slash could lead out of the model's directory.
+            Some(name) if !name.is_empty() && !name.contains('/') => files.push(name.to_owned()),
+            _ => return Err(wrong(crate::config::shorten(&file.to_string()))),
+        }
+    }
+    files.sort();
+    files.dedup();
+    Ok(files)
+}
+
+/// The safetensors weight files among the names at a repository's root.
+pub(crate) fn safetensors_among(names: &[String]) -> Vec<String> {
+    let is_weights = |name: &&String| {
+        name.ends_with(".safetensors")
+            && !name.contains('/')
+            && NOT_WEIGHTS.iter().all(|word| !name.contains(word))
+    };
+    let found: Vec<String> = names.iter().filter(is_weights).cloned().collect();
+    // Some repositories hold everything twice: once in their own format under this name.
+    let usual: Vec<String> = found.iter().filter(|name| !name.starts_with("consolidated")).cloned().collect();
+    if usual.is_empty() { found } else { usual }
+}
+
+/// The only GGUF file among the names at a repository's root; `place` is what its name is appended to.
+pub(crate) fn only_gguf(model: &ModelRef, names: &[String], place: &str) -> Result<Option<String>, HubError> {
+    let found: Vec<&String> = names.iter().filter(|name| is_gguf(name) && !name.contains('/')).collect();
+    match found.as_slice() {
+        [] => Ok(None),
+        [file] => Ok(Some((*file).clone())),
+        [first, ..] => Err(HubError::AmbiguousGguf {
+            model_id: model.model_id.clone(),
+            choice: format!("{place}/{first}"),
+            names: found.into_iter().cloned().collect(),
+        }),
+    }
+}
+
+/// The refusal for weights in a format that is not read; `None` when there are none of those either.
+pub(crate) fn no_weights(model: &ModelRef, names: &[String]) -> Option<HubError> {
+    let is_pickle = |name: &&String| {
+        [".bin", ".pt", ".pth"].iter().any(|end| name.ends_with(end)) && !name.contains("training")
+    };
+    let pickle = names.iter().find(is_pickle)?;
+    Some(HubError::UnsupportedWeights {
+        model_id: model.model_id.clone(),
+        found: format!("PyTorch files ({pickle})"),
+        remedy: "PyTorch weights are not read yet; use a revision or a conversion with safetensors"
+            .to_owned(),
+    })
+}
+
+pub(crate) fn is_gguf(name: &str) -> bool {
+    Path::new(name).extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
+}
+
+#[cfg(test)]
+#[path = "snapshot_tests.rs"]
+mod tests;
