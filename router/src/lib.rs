@@ -1,1 +1,3 @@
-//! Quartet: HTTP, validation, the queue and the batches.
+//! Quartet's router: HTTP, validation, the queue and the batches.
+pub mod metrics;
+pub mod scheduler;

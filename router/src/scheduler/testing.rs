@@ -1,0 +1,172 @@
+//! Entries and a scripted shard for the scheduler's tests.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+use std::time::Instant;
+
+use proto::v3::{Batch, CachedBatch, FinishReason, GeneratedText, Generation, Tokens};
+use proto::{ClientError, StepResult};
+use tokio::sync::mpsc::UnboundedReceiver;
+
+use super::{Entry, Event, SchedulerError, StepClient, ValidRequest};
+
+/// The client's end of an entry.
+pub(super) struct TestClient {
+    pub(super) events: UnboundedReceiver<Result<Event, SchedulerError>>,
+}
+
+pub(super) fn valid_request(input_length: usize, max_new_tokens: u32) -> ValidRequest {
+    let mut request = ValidRequest {
+        inputs: "test".to_string(),
+        input_ids: (0..input_length as u32).collect(),
+        ..Default::default()
+    };
+    request.stopping_parameters.max_new_tokens = max_new_tokens;
+    request
+}
+
+pub(super) fn entry(input_length: usize, max_new_tokens: u32) -> (Entry, TestClient) {
+    let (sender, events) = tokio::sync::mpsc::unbounded_channel();
+    let request = valid_request(input_length, max_new_tokens);
+    let entry = Entry { request, events: sender, queued: Instant::now(), started: None, allocation: None };
+    (entry, TestClient { events })
+}
+
+pub(super) fn generation(request_id: u64, id: u32, last: bool) -> Generation {
+    Generation {
+        request_id,
+        tokens: Some(Tokens {
+            ids: vec![id],
+            logprobs: vec![-0.25],
+            texts: vec![format!(" {id}")],
+            is_special: vec![false],
+        }),
+        generated_text: last.then(|| GeneratedText {
+            text: "done".to_string(),
+            generated_tokens: id + 1,
+            finish_reason: FinishReason::Length as i32,
+            seed: None,
+        }),
+        ..Default::default()
+    }
+}
+
+#[derive(Default)]
+pub(super) struct ShardState {
+    /// Calls in order, such as `prefill 0 [0, 1]`.
+    pub(super) log: Vec<String>,
+    /// Cached batches: request id, prompt tokens left, tokens generated, tokens wanted.
+    pub(super) cached: HashMap<u64, Vec<(u64, u32, u32, u32)>>,
+    /// The next call of this name fails.
+    pub(super) fail: Option<&'static str>,
+    /// Prompt tokens of a chunked prompt that one step computes.
+    pub(super) chunk: u32,
+}
+
+/// A shard that generates 0, 1, 2, … for everybody and keeps TGI's rules about cached batches.
+#[derive(Clone, Default)]
+pub(super) struct FakeShard(pub(super) Arc<Mutex<ShardState>>);
+
+impl FakeShard {
+    pub(super) fn log(&self) -> Vec<String> {
+        self.0.lock().unwrap().log.clone()
+    }
+
+    fn call(&self, name: &'static str, detail: String) -> Result<(), ClientError> {
+        let mut state = self.0.lock().unwrap();
+        state.log.push(format!("{name} {detail}"));
+        if state.fail == Some(name) {
+            state.fail = None;
+            return Err(ClientError::Generation(format!("{name} failed")));
+        }
+        Ok(())
+    }
+
+    fn take(&self, id: u64) -> Result<Vec<(u64, u32, u32, u32)>, ClientError> {
+        let rows = self.0.lock().unwrap().cached.remove(&id);
+        rows.ok_or_else(|| ClientError::Generation(format!("batch {id} is not cached")))
+    }
+
+    fn step(&self, id: u64, mut rows: Vec<(u64, u32, u32, u32)>) -> StepResult {
+        let mut state = self.0.lock().unwrap();
+        let chunk = state.chunk.max(1);
+        let mut generations = Vec::new();
+        for (request_id, prompt_left, generated, wanted) in &mut rows {
+            *prompt_left = prompt_left.saturating_sub(chunk);
+            if *prompt_left == 0 {
+                generations.push(generation(*request_id, *generated, *generated + 1 >= *wanted));
+                *generated += 1;
+            }
+        }
+        let all_stopped = rows.iter().all(|(_, _, generated, wanted)| generated >= wanted);
+        let next_batch = (!all_stopped).then(|| cached_batch(id, &rows));
+        if !all_stopped {
+            state.cached.insert(id, rows);
+        }
+        StepResult { generations, next_batch, ..Default::default() }
+    }
+}
+
+fn cached_batch(id: u64, rows: &[(u64, u32, u32, u32)]) -> CachedBatch {
+    CachedBatch {
+        id,
+        request_ids: rows.iter().map(|row| row.0).collect(),
+        size: rows.len() as u32,
+        max_tokens: rows.len() as u32 * 8,
+        current_tokens: rows.len() as u32,
+    }
+}
+
+impl StepClient for FakeShard {
+    async fn prefill(
+        &mut self,
+        batch: Batch,
+        cached_batch: Option<CachedBatch>,
+    ) -> Result<StepResult, ClientError> {
+        let ids: Vec<u64> = batch.requests.iter().map(|request| request.id).collect();
+        let with = cached_batch.as_ref().map(|cached| format!(" with {}", cached.id)).unwrap_or_default();
+        self.call("prefill", format!("{} {ids:?}{with}", batch.id))?;
+        let mut rows = match &cached_batch {
+            Some(cached) => self.take(cached.id)?,
+            None => Vec::new(),
+        };
+        rows.extend(batch.requests.iter().map(|request| {
+            let left = request.chunk_len.map_or(0, |_| request.input_ids.len() as u32);
+            (request.id, left, 0, request.stopping_parameters.as_ref().unwrap().max_new_tokens)
+        }));
+        Ok(self.step(cached_batch.map_or(batch.id, |cached| cached.id), rows))
+    }
+
+    async fn decode(&mut self, batches: Vec<CachedBatch>) -> Result<StepResult, ClientError> {
+        let ids: Vec<u64> = batches.iter().map(|batch| batch.id).collect();
+        self.call("decode", format!("{ids:?}"))?;
+        let mut rows = Vec::new();
+        for id in &ids {
+            rows.extend(self.take(*id)?);
+        }
+        Ok(self.step(ids[0], rows))
+    }
+
+    async fn filter_batch(
+        &mut self,
+        batch_id: u64,
+        request_ids: Vec<u64>,
+    ) -> Result<Option<CachedBatch>, ClientError> {
+        self.call("filter", format!("{batch_id} {request_ids:?}"))?;
+        let mut rows = self.take(batch_id)?;
+        rows.retain(|row| request_ids.contains(&row.0));
+        let answer = cached_batch(batch_id, &rows);
+        self.0.lock().unwrap().cached.insert(batch_id, rows);
+        Ok(Some(answer))
+    }
+
+    async fn clear_cache(&mut self, batch_id: Option<u64>) -> Result<(), ClientError> {
+        self.call("clear", format!("{batch_id:?}"))?;
+        let mut state = self.0.lock().unwrap();
+        match batch_id {
+            Some(id) => drop(state.cached.remove(&id)),
+            None => state.cached.clear(),
+        }
+        Ok(())
+    }
+}
