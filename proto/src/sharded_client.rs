@@ -9,7 +9,10 @@ use std::time::Duration;
 
 use futures::future::{join_all, try_join_all};
 
-use crate::v3::{Batch, CachedBatch, DecodeResponse, Generation, InfoResponse, PrefillResponse, WarmupRequest, WarmupResponse};
+use crate::v3::{
+    Batch, CachedBatch, DecodeResponse, Generation, InfoResponse, PrefillResponse, WarmupRequest,
+    WarmupResponse,
+};
 use crate::{ClientError, ShardClient};
 
 /// What the shards are.
@@ -188,7 +191,10 @@ mod tests {
 
     fn step(request_ids: &[u64], total_ms: u64) -> StepResult {
         StepResult {
-            generations: request_ids.iter().map(|&request_id| Generation { request_id, ..Default::default() }).collect(),
+            generations: request_ids
+                .iter()
+                .map(|&request_id| Generation { request_id, ..Default::default() })
+                .collect(),
             next_batch: Some(CachedBatch { id: 7, ..Default::default() }),
             timings: StepTimings { total: Duration::from_millis(total_ms), ..Default::default() },
         }

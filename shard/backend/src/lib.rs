@@ -1,1 +1,23 @@
-//! Quartet: the fused operations a model needs, and the devices that run them.
+//! The operations a model is made of, and the devices that run them.
+//!
+//! - [`Backend`] is the contract: every operation with its shapes. A backend knows no request and no model family.
+//! - [`cpu`] is both the readable reference and a product for small models.
+//! - [`collectives`] is how the ranks of one model add up their parts.
+//! - [`sampling`] holds the types of the last operation, which turns logits into token ids.
+
+mod backend;
+pub mod collectives;
+pub mod cpu;
+mod dtype;
+mod error;
+mod host_matrix;
+mod kv_layout;
+pub mod sampling;
+mod step_input;
+
+pub use backend::{Activation, AttentionShape, Backend, DeviceInfo, MemoryInfo, RopeFrequencies, RopeStyle};
+pub use dtype::DType;
+pub use error::BackendError;
+pub use host_matrix::HostMatrix;
+pub use kv_layout::KvLayout;
+pub use step_input::StepInput;

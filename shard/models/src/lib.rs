@@ -1,1 +1,7 @@
-//! Quartet: architectures as data, their weights, and the one executor.
+//! Architectures as data, their weights, and the one executor that runs them all.
+
+mod causal_lm;
+mod error;
+
+pub use causal_lm::{CausalLm, ModelInfo};
+pub use error::ModelError;

@@ -1,0 +1,35 @@
+//! How the ranks of one model meet.
+//!
+//! A [`Communicator`] of CPU ranks works on host memory. [`Single`] is the group of one; `shm` goes through memory
+//! shared between processes (a memfd handed over a Unix socket), so nothing listens on a TCP port.
+
+mod single;
+
+pub use single::Single;
+
+use crate::BackendError;
+
+/// A group of ranks that call the same collectives in the same order. Results are bitwise equal on all ranks: sums are
+/// taken in rank order.
+pub trait Communicator: Send {
+    /// This process's place in the group, `0..world_size`.
+    fn rank(&self) -> usize;
+    /// Number of ranks.
+    fn world_size(&self) -> usize;
+    /// `data = sum of data over the ranks`; every rank brings the same length.
+    ///
+    /// # Errors
+    /// [`BackendError::PeerLost`] when a rank does not come in time or its process is gone.
+    fn all_reduce(&mut self, data: &mut [f32]) -> Result<(), BackendError>;
+    /// Rank `r` brings `rows` rows of `widths[r]` elements; `out` becomes `[rows, sum(widths)]`.
+    ///
+    /// # Errors
+    /// As [`Communicator::all_reduce`].
+    fn all_gather(
+        &mut self,
+        local: &[f32],
+        rows: usize,
+        widths: &[usize],
+        out: &mut [f32],
+    ) -> Result<(), BackendError>;
+}

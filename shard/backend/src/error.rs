@@ -1,0 +1,47 @@
+//! What can go wrong on a device or between ranks.
+
+/// A failed operation. After any of these the engine is not to be used again, except after [`BackendError::OutOfMemory`]
+/// at start-up.
+#[derive(Debug, thiserror::Error)]
+pub enum BackendError {
+    /// An allocation did not fit.
+    #[error("not enough memory for {what}: needs {needed_bytes} bytes, {available_bytes} are available")]
+    OutOfMemory {
+        /// What was to be allocated.
+        what: String,
+        /// Its size.
+        needed_bytes: usize,
+        /// What the device has left.
+        available_bytes: usize,
+    },
+    /// Another rank did not take part in a collective in time, or its process is gone.
+    #[error("rank {rank} lost in {operation} number {sequence}: {reason}")]
+    PeerLost {
+        /// The rank that is missing.
+        rank: usize,
+        /// The collective, e.g. `all_reduce`.
+        operation: &'static str,
+        /// Which call of this process's life it was.
+        sequence: u64,
+        /// Time-out or closed socket.
+        reason: String,
+    },
+    /// The ranks are not the same program with the same model.
+    #[error("ranks do not belong together: rank {rank} has {found}, rank 0 has {expected}")]
+    RankMismatch {
+        /// The rank that differs.
+        rank: usize,
+        /// Its description.
+        found: String,
+        /// Rank 0's description.
+        expected: String,
+    },
+    /// The operating system or the device refused.
+    #[error("{operation}: {reason}")]
+    Device {
+        /// What was tried.
+        operation: String,
+        /// The answer.
+        reason: String,
+    },
+}

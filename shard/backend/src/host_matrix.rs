@@ -1,0 +1,52 @@
+//! A weight as it lies in host memory before a backend packs it.
+
+use std::borrow::Cow;
+
+use crate::DType;
+
+/// A row-major matrix `[rows, cols]` in host memory, possibly a window into a larger one (a rank's slice of a mapped
+/// file). For a linear layer rows are outputs and columns are inputs, as PyTorch stores them.
+#[derive(Debug, Clone)]
+pub struct HostMatrix<'a> {
+    /// Element type of `bytes`.
+    pub dtype: DType,
+    /// Number of rows.
+    pub rows: usize,
+    /// Number of columns of the window.
+    pub cols: usize,
+    /// Elements from the start of one row to the start of the next, at least `cols`.
+    pub row_stride: usize,
+    /// Little-endian elements, the first row first; not necessarily aligned. At least
+    /// `((rows - 1) * row_stride + cols) * dtype.size_bytes()` bytes.
+    pub bytes: Cow<'a, [u8]>,
+}
+
+impl HostMatrix<'_> {
+    /// Copies row `row` as f32 into `out` (`[cols]`).
+    ///
+    /// # Panics
+    /// When `row` or `out.len()` does not fit the matrix.
+    pub fn read_row(&self, row: usize, out: &mut [f32]) {
+        assert!(row < self.rows && out.len() == self.cols, "row {row} of {} x {}", self.rows, self.cols);
+        let size = self.dtype.size_bytes();
+        let start = row * self.row_stride * size;
+        let bytes = &self.bytes[start..start + self.cols * size];
+        match self.dtype {
+            DType::F32 => {
+                for (value, raw) in out.iter_mut().zip(bytes.chunks_exact(4)) {
+                    *value = f32::from_le_bytes([raw[0], raw[1], raw[2], raw[3]]);
+                }
+            }
+            DType::F16 => {
+                for (value, raw) in out.iter_mut().zip(bytes.chunks_exact(2)) {
+                    *value = half::f16::from_le_bytes([raw[0], raw[1]]).to_f32();
+                }
+            }
+            DType::BF16 => {
+                for (value, raw) in out.iter_mut().zip(bytes.chunks_exact(2)) {
+                    *value = half::bf16::from_le_bytes([raw[0], raw[1]]).to_f32();
+                }
+            }
+        }
+    }
+}

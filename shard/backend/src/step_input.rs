@@ -1,0 +1,41 @@
+//! What one forward pass reads besides weights and cache.
+
+/// The tokens of one forward pass, sequences one after the other. A sequence in decode has one token; one in prefill
+/// has its prompt or a chunk of it. Field names are the field's standard ones.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct StepInput {
+    /// `[num_tokens]`.
+    pub input_ids: Vec<u32>,
+    /// `[num_tokens]`: index of each token in its sequence.
+    pub position_ids: Vec<u32>,
+    /// `[num_tokens]`: where each token's key and value are stored.
+    pub slot_mapping: Vec<u32>,
+    /// `[num_seqs + 1]`: sequence `i` owns the tokens `cu_seqlens_q[i]..cu_seqlens_q[i + 1]`.
+    pub cu_seqlens_q: Vec<u32>,
+    /// `[num_seqs]`: tokens of the sequence whose keys are in the cache once this step has stored its own. The last
+    /// query token of a sequence sees all of them, the one before it one fewer, and so on.
+    pub context_lens: Vec<u32>,
+    /// `[num_seqs, max_blocks]` row-major: the sequence's blocks in order; what is past its context is not read.
+    pub block_tables: Vec<u32>,
+    /// Row width of `block_tables`.
+    pub max_blocks: usize,
+    /// Indices into the tokens whose logits are wanted, ascending; usually the last token of each sequence.
+    pub logits_rows: Vec<u32>,
+}
+
+impl StepInput {
+    /// Number of tokens.
+    pub fn num_tokens(&self) -> usize {
+        self.input_ids.len()
+    }
+
+    /// Number of sequences.
+    pub fn num_seqs(&self) -> usize {
+        self.context_lens.len()
+    }
+
+    /// The blocks of sequence `seq`, `[max_blocks]`.
+    pub fn block_table(&self, seq: usize) -> &[u32] {
+        &self.block_tables[seq * self.max_blocks..(seq + 1) * self.max_blocks]
+    }
+}
