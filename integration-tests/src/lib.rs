@@ -1,1 +1,14 @@
-//! Quartet: the real programs, driven through one harness.
+//! The real programs, driven through one harness.
+//!
+//! - [`Server`]: a launcher with its shards and router on a free port, in a folder of its own, ended in `Drop`.
+//! - [`http`]: a client of a few lines, so that the tests see the bytes the router wrote.
+//! - [`golden`]: reference outputs and the one table of tolerances.
+//! - [`process_tree`]: which processes live, for the tests that kill some.
+
+pub mod args;
+pub mod golden;
+pub mod http;
+pub mod process_tree;
+mod server;
+
+pub use server::{Exit, Server, ServerBuilder, free_port, program};

@@ -1,0 +1,90 @@
+//! Processes: nothing is left behind, nothing hangs, every end has its documented exit code.
+
+use std::time::Duration;
+
+use integration_tests::golden::fixture;
+use integration_tests::{Server, http, process_tree};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+fn long_request() -> Value {
+    json!({"inputs": "a", "parameters": {"max_new_tokens": 400, "details": true, "do_sample": false}})
+}
+
+fn family(server: &Server) -> Vec<i32> {
+    let mut pids = server.children("shard");
+    pids.extend(server.children("router"));
+    pids
+}
+
+#[test]
+fn sigterm_lets_streams_finish_and_exits_with_0() {
+    let server = Server::of(fixture("tiny-llama")).start().unwrap();
+    let pids = family(&server);
+    assert_eq!(pids.len(), 2);
+    let mut stream = http::stream(server.port(), "/generate_stream", &long_request()).unwrap();
+    stream.next().unwrap().unwrap();
+    server.signal(Signal::SIGTERM);
+    let events = stream.collect_events().unwrap();
+    let last: Value = serde_json::from_str(events.last().unwrap()).unwrap();
+    assert!(last["generated_text"].is_string(), "the stream did not reach its end: {last}");
+    let exit = server.wait().unwrap();
+    assert_eq!(exit.status.code(), Some(0), "{}", exit.log);
+    assert!(process_tree::wait_gone(&pids, Duration::from_secs(2)).is_empty());
+}
+
+#[test]
+fn a_second_signal_ends_everything_at_once() {
+    let server = Server::of(fixture("tiny-llama")).start().unwrap();
+    let pids = family(&server);
+    let body = json!({"inputs": "a", "parameters": {"max_new_tokens": 2000, "do_sample": true, "seed": 1}});
+    let mut stream = http::stream(server.port(), "/generate_stream", &body).unwrap();
+    stream.next().unwrap().unwrap();
+    server.signal(Signal::SIGINT);
+    std::thread::sleep(Duration::from_millis(50));
+    server.signal(Signal::SIGINT);
+    server.wait().unwrap();
+    assert!(process_tree::wait_gone(&pids, Duration::from_secs(2)).is_empty());
+}
+
+#[test]
+fn a_killed_shard_takes_the_rest_down_and_is_reported() {
+    let server = Server::of(fixture("tiny-llama")).args(["--num-shard", "2"]).start().unwrap();
+    let pids = family(&server);
+    assert_eq!(pids.len(), 3);
+    process_tree::send(server.children("shard")[1], Signal::SIGKILL);
+    let exit = server.wait().unwrap();
+    assert_eq!(exit.status.code(), Some(1), "{}", exit.log);
+    assert!(exit.log.contains("ShardFailed"), "{}", exit.log);
+    assert!(process_tree::wait_gone(&pids, Duration::from_secs(2)).is_empty());
+}
+
+#[test]
+fn a_killed_router_takes_the_rest_down_and_is_reported() {
+    let server = Server::of(fixture("tiny-llama")).start().unwrap();
+    let pids = family(&server);
+    process_tree::send(server.children("router")[0], Signal::SIGKILL);
+    let exit = server.wait().unwrap();
+    assert_eq!(exit.status.code(), Some(1), "{}", exit.log);
+    assert!(exit.log.contains("WebserverFailed"), "{}", exit.log);
+    assert!(process_tree::wait_gone(&pids, Duration::from_secs(2)).is_empty());
+}
+
+#[test]
+fn a_killed_launcher_leaves_no_orphan() {
+    let server = Server::of(fixture("tiny-llama")).args(["--num-shard", "2"]).start().unwrap();
+    let pids = family(&server);
+    assert_eq!(pids.len(), 3);
+    server.signal(Signal::SIGKILL);
+    assert_eq!(process_tree::wait_gone(&pids, Duration::from_secs(10)), Vec::<i32>::new());
+}
+
+#[test]
+fn two_servers_of_one_model_run_side_by_side() {
+    let first = Server::of(fixture("tiny-llama")).start().unwrap();
+    let second = Server::of(fixture("tiny-llama")).start().unwrap();
+    for server in [&first, &second] {
+        let answer = http::post(server.port(), "/generate", &json!({"inputs": "a"})).unwrap();
+        assert_eq!(answer.status, 200, "{}", answer.body);
+    }
+}

@@ -1,0 +1,110 @@
+//! The tokens are the reference's: on 1, 2 and 3 ranks, alone and 8 at a time, streamed and not.
+
+use integration_tests::golden::{BFLOAT16, Case, FLOAT32, Token, Tolerance, cases, fixture, tokens_of};
+use integration_tests::{Server, args, http};
+use serde_json::{Value, json};
+
+fn request(case: &Case) -> Value {
+    json!({
+        "inputs": case.prompt.as_ref().expect("every case here has a text"),
+        "parameters": {"max_new_tokens": case.generated_ids.len(), "details": true, "do_sample": false},
+    })
+}
+
+fn unstreamed(port: u16, case: &Case) -> Vec<Token> {
+    let response = http::post(port, "/generate", &request(case)).unwrap();
+    assert_eq!(response.status, 200, "{}", response.body);
+    tokens_of(&response.json().unwrap()).unwrap()
+}
+
+fn streamed(port: u16, case: &Case) -> Vec<Token> {
+    let events = http::stream(port, "/generate_stream", &request(case)).unwrap().collect_events().unwrap();
+    let parse = |event: &String| {
+        let event: Value = serde_json::from_str(event).unwrap();
+        serde_json::from_value(event["token"].clone()).unwrap_or_else(|error| panic!("{error} in {event}"))
+    };
+    events.iter().map(parse).collect()
+}
+
+/// Every way of asking for the same thing gives the reference's tokens.
+fn check_server(port: u16, cases: &[Case], tolerance: Tolerance) {
+    for case in cases {
+        case.check(&unstreamed(port, case), tolerance).unwrap();
+        case.check(&streamed(port, case), tolerance).unwrap();
+    }
+    // Eight at a time: all cases at once, some of them streamed, so that prefills meet running batches.
+    for round in 0..2 {
+        std::thread::scope(|scope| {
+            for (index, case) in cases.iter().cycle().take(8).enumerate() {
+                scope.spawn(move || {
+                    let ask = if (index + round) % 2 == 0 { unstreamed } else { streamed };
+                    case.check(&ask(port, case), tolerance).unwrap();
+                });
+            }
+        });
+    }
+}
+
+fn check_ranks(model: std::path::PathBuf, golden: &str, tolerance: Tolerance) {
+    let cases = cases(&fixture(golden)).unwrap();
+    for ranks in ["1", "2", "3"] {
+        let server = Server::of(&model).args(["--num-shard", ranks]).start().unwrap();
+        assert_eq!(server.children("shard").len().to_string(), ranks);
+        check_server(server.port(), &cases, tolerance);
+    }
+}
+
+#[test]
+fn tiny_llama_matches_the_reference_on_1_2_and_3_ranks() {
+    check_ranks(fixture("tiny-llama"), "tiny-llama/golden.jsonl", FLOAT32);
+}
+
+#[test]
+fn smollm2_matches_the_reference_on_1_2_and_3_ranks() {
+    check_ranks(args::smollm2(), "smollm2-golden.jsonl", BFLOAT16);
+}
+
+#[test]
+fn prompt_logprobs_match_the_reference() {
+    let server = Server::of(fixture("tiny-llama")).args(["--enable-prefill-logprobs"]).start().unwrap();
+    for case in cases(&fixture("tiny-llama/golden.jsonl")).unwrap() {
+        let mut body = request(&case);
+        body["parameters"]["decoder_input_details"] = json!(true);
+        let answer = http::post(server.port(), "/generate", &body).unwrap().json().unwrap();
+        let prefill = answer["details"]["prefill"].as_array().unwrap();
+        assert_eq!(prefill.len(), case.input_ids.len());
+        for (index, (token, expected)) in prefill.iter().zip(&case.prefill).enumerate() {
+            assert_eq!(token["id"], json!(case.input_ids[index]));
+            match expected {
+                None => assert!(token["logprob"].is_null(), "{token}"),
+                Some(expected) => {
+                    let error = (token["logprob"].as_f64().unwrap() - expected).abs();
+                    assert!(error <= FLOAT32.logprob, "{token}: expected {expected}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_seed_gives_the_same_tokens_alone_in_a_batch_and_on_other_ranks() {
+    let body = json!({
+        "inputs": "The capital of France is",
+        "parameters": {"max_new_tokens": 24, "do_sample": true, "temperature": 0.9, "top_p": 0.95, "seed": 42, "details": true},
+    });
+    let mut seen: Vec<Vec<u32>> = Vec::new();
+    for ranks in ["1", "3"] {
+        let server = Server::of(fixture("tiny-llama")).args(["--num-shard", ranks]).start().unwrap();
+        let ask = || {
+            let answer = http::post(server.port(), "/generate", &body).unwrap().json().unwrap();
+            tokens_of(&answer).unwrap().iter().map(|token| token.id).collect::<Vec<_>>()
+        };
+        seen.push(ask());
+        std::thread::scope(|scope| {
+            let answers: Vec<_> = (0..6).map(|_| scope.spawn(ask)).collect();
+            seen.extend(answers.into_iter().map(|answer| answer.join().unwrap()));
+        });
+    }
+    assert!(seen.iter().all(|ids| ids == &seen[0]), "{seen:?}");
+    assert!(seen[0].len() >= 2);
+}
