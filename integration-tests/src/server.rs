@@ -22,7 +22,7 @@ const EXIT_DEADLINE: Duration = Duration::from_secs(30);
 /// When it was not built: `make test` builds all of them first.
 pub fn program(name: &str) -> PathBuf {
     let test = std::env::current_exe().expect("a test has a path");
-    let folder = test.parent().and_then(Path::parent).expect("tests lie in target/PROFILE/deps");
+    let folder = test.parent().and_then(Path::parent).expect("tests lie in target/PROFILE/deps or examples");
     let path = folder.join(name);
     assert!(path.is_file(), "{} is missing: run `cargo build --release` first", path.display());
     path

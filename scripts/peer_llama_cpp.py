@@ -1,0 +1,86 @@
+#!/usr/bin/env python3
+"""llama.cpp as a peer to measure against, through the C calls of llama-cpp-python (which must be installed).
+
+    peer_llama_cpp.py convert IN.gguf OUT.gguf                         # the same weights in bf16
+    peer_llama_cpp.py time FILE.gguf THREADS PROMPT STEPS PREFILL      # one JSON line: tokens/s, medians of 3
+"""
+
+import ctypes
+import json
+import statistics
+import sys
+import time
+
+import llama_cpp as lib
+import numpy as np
+
+QUIET = lib.llama_log_callback(lambda level, text, data: None)
+
+
+def convert(source, target):
+    params = lib.llama_model_quantize_default_params()
+    params.ftype, params.allow_requantize = lib.LLAMA_FTYPE_MOSTLY_BF16, True
+    if lib.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params)):
+        sys.exit(f"llama.cpp could not write {target}")
+
+
+class Session:
+    def __init__(self, path, threads):
+        lib.llama_backend_init()
+        self.model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
+        params = lib.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = 1024, 512, 512
+        params.n_threads = params.n_threads_batch = threads
+        self.context = lib.llama_init_from_model(self.model, params)
+        self.vocab = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(self.model))
+
+    def start(self):
+        lib.llama_memory_clear(lib.llama_get_memory(self.context), True)
+
+    def feed(self, ids):
+        """Computes `ids` and returns the best next token."""
+        array = (lib.llama_token * len(ids))(*ids)
+        if lib.llama_decode(self.context, lib.llama_batch_get_one(array, len(ids))):
+            sys.exit("llama_decode failed")
+        logits = lib.llama_get_logits_ith(self.context, -1)
+        return int(np.ctypeslib.as_array(logits, shape=(self.vocab,)).argmax())
+
+
+def tokens_per_second(work, count):
+    start = time.perf_counter()
+    work()
+    return count / (time.perf_counter() - start)
+
+
+def measure(path, threads, prompt, steps, prefill):
+    session = Session(path, threads)
+    ids = np.random.default_rng(0).integers(1000, 20000, max(prompt, prefill)).tolist()
+    decode_rates, prefill_rates = [], []
+    for _ in range(4):  # the first round warms up
+        session.start()
+        prefill_rates.append(tokens_per_second(lambda: session.feed(ids[:prefill]), prefill))
+        session.start()
+        token = session.feed(ids[:prompt])
+
+        def decode():
+            nonlocal token
+            for _ in range(steps):
+                token = session.feed([token])
+
+        decode_rates.append(tokens_per_second(decode, steps))
+    print(json.dumps({"decode": statistics.median(decode_rates[1:]), "prefill": statistics.median(prefill_rates[1:])}))
+
+
+def main():
+    lib.llama_log_set(QUIET, ctypes.c_void_p(0))
+    match sys.argv[1:]:
+        case ["convert", source, target]:
+            convert(source, target)
+        case ["time", path, *numbers] if len(numbers) == 4:
+            measure(path, *map(int, numbers))
+        case _:
+            sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    main()
