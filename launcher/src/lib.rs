@@ -1,1 +1,26 @@
-//! Quartet: plans, starts and supervises the shards and the router.
+//! Quartet's launcher: plans, starts and supervises the shards and the router.
+//!
+//! In the order of a start:
+//! - [`args`]: what was typed. [`devices`]: what there is. [`plan`] and [`budget`]: what that means together.
+//! - [`preflight`] and [`memory`]: what can be known to fail. [`programs`]: where the other programs are.
+//! - [`weights`]: the model's files. [`runtime_dir`]: where the sockets live. [`command`]: the children's command lines.
+//! - [`supervisor`]: the state machine and the event loop, with [`child`], [`log_relay`] and [`readiness`] as its hands.
+//! - [`startup_ledger`]: where the time went. [`error`]: why it ended. [`env_report`]: `--env`.
+
+pub mod args;
+pub mod budget;
+pub mod child;
+pub mod command;
+pub mod devices;
+pub mod env_report;
+pub mod error;
+pub mod log_relay;
+pub mod memory;
+pub mod plan;
+pub mod preflight;
+pub mod programs;
+pub mod readiness;
+pub mod runtime_dir;
+pub mod startup_ledger;
+pub mod supervisor;
+pub mod weights;

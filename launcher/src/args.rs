@@ -1,0 +1,502 @@
+//! The command line and the environment: what was typed, nothing derived. The doc comments are the manual.
+//!
+//! Names, types, defaults and environment variables are text-generation-inference's. A value on the command line wins
+//! over the environment, which wins over the default. What the values mean together is decided in [`crate::plan`].
+
+use std::ffi::OsString;
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::{Parser, ValueEnum};
+
+/// Serves a large language model: plans the memory, starts one shard per device and a router before them, supervises
+/// them, and drains them when it is asked to stop.
+///
+/// Every option can be set by the environment variable shown beside it. A SIGTERM, SIGINT or SIGHUP finishes the running
+/// requests and exits with 0; a second one ends everything now.
+#[derive(Parser, Clone, Debug)]
+#[command(name = "launcher", version, max_term_width = 110)]
+pub struct Args {
+    /// Which model.
+    #[command(flatten, next_help_heading = "Model")]
+    pub model: ModelArgs,
+    /// On what it runs.
+    #[command(flatten, next_help_heading = "Devices")]
+    pub devices: DeviceArgs,
+    /// How long and how many requests may be.
+    #[command(flatten, next_help_heading = "Limits")]
+    pub limits: LimitArgs,
+    /// Where it is served.
+    #[command(flatten, next_help_heading = "Serving")]
+    pub serving: ServingArgs,
+    /// Features that are switched on by an option.
+    #[command(flatten, next_help_heading = "Features")]
+    pub features: FeatureArgs,
+    /// Where model files are.
+    #[command(flatten, next_help_heading = "Model files")]
+    pub hub: hub::HubArgs,
+    /// Logs.
+    #[command(flatten, next_help_heading = "Logs")]
+    pub log: process::LogArgs,
+    /// Variables that have no option in the manual.
+    #[command(flatten)]
+    pub hidden: HiddenArgs,
+}
+
+/// Which model, in which precision.
+#[derive(clap::Args, Clone, Debug)]
+pub struct ModelArgs {
+    /// The model: a repository on the Hugging Face Hub such as `HuggingFaceTB/SmolLM2-135M-Instruct`, a directory with
+    /// `config.json` and weights, or the path of a `.gguf` file.
+    #[arg(long, env, default_value = "bigscience/bloom-560m")]
+    pub model_id: String,
+
+    /// Commit, branch or `refs/pr/N` of the model on the Hub. Default: the repository's main branch.
+    #[arg(long, env)]
+    pub revision: Option<String>,
+
+    /// Quantization of the weights. Default: what the model's `config.json` says. Not available yet.
+    #[arg(long, env, value_enum)]
+    pub quantize: Option<Quantize>,
+
+    /// Number of tokens to speculate per step. Not available yet, except 0.
+    #[arg(long, env)]
+    pub speculate: Option<usize>,
+
+    /// Precision of weights and arithmetic. Default: the model's own.
+    #[arg(long, env, value_enum)]
+    pub dtype: Option<Dtype>,
+
+    /// Precision of the KV cache. Default: the same as `--dtype`. Not available yet.
+    #[arg(long, env, value_enum)]
+    pub kv_cache_dtype: Option<KvCacheDtype>,
+
+    /// Accepted for compatibility. Quartet never runs code that comes with a model.
+    #[arg(long, env)]
+    pub trust_remote_code: bool,
+
+    /// How rotary positions are stretched beyond the trained context. Not available yet as an option; the scaling in the
+    /// model's own `config.json` is honoured.
+    #[arg(long, env, value_enum)]
+    pub rope_scaling: Option<RopeScaling>,
+
+    /// Factor for `--rope-scaling`. Not available yet as an option.
+    #[arg(long, env)]
+    pub rope_factor: Option<f32>,
+
+    /// A `tokenizer_config.json` (with the chat template) to use in place of the model's.
+    #[arg(long, env)]
+    pub tokenizer_config_path: Option<String>,
+}
+
+/// On how many devices of which kind, and how they are used.
+#[derive(clap::Args, Clone, Debug)]
+pub struct DeviceArgs {
+    /// What to run on. `auto` takes CUDA when this build has CUDA kernels and the machine has a driver and a device, else
+    /// the CPU, and says which in one log line.
+    #[arg(long, env = "QUARTET_DEVICE", value_enum, default_value = "auto")]
+    pub device: DeviceKind,
+
+    /// CPU threads of each shard. Default: the machine's cores divided by the number of shards.
+    #[arg(long, env = "QUARTET_THREADS")]
+    pub threads: Option<usize>,
+
+    /// Whether the model is split over several devices: `true` or `false`. Default: split over all visible devices.
+    #[arg(long, env)]
+    pub sharded: Option<bool>,
+
+    /// Number of shards the model is split into: one process and one device (or group of threads) each. Default: all
+    /// visible CUDA devices; 1 on the CPU.
+    #[arg(long, env)]
+    pub num_shard: Option<usize>,
+
+    /// Share of each device's memory to use, above 0 and up to 1. Of no effect on the CPU.
+    #[arg(long, env, default_value = "1.0")]
+    pub cuda_memory_fraction: f32,
+
+    /// Batch sizes, comma-separated, for which a CUDA graph is captured; `0` captures none. Of no effect on the CPU.
+    /// Default: 1,2,4,8,16,32.
+    #[arg(long, env, value_delimiter = ',')]
+    pub cuda_graphs: Option<Vec<usize>>,
+
+    /// Accepted for compatibility: every kernel of Quartet is its own.
+    #[arg(long, env)]
+    pub disable_custom_kernels: bool,
+
+    /// Path before the names of the shards' Unix sockets, which are `PREFIX-0`, `PREFIX-1` and so on. Default:
+    /// `/tmp/text-generation-server`, or a fresh private directory when another launcher uses that.
+    #[arg(long, env)]
+    pub shard_uds_path: Option<String>,
+
+    /// Address at which shards meet. On one machine they meet at a Unix socket and this is not used.
+    #[arg(long, env, default_value = "localhost")]
+    pub master_addr: String,
+
+    /// Port at which shards meet. On one machine they meet at a Unix socket and this is not used.
+    #[arg(long, env, default_value = "29500")]
+    pub master_port: usize,
+}
+
+/// What a request may ask for and how requests are batched.
+#[derive(clap::Args, Clone, Debug)]
+pub struct LimitArgs {
+    /// Requests in flight at once; more are answered with 429.
+    #[arg(long, env, default_value = "128")]
+    pub max_concurrent_requests: usize,
+
+    /// Largest `best_of` of a request.
+    #[arg(long, env, default_value = "2")]
+    pub max_best_of: usize,
+
+    /// Most stop sequences of a request.
+    #[arg(long, env, default_value = "4")]
+    pub max_stop_sequences: usize,
+
+    /// Largest `top_n_tokens` of a request.
+    #[arg(long, env, default_value = "5")]
+    pub max_top_n_tokens: u32,
+
+    /// Longest prompt in tokens. Default: one less than `--max-total-tokens`.
+    #[arg(long, env)]
+    pub max_input_tokens: Option<usize>,
+
+    /// Old name of `--max-input-tokens`; setting both is an error.
+    #[arg(long, env)]
+    pub max_input_length: Option<usize>,
+
+    /// Most tokens of one request, prompt and answer together. Default: what the model and the memory allow, measured
+    /// by the shards when they warm up.
+    #[arg(long, env)]
+    pub max_total_tokens: Option<usize>,
+
+    /// When a prefill pauses the running requests: waiting requests must be at least this share of the running ones.
+    #[arg(long, env, default_value = "0.3")]
+    pub waiting_served_ratio: f32,
+
+    /// Most prompt tokens computed in one step. Default: 4096, or the model's context when that is shorter.
+    #[arg(long, env)]
+    pub max_batch_prefill_tokens: Option<u32>,
+
+    /// Most tokens of all running requests together. Default: what fits in memory, measured by the shards.
+    #[arg(long, env)]
+    pub max_batch_total_tokens: Option<u32>,
+
+    /// Decode steps after which waiting requests are taken in even if `--waiting-served-ratio` is not reached.
+    #[arg(long, env, default_value = "20")]
+    pub max_waiting_tokens: usize,
+
+    /// Most requests in one batch. Default: no limit.
+    #[arg(long, env)]
+    pub max_batch_size: Option<usize>,
+
+    /// Most prompts in one `/v1/completions` request.
+    #[arg(long, env, default_value = "4")]
+    pub max_client_batch_size: usize,
+
+    /// Largest request body in bytes.
+    #[arg(long, env, default_value = "2000000")]
+    pub payload_limit: usize,
+
+    /// Threads of the router that validate and tokenize requests; at least 1.
+    #[arg(long, env, default_value = "2")]
+    pub validation_workers: usize,
+}
+
+/// Where and to whom the model is served.
+#[derive(clap::Args, Clone, Debug)]
+pub struct ServingArgs {
+    /// IP address to listen on. Anything that is no IP address means 0.0.0.0.
+    #[arg(long, env, default_value = "0.0.0.0")]
+    pub hostname: String,
+
+    /// TCP port to listen on.
+    // Upstream declares `-p` for `--prometheus-port` too; there as here it sets `--port`.
+    #[arg(long, short, env, default_value = "3000")]
+    pub port: u16,
+
+    /// Accepted for compatibility: metrics are served at `/metrics` on `--port`.
+    #[arg(long, env, default_value = "9000")]
+    pub prometheus_port: u16,
+
+    /// Origin that browsers may send requests from; repeat the option for several. Default: any.
+    #[arg(long, env)]
+    pub cors_allow_origin: Vec<String>,
+
+    /// Key that requests must carry as `Authorization: Bearer KEY`.
+    #[arg(long, env)]
+    pub api_key: Option<Redacted>,
+
+    /// Seconds the running requests get to finish after a SIGTERM before the router is killed.
+    #[arg(long, short, env, default_value = "90")]
+    pub graceful_termination_timeout: u64,
+
+    /// Tunnel through ngrok. Not available.
+    #[arg(long, env)]
+    pub ngrok: bool,
+
+    /// Token for `--ngrok`.
+    #[arg(long, env)]
+    pub ngrok_authtoken: Option<Redacted>,
+
+    /// Edge for `--ngrok`.
+    #[arg(long, env)]
+    pub ngrok_edge: Option<String>,
+
+    /// OpenTelemetry collector (OTLP over gRPC) that traces are sent to. Not available yet.
+    #[arg(long, env)]
+    pub otlp_endpoint: Option<String>,
+
+    /// Name of this service in traces.
+    #[arg(long, env, default_value = "text-generation-inference.router")]
+    pub otlp_service_name: String,
+
+    /// Accepted for compatibility: Quartet sends no usage statistics, whatever this says.
+    #[arg(long, env, value_enum, default_value = "on")]
+    pub usage_stats: UsageStats,
+
+    /// Log a report of this machine and build, then go on starting.
+    #[arg(long, short)]
+    pub env: bool,
+}
+
+/// Features that are switched on or off.
+#[derive(clap::Args, Clone, Debug)]
+pub struct FeatureArgs {
+    /// Refuse requests with a grammar.
+    #[arg(long, env)]
+    pub disable_grammar_support: bool,
+
+    /// Compute log-probabilities of prompt tokens for requests that ask for them.
+    #[arg(long, env)]
+    pub enable_prefill_logprobs: bool,
+
+    /// LoRA adapters, comma-separated: Hub ids or `name=path`. Not available yet.
+    #[arg(long, env)]
+    pub lora_adapters: Option<String>,
+
+    /// Share of the vocabulary that a watermark favours. Not available yet.
+    #[arg(long, env)]
+    pub watermark_gamma: Option<f32>,
+
+    /// Strength of a watermark. Not available yet.
+    #[arg(long, env)]
+    pub watermark_delta: Option<f32>,
+}
+
+/// Environment variables that children get in another form, and options for tests.
+#[derive(clap::Args, Clone, Debug, Default)]
+pub struct HiddenArgs {
+    /// Directory that is searched first for the programs `shard` and `router`.
+    #[arg(long, env = "QUARTET_BIN_DIR", hide = true)]
+    pub bin_dir: Option<PathBuf>,
+
+    /// Where programs are searched that are not beside the launcher.
+    #[arg(long, env = "PATH", hide = true)]
+    pub search_path: Option<OsString>,
+
+    /// Visible CUDA devices; counted only when the device is CUDA.
+    #[arg(long, env = "CUDA_VISIBLE_DEVICES", hide = true)]
+    pub cuda_visible_devices: Option<String>,
+
+    /// Visible CUDA devices, as container runtimes spell it.
+    #[arg(long, env = "NVIDIA_VISIBLE_DEVICES", hide = true)]
+    pub nvidia_visible_devices: Option<String>,
+
+    /// Upstream's choice of attention kernels.
+    #[arg(long, env = "ATTENTION", hide = true)]
+    pub attention: Option<String>,
+
+    /// Upstream's switch of the prefix cache.
+    #[arg(long, env = "PREFIX_CACHING", hide = true)]
+    pub prefix_caching: Option<String>,
+
+    /// Text that the router reports as the kind of machine.
+    #[arg(long, env = "COMPUTE_TYPE", hide = true)]
+    pub compute_type: Option<String>,
+
+    /// Inherited setting of the Hub's transfer library.
+    #[arg(long, env = "HF_HUB_ENABLE_HF_TRANSFER", hide = true)]
+    pub hf_hub_enable_hf_transfer: Option<String>,
+}
+
+/// A secret: parsed and passed on, never shown.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Redacted(String);
+
+impl Redacted {
+    /// The secret itself.
+    pub fn expose(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Redacted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("***")
+    }
+}
+
+impl FromStr for Redacted {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(Self(text.to_owned()))
+    }
+}
+
+/// Ways to store weights in fewer bits.
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Quantize {
+    /// 4 bits, activation-aware.
+    Awq,
+    /// The compressed-tensors family of formats.
+    CompressedTensors,
+    /// 8 bits, in flight.
+    Eetq,
+    /// Mixed 2 to 8 bits.
+    Exl2,
+    /// 4 bits with reordering.
+    Gptq,
+    /// 4 bits in Marlin's layout.
+    Marlin,
+    /// 8 bits, in flight.
+    Bitsandbytes,
+    /// 4-bit normal floats, in flight.
+    BitsandbytesNf4,
+    /// 4-bit floats, in flight.
+    BitsandbytesFp4,
+    /// 8-bit floats.
+    Fp8,
+}
+
+/// Precision of weights and arithmetic.
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dtype {
+    /// IEEE half precision.
+    #[value(name = "float16")]
+    Float16,
+    /// bfloat16.
+    #[value(name = "bfloat16")]
+    BFloat16,
+    /// IEEE single precision.
+    #[value(name = "float32")]
+    Float32,
+}
+
+/// Precision of the KV cache.
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KvCacheDtype {
+    /// 4 bits of exponent, 3 of mantissa.
+    #[value(name = "fp8_e4m3fn")]
+    Fp8E4m3fn,
+    /// 5 bits of exponent, 2 of mantissa.
+    #[value(name = "fp8_e5m2")]
+    Fp8E5m2,
+}
+
+/// How rotary positions are stretched.
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RopeScaling {
+    /// All positions divided by the factor.
+    Linear,
+    /// The base grows with the sequence.
+    Dynamic,
+}
+
+/// What is told to upstream's authors: here always nothing.
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UsageStats {
+    /// As `off`.
+    On,
+    /// Nothing is sent.
+    Off,
+    /// As `off`.
+    NoStack,
+}
+
+/// What the shards run on.
+#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DeviceKind {
+    /// CUDA when possible, else the CPU.
+    Auto,
+    /// NVIDIA GPUs.
+    Cuda,
+    /// This machine's processor.
+    Cpu,
+}
+
+/// The spelling of an option's value on the command line.
+pub fn spelled<T: ValueEnum>(value: T) -> String {
+    value.to_possible_value().map(|possible| possible.get_name().to_owned()).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn command_is_consistent() {
+        Args::command().debug_assert();
+    }
+
+    /// The options of text-generation-inference at its last version, with their environment variables.
+    #[test]
+    fn all_upstream_options_exist_with_their_variables() {
+        let names = "model-id revision validation-workers sharded num-shard quantize speculate dtype kv-cache-dtype \
+            trust-remote-code max-concurrent-requests max-best-of max-stop-sequences max-top-n-tokens max-input-tokens \
+            max-input-length max-total-tokens waiting-served-ratio max-batch-prefill-tokens max-batch-total-tokens \
+            max-waiting-tokens max-batch-size cuda-graphs hostname port prometheus-port shard-uds-path master-addr \
+            master-port huggingface-hub-cache weights-cache-override disable-custom-kernels cuda-memory-fraction \
+            rope-scaling rope-factor json-output otlp-endpoint otlp-service-name cors-allow-origin api-key \
+            watermark-gamma watermark-delta ngrok ngrok-authtoken ngrok-edge tokenizer-config-path \
+            disable-grammar-support env max-client-batch-size lora-adapters usage-stats payload-limit \
+            enable-prefill-logprobs graceful-termination-timeout";
+        let command = Args::command();
+        let mut count = 0;
+        for name in names.split_whitespace() {
+            let option = command.get_arguments().find(|arg| arg.get_long() == Some(name));
+            let option = option.unwrap_or_else(|| panic!("--{name} is missing"));
+            let variable = option.get_env().map(|env| env.to_string_lossy().into_owned());
+            let expected = (name != "env").then(|| name.replace('-', "_").to_uppercase());
+            assert_eq!(variable, expected, "--{name}");
+            count += 1;
+        }
+        assert_eq!(count, 54);
+    }
+
+    #[test]
+    fn short_p_sets_the_port() {
+        assert_eq!(Args::parse_from(["launcher", "-p", "8080"]).serving.port, 8080);
+    }
+
+    #[test]
+    fn unknown_options_and_bad_values_are_usage_errors() {
+        for bad in
+            [&["launcher", "--max-tokens", "3"][..], &["launcher", "--port", "70000"], &["launcher", "x"]]
+        {
+            let error = Args::try_parse_from(bad).unwrap_err();
+            assert_eq!(error.exit_code(), 2, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn secrets_are_not_shown() {
+        let args = Args::parse_from(["launcher", "--api-key", "hunter2", "--ngrok-authtoken", "hunter3"]);
+        let shown = format!("{args:#?}");
+        assert!(!shown.contains("hunter"));
+        assert_eq!(args.serving.api_key.unwrap().expose(), "hunter2");
+    }
+
+    #[test]
+    fn values_are_spelled_as_upstream() {
+        assert_eq!(spelled(Quantize::BitsandbytesNf4), "bitsandbytes-nf4");
+        assert_eq!(spelled(UsageStats::NoStack), "no-stack");
+        assert_eq!(spelled(Dtype::BFloat16), "bfloat16");
+        let args = Args::parse_from(["launcher", "--cuda-graphs", "1,2,0", "--sharded", "false"]);
+        assert_eq!(args.devices.cuda_graphs, Some(vec![1, 2, 0]));
+        assert_eq!(args.devices.sharded, Some(false));
+    }
+}

@@ -1,0 +1,275 @@
+//! One child process: started so that it cannot outlive us, watched, ended with a deadline, reaped.
+
+use std::io;
+use std::os::fd::RawFd;
+use std::os::unix::process::ExitStatusExt;
+use std::path::Path;
+use std::process::{ExitStatus, Stdio};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, killpg};
+use nix::unistd::{Pid, getpid, getppid};
+use process::ExitCode;
+use tokio::process::{Child, Command};
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+use tokio::time::Instant;
+
+use crate::command::Invocation;
+use crate::log_relay::{self, LastWords};
+use crate::supervisor::ChildId;
+
+/// After its exit a child's pipes end at once, unless a grandchild holds them open.
+const PIPES_END_WITHIN: Duration = Duration::from_millis(300);
+
+/// What a running child can be told.
+#[derive(Debug)]
+enum Order {
+    Terminate(Duration),
+    Kill,
+}
+
+/// A running child. The task that watches it also sends its signals, so none can reach a process that took over its id.
+#[derive(Debug)]
+pub struct Handle {
+    orders: mpsc::UnboundedSender<Order>,
+}
+
+impl Handle {
+    /// SIGTERM now, SIGKILL after `grace`.
+    pub fn terminate(&self, grace: Duration) {
+        // A child that has ended already takes no orders.
+        let _ = self.orders.send(Order::Terminate(grace));
+    }
+
+    /// SIGKILL now.
+    pub fn kill(&self) {
+        let _ = self.orders.send(Order::Kill);
+    }
+}
+
+/// How a child ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Exit {
+    /// Which child.
+    pub child: ChildId,
+    /// One line: exit code or signal, what that means, and the last line it wrote.
+    pub reason: String,
+    /// It ended because another rank had ended.
+    pub is_consequence: bool,
+    /// It was told to end, and did so with code 0 or by the signal it was sent.
+    pub is_orderly: bool,
+    /// Its last lines, oldest first.
+    pub last_words: Vec<String>,
+}
+
+/// Starts `program` and watches it; its `Exit` goes to `exits`.
+///
+/// `lifeline` is a file descriptor that the child inherits under its number.
+///
+/// Must be called on the main thread: the kernel kills the child when the *thread* that started it ends.
+///
+/// # Errors
+/// The operating system cannot start the program.
+pub fn spawn(
+    child: ChildId,
+    program: &Path,
+    invocation: &Invocation,
+    lifeline: Option<RawFd>,
+    exits: mpsc::UnboundedSender<Exit>,
+) -> io::Result<Handle> {
+    let mut command = Command::new(program);
+    command
+        .args(&invocation.args)
+        .envs(invocation.env.iter().map(|(name, value)| (name, value)))
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .process_group(0)
+        .kill_on_drop(true);
+    for name in &invocation.env_removed {
+        command.env_remove(name);
+    }
+    let launcher = getpid();
+    // SAFETY: between fork and exec only async-signal-safe system calls are made: prctl, getppid and fcntl. No
+    // allocation, no lock.
+    unsafe {
+        command.pre_exec(move || tie_to_parent(launcher, lifeline));
+    }
+    let mut process = command.spawn()?;
+    let words = LastWords::default();
+    let pipes = relay(child, &mut process, &words);
+    let (orders, received) = mpsc::unbounded_channel();
+    tokio::spawn(watch(Watched { child, process, pipes, words }, received, exits));
+    Ok(Handle { orders })
+}
+
+/// Runs in the child before it becomes the program.
+fn tie_to_parent(launcher: Pid, lifeline: Option<RawFd>) -> io::Result<()> {
+    // SIGKILL rather than SIGTERM: without a launcher nobody would end a child that drains for long.
+    nix::sys::prctl::set_pdeathsig(Signal::SIGKILL)?;
+    if getppid() != launcher {
+        // The launcher died before the line above took effect.
+        return Err(io::Error::from_raw_os_error(nix::libc::ESRCH));
+    }
+    if let Some(lifeline) = lifeline {
+        // SAFETY: the descriptor is open: the launcher holds it while it starts children, and fork copied it.
+        let lifeline = unsafe { std::os::fd::BorrowedFd::borrow_raw(lifeline) };
+        nix::fcntl::fcntl(lifeline, nix::fcntl::F_SETFD(nix::fcntl::FdFlag::empty()))?;
+    }
+    Ok(())
+}
+
+/// Starts the tasks that read the child's output.
+fn relay(child: ChildId, process: &mut Child, words: &LastWords) -> Vec<JoinHandle<()>> {
+    let (stdout, stderr) = (process.stdout.take(), process.stderr.take());
+    let mut tasks = Vec::new();
+    match child {
+        ChildId::Shard(rank) => {
+            let span = tracing::info_span!("shard-manager", rank);
+            tasks.extend(
+                stdout.map(|out| tokio::spawn(log_relay::relay_shard_stdout(out, span, words.clone()))),
+            );
+            tasks.extend(stderr.map(|err| tokio::spawn(log_relay::collect_stderr(err, words.clone()))));
+        }
+        ChildId::Router => {
+            tasks.extend(stdout.map(|out| tokio::spawn(log_relay::copy_stdout(out, words.clone()))));
+            tasks.extend(stderr.map(|err| tokio::spawn(log_relay::copy_stderr(err, words.clone()))));
+        }
+    }
+    tasks
+}
+
+struct Watched {
+    child: ChildId,
+    process: Child,
+    pipes: Vec<JoinHandle<()>>,
+    words: LastWords,
+}
+
+/// Lives as long as the child: obeys orders, keeps the deadline, reports the end.
+async fn watch(
+    mut watched: Watched,
+    mut orders: mpsc::UnboundedReceiver<Order>,
+    exits: mpsc::UnboundedSender<Exit>,
+) {
+    let mut deadline: Option<Instant> = None;
+    let mut was_told = false;
+    let status = loop {
+        let out_of_time = async {
+            match deadline {
+                Some(deadline) => tokio::time::sleep_until(deadline).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            status = watched.process.wait() => break status,
+            order = orders.recv() => {
+                was_told = true;
+                match order {
+                    Some(Order::Terminate(grace)) => {
+                        signal(&watched, Signal::SIGTERM);
+                        let new = Instant::now() + grace;
+                        deadline = Some(deadline.map_or(new, |old| old.min(new)));
+                    }
+                    // Nobody is left to give orders: the supervisor has gone.
+                    Some(Order::Kill) | None => {
+                        signal(&watched, Signal::SIGKILL);
+                        deadline = None;
+                    }
+                }
+            }
+            () = out_of_time => {
+                tracing::warn!("{} did not end in time after SIGTERM and is killed", watched.child);
+                signal(&watched, Signal::SIGKILL);
+                deadline = None;
+            }
+        }
+    };
+    let reading = async {
+        for pipe in watched.pipes {
+            // A relay that panicked has nothing more to say.
+            let _ = pipe.await;
+        }
+    };
+    let _ = tokio::time::timeout(PIPES_END_WITHIN, reading).await;
+    // The supervisor may have gone too.
+    let _ = exits.send(describe(watched.child, status, was_told, watched.words.lines()));
+}
+
+/// Signals the child's whole process group, so that a wrapper script does not shield the program it runs.
+fn signal(watched: &Watched, signal: Signal) {
+    if let Some(pid) = watched.process.id().and_then(|pid| i32::try_from(pid).ok()) {
+        tracing::debug!("sending {signal} to {}", watched.child);
+        // The only error is that the group has just ended.
+        let _ = killpg(Pid::from_raw(pid), signal);
+    }
+}
+
+fn describe(child: ChildId, status: io::Result<ExitStatus>, was_told: bool, last_words: Vec<String>) -> Exit {
+    let (how, code, signal) = match &status {
+        Ok(status) => (explain(*status, was_told), status.code(), status.signal()),
+        Err(error) => (format!("is lost: {error}"), None, None),
+    };
+    let mut reason = format!("{child} {how}");
+    if let Some(last) = last_words.last() {
+        reason.push_str(&format!("; its last words: {last}"));
+    }
+    let is_orderly = was_told && (code == Some(0) || signal.is_some());
+    let is_consequence = code == Some(i32::from(ExitCode::PeerLost)) || (was_told && signal.is_some());
+    Exit { child, reason, is_consequence, is_orderly, last_words }
+}
+
+/// The exit status as a clause.
+fn explain(status: ExitStatus, was_told: bool) -> String {
+    match (status.code(), status.signal()) {
+        (Some(101), _) => "exited with code 101 (it panicked)".to_owned(),
+        (Some(code), _) => match ExitCode::from_code(code) {
+            Some(known) => format!("exited with code {code} ({})", known.meaning()),
+            None => format!("exited with code {code}"),
+        },
+        (None, Some(number)) => {
+            let name = Signal::try_from(number)
+                .map_or_else(|_| format!("signal {number}"), |known| known.to_string());
+            let hint = if number == Signal::SIGKILL as i32 && !was_told {
+                " (the kernel does that when memory runs out: see `dmesg`)"
+            } else {
+                ""
+            };
+            format!("was ended by {name}{hint}")
+        }
+        (None, None) => "ended".to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn exit(wait_status: i32, was_told: bool) -> Exit {
+        let words = vec!["loading".to_owned(), "no such file".to_owned()];
+        describe(ChildId::Shard(1), Ok(ExitStatus::from_raw(wait_status)), was_told, words)
+    }
+
+    #[test]
+    fn reasons_name_child_cause_and_last_words() {
+        assert_eq!(
+            exit(10 << 8, false).reason,
+            "shard rank 1 exited with code 10 (the model is missing, damaged or not supported); its last words: no such \
+             file"
+        );
+        assert!(exit(9, false).reason.contains("SIGKILL (the kernel"));
+        assert!(!exit(9, true).reason.contains("kernel"));
+        assert!(exit(101 << 8, false).reason.contains("panicked"));
+        assert!(exit(77 << 8, false).reason.contains("code 77"));
+    }
+
+    #[test]
+    fn order_and_consequence_are_told_apart_from_causes() {
+        assert!(exit(14 << 8, false).is_consequence);
+        assert!(!exit(13 << 8, false).is_consequence);
+        assert!(exit(0, true).is_orderly && !exit(0, false).is_orderly);
+        assert!(exit(15, true).is_orderly && exit(15, true).is_consequence);
+        assert!(!exit(13 << 8, true).is_orderly);
+    }
+}

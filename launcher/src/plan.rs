@@ -1,0 +1,223 @@
+//! What the options mean together: a pure function from what was typed, the model and the devices to a plan, or to every
+//! mistake at once.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+use hub::ModelConfig;
+
+use crate::args::{Args, spelled};
+use crate::budget;
+use crate::command::{RouterSpec, ShardSpec};
+use crate::devices::{Device, Devices, num_shard};
+use crate::error::LauncherError;
+
+/// Everything that is decided before the first process starts.
+#[derive(Clone, Debug)]
+pub struct LaunchPlan {
+    /// The shards' command, but for what is known only at run time.
+    pub shard: ShardSpec,
+    /// The router's command, likewise.
+    pub router: RouterSpec,
+    /// Where the router will listen.
+    pub bind: SocketAddr,
+    /// The socket prefix the user asked for.
+    pub uds_prefix: Option<String>,
+    /// How long running requests may take to finish when the service is asked to stop.
+    pub graceful_timeout: Duration,
+    /// One log line each: options that were taken but change nothing, and choices the user did not make.
+    pub notices: Vec<String>,
+}
+
+/// Decides everything, or tells every mistake.
+///
+/// `config` is `None` before the model is on this disk; the plan is made again when it is, because limits depend on it.
+///
+/// # Errors
+/// All contradictions, all options that this build cannot honour, all values out of range.
+pub fn plan(
+    args: &Args,
+    config: Option<&ModelConfig>,
+    devices: &Devices,
+) -> Result<LaunchPlan, Vec<LauncherError>> {
+    let mut mistakes = contradictions(args);
+    mistakes.extend(out_of_range(args));
+    mistakes.extend(not_available(args).into_iter().map(LauncherError::ArgumentValidation));
+    let num_shard = num_shard(args, devices).unwrap_or_else(|mistake| {
+        mistakes.push(mistake);
+        1
+    });
+    mistakes.extend(too_many_shards(num_shard, config).map(LauncherError::ArgumentValidation));
+    if !mistakes.is_empty() {
+        return Err(mistakes);
+    }
+    let max_input_tokens = args.limits.max_input_tokens.or(args.limits.max_input_length);
+    let max_batch_prefill_tokens =
+        args.limits.max_batch_prefill_tokens.unwrap_or_else(|| budget::max_batch_prefill_tokens(config));
+    let ip = args.serving.hostname.parse().unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
+    Ok(LaunchPlan {
+        shard: ShardSpec::new(args, devices.device, num_shard, max_input_tokens),
+        router: RouterSpec::new(args, max_input_tokens, max_batch_prefill_tokens),
+        bind: SocketAddr::new(ip, args.serving.port),
+        uds_prefix: args.devices.shard_uds_path.clone(),
+        graceful_timeout: Duration::from_secs(args.serving.graceful_termination_timeout),
+        notices: notices(args, devices, num_shard, max_batch_prefill_tokens),
+    })
+}
+
+/// Options that exclude each other. The texts begin as upstream's.
+fn contradictions(args: &Args) -> Vec<LauncherError> {
+    let limits = &args.limits;
+    let mut found = Vec::new();
+    if let (Some(tokens), Some(length)) = (limits.max_input_tokens, limits.max_input_length) {
+        found.push(format!(
+            "Both `max_input_tokens` ({tokens}) and `max_input_length` ({length}) are set. Please define only \
+             `max_input_tokens` as `max_input_length` is deprecated"
+        ));
+    }
+    if let (Some(input), Some(total)) =
+        (limits.max_input_tokens.or(limits.max_input_length), limits.max_total_tokens)
+        && input >= total
+    {
+        found.push(format!(
+            "`max_input_tokens` must be < `max_total_tokens`. Given: {input} and {total}; lower --max-input-tokens or \
+             raise --max-total-tokens"
+        ));
+    }
+    if let (Some(total), Some(batch_total)) = (limits.max_total_tokens, limits.max_batch_total_tokens)
+        && total > batch_total as usize
+    {
+        found.push(format!(
+            "`max_total_tokens` must be <= `max_batch_total_tokens`. Given: {total} and {batch_total}; lower \
+             --max-total-tokens or raise --max-batch-total-tokens"
+        ));
+    }
+    found.into_iter().map(LauncherError::ArgumentValidation).collect()
+}
+
+/// Single values that no deployment can mean.
+fn out_of_range(args: &Args) -> Vec<LauncherError> {
+    let mut found = Vec::new();
+    if args.limits.validation_workers == 0 {
+        found.push("`validation_workers` must be > 0; set --validation-workers to 1 or more".to_owned());
+    }
+    if args.limits.max_batch_prefill_tokens == Some(0) {
+        found.push("--max-batch-prefill-tokens 0: expected 1 or more".to_owned());
+    }
+    if args.limits.max_batch_size == Some(0) {
+        found.push("--max-batch-size 0: expected 1 or more".to_owned());
+    }
+    if args.devices.threads == Some(0) {
+        found.push("--threads 0: expected 1 or more".to_owned());
+    }
+    let fraction = args.devices.cuda_memory_fraction;
+    if !(fraction > 0.0 && fraction <= 1.0) {
+        found.push(format!("--cuda-memory-fraction {fraction}: expected a number above 0 and up to 1"));
+    }
+    if args.serving.port == 0 {
+        found.push("--port 0: expected a port from 1 to 65535".to_owned());
+    }
+    if args.model.model_id.is_empty() {
+        found.push(
+            "--model-id is empty: expected a Hub id, a directory or the path of a .gguf file".to_owned(),
+        );
+    }
+    found.into_iter().map(LauncherError::ArgumentValidation).collect()
+}
+
+/// Options that would have to change something and cannot: refused, never ignored.
+fn not_available(args: &Args) -> Vec<String> {
+    let (model, features, serving) = (&args.model, &args.features, &args.serving);
+    let mut found = Vec::new();
+    let mut refuse =
+        |option: String, remedy: &str| found.push(format!("{option} is not available yet; {remedy}"));
+    if let Some(quantize) = model.quantize {
+        refuse(
+            format!("--quantize {}", spelled(quantize)),
+            "leave it out, or serve a GGUF file for smaller weights",
+        );
+    }
+    if let Some(tokens) = model.speculate.filter(|&tokens| tokens > 0) {
+        refuse(format!("--speculate {tokens}"), "leave it out or set it to 0");
+    }
+    if let Some(dtype) = model.kv_cache_dtype {
+        refuse(
+            format!("--kv-cache-dtype {}", spelled(dtype)),
+            "leave it out: the cache then has the model's precision",
+        );
+    }
+    if let Some(scaling) = model.rope_scaling {
+        refuse(
+            format!("--rope-scaling {}", spelled(scaling)),
+            "put `rope_scaling` into the model's config.json",
+        );
+    }
+    if let Some(factor) = model.rope_factor {
+        refuse(format!("--rope-factor {factor}"), "put `rope_scaling` into the model's config.json");
+    }
+    if features.lora_adapters.as_deref().is_some_and(|adapters| !adapters.trim().is_empty()) {
+        refuse("--lora-adapters".to_owned(), "leave it out, or serve a model that has the adapter merged in");
+    }
+    for (option, value) in
+        [("--watermark-gamma", features.watermark_gamma), ("--watermark-delta", features.watermark_delta)]
+    {
+        if let Some(value) = value {
+            refuse(format!("{option} {value}"), "leave it out");
+        }
+    }
+    if let Some(endpoint) = &serving.otlp_endpoint {
+        refuse(format!("--otlp-endpoint {endpoint}"), "leave it out; metrics are at /metrics");
+    }
+    if serving.ngrok {
+        refuse("--ngrok".to_owned(), "leave it out and put a tunnel of your own before --port");
+    }
+    found
+}
+
+/// A rank without an attention head would have nothing to compute.
+fn too_many_shards(num_shard: usize, config: Option<&ModelConfig>) -> Option<String> {
+    let heads = config?.num_attention_heads().ok().flatten()?;
+    (num_shard > heads).then(|| {
+        format!(
+            "--num-shard {num_shard}: the model has {heads} attention heads; expected at most {heads} shards"
+        )
+    })
+}
+
+/// Lines for the log about what was taken or chosen silently.
+fn notices(args: &Args, devices: &Devices, num_shard: usize, prefill_tokens: u32) -> Vec<String> {
+    let (model, hidden) = (&args.model, &args.hidden);
+    let mut lines: Vec<String> = devices.why.clone().into_iter().collect();
+    let mut say = |applies: bool, line: &str| lines.extend(applies.then(|| line.to_owned()));
+    say(
+        model.trust_remote_code,
+        "--trust-remote-code changes nothing: no code that comes with a model is ever run",
+    );
+    say(
+        args.devices.disable_custom_kernels,
+        "--disable-custom-kernels changes nothing: there are no other kernels to fall back to",
+    );
+    if devices.device == Device::Cpu {
+        say(args.devices.cuda_memory_fraction < 1.0, "--cuda-memory-fraction changes nothing on the CPU");
+        say(args.devices.cuda_graphs.is_some(), "--cuda-graphs changes nothing on the CPU");
+    }
+    say(
+        hidden.attention.as_deref().is_some_and(|attention| attention != "paged"),
+        "ATTENTION changes nothing: attention is always paged",
+    );
+    say(
+        matches!(hidden.prefix_caching.as_deref(), Some("1" | "true" | "True")),
+        "PREFIX_CACHING changes nothing yet: every prompt is computed in full",
+    );
+    say(
+        args.devices.master_port != 29500 || args.devices.master_addr != "localhost",
+        "--master-addr and --master-port change nothing on one machine: shards meet at a Unix socket",
+    );
+    if num_shard > 1 {
+        lines.push(format!("Sharding model on {num_shard} processes"));
+    }
+    if args.limits.max_batch_prefill_tokens.is_none() {
+        lines.push(format!("Default `max_batch_prefill_tokens` to {prefill_tokens}"));
+    }
+    lines
+}

@@ -1,0 +1,147 @@
+//! Whether children are ready: a shard when it answers this launcher's handshake, the router when `/health` is 200.
+//!
+//! There is no timeout: a large model may load for minutes, and a child that dies is noticed elsewhere at once.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use proto::ShardClient;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+/// A small model is ready in tens of milliseconds, so the first looks are close together.
+const FIRST_PAUSE: Duration = Duration::from_millis(5);
+/// Looks cost little, but a load that takes a minute should not be looked at twelve thousand times.
+const LONGEST_PAUSE: Duration = Duration::from_millis(50);
+/// A handshake is answered without the engine; a slower answer is a hang and is asked again.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(2);
+/// How often to say that one is still waiting, as upstream.
+const SAY_EVERY: Duration = Duration::from_secs(10);
+
+/// Pauses that grow, and a line every ten seconds.
+struct Patience {
+    pause: Duration,
+    started: Instant,
+    said: Instant,
+}
+
+impl Patience {
+    fn new() -> Self {
+        let now = Instant::now();
+        Self { pause: FIRST_PAUSE, started: now, said: now }
+    }
+
+    async fn wait(&mut self, for_what: &str, last_answer: &str) {
+        if self.said.elapsed() >= SAY_EVERY {
+            self.said = Instant::now();
+            let waited = self.started.elapsed().as_secs();
+            tracing::info!("Waiting for {for_what} to be ready for {waited} s; last answer: {last_answer}");
+        }
+        tokio::time::sleep(self.pause).await;
+        self.pause = self.pause.mul_f64(1.25).min(LONGEST_PAUSE);
+    }
+}
+
+/// Returns when the shard on `socket` has answered with `instance_id` and `rank`.
+pub async fn shard_ready(socket: PathBuf, instance_id: String, rank: usize) {
+    let mut patience = Patience::new();
+    loop {
+        let answer = tokio::time::timeout(ANSWER_TIMEOUT, shake_hands(&socket, &instance_id, rank)).await;
+        match answer.unwrap_or_else(|_| Err("none within two seconds".to_owned())) {
+            Ok(()) => return,
+            Err(reason) => patience.wait("shard", &reason).await,
+        }
+    }
+}
+
+async fn shake_hands(socket: &Path, instance_id: &str, rank: usize) -> Result<(), String> {
+    let mut client = ShardClient::connect(socket).await.map_err(|error| error.to_string())?;
+    let answer = client.handshake().await.map_err(|error| error.to_string())?;
+    if answer.instance_id != instance_id {
+        return Err(format!("a shard of another launcher (instance {:?})", answer.instance_id));
+    }
+    if answer.rank as usize != rank {
+        return Err(format!("rank {} on the socket of rank {rank}", answer.rank));
+    }
+    Ok(())
+}
+
+/// The phases a shard reports of its own start, for the log; empty when it reports none.
+pub async fn shard_phases(socket: PathBuf) -> String {
+    let asked = async {
+        let status = ShardClient::connect(&socket).await.ok()?.status().await.ok()?;
+        let phases =
+            status.startup.iter().map(|phase| format!("{} {:.1} ms", phase.name, phase.nanos as f64 / 1e6));
+        Some(phases.collect::<Vec<_>>().join(", "))
+    };
+    tokio::time::timeout(ANSWER_TIMEOUT, asked).await.ok().flatten().unwrap_or_default()
+}
+
+/// Returns when `GET /health` on the router that listens on `bind` answers 200.
+pub async fn router_healthy(bind: SocketAddr) {
+    let address = reachable(bind);
+    let mut patience = Patience::new();
+    loop {
+        match tokio::time::timeout(ANSWER_TIMEOUT, health(address)).await {
+            Ok(Ok(status)) if status == "200" => return,
+            Ok(Ok(status)) => patience.wait("router", &format!("/health {status}")).await,
+            Ok(Err(error)) => patience.wait("router", &error.to_string()).await,
+            Err(_) => patience.wait("router", "none within two seconds").await,
+        }
+    }
+}
+
+/// "All addresses" is nothing one can connect to; the loopback is one of them.
+fn reachable(bind: SocketAddr) -> SocketAddr {
+    let ip = match bind.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        IpAddr::V6(ip) if ip.is_unspecified() => IpAddr::V6(Ipv6Addr::LOCALHOST),
+        ip => ip,
+    };
+    SocketAddr::new(ip, bind.port())
+}
+
+/// The status of one `GET /health`; a whole HTTP client would be the launcher's largest dependency.
+async fn health(address: SocketAddr) -> std::io::Result<String> {
+    let mut stream = TcpStream::connect(address).await?;
+    let request = format!("GET /health HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
+    stream.write_all(request.as_bytes()).await?;
+    // `HTTP/1.1 200` is all there is to know.
+    let mut start = [0; 12];
+    stream.read_exact(&mut start).await?;
+    Ok(String::from_utf8_lossy(&start[9..]).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn router_is_healthy_at_its_first_200() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let bind = listener.local_addr().unwrap();
+        let router = tokio::spawn(async move {
+            for status in ["503 Service Unavailable", "200 OK"] {
+                let (mut stream, _) = listener.accept().await.unwrap();
+                let mut request = [0; 1024];
+                let read = stream.read(&mut request).await.unwrap();
+                assert!(request[..read].starts_with(b"GET /health HTTP/1.1\r\n"));
+                stream.write_all(format!("HTTP/1.1 {status}\r\n\r\n").as_bytes()).await.unwrap();
+            }
+        });
+        router_healthy(bind).await;
+        router.await.unwrap();
+    }
+
+    #[test]
+    fn unspecified_addresses_are_reached_through_the_loopback() {
+        for (bind, expected) in
+            [("0.0.0.0:1", "127.0.0.1:1"), ("[::]:2", "[::1]:2"), ("10.1.2.3:4", "10.1.2.3:4")]
+        {
+            assert_eq!(reachable(bind.parse().unwrap()), expected.parse().unwrap());
+        }
+    }
+}

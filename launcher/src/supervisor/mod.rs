@@ -1,0 +1,265 @@
+//! The launcher's one event loop: it feeds what happens to the state machine and does what that answers.
+
+mod machine;
+
+use std::collections::HashMap;
+use std::io::PipeReader;
+use std::io::PipeWriter;
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use process::SignalStream;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+
+use crate::args::Args;
+use crate::child::{self, Exit, Handle};
+use crate::command::ShardRuntime;
+use crate::devices::Devices;
+use crate::error::{Failure, LauncherError};
+use crate::readiness;
+use crate::startup_ledger::StartupLedger;
+use crate::weights::{Prepared, prepare};
+
+pub use machine::{Action, ChildId, Event, Grace, Phase, State, transition};
+
+/// A child without requests has nothing to finish: it frees its memory and ends. A longer wait would only delay the
+/// restart that somebody is waiting for.
+const IDLE_GRACE: Duration = Duration::from_secs(5);
+
+/// What the supervisor is started with.
+#[derive(Debug)]
+pub struct Launch {
+    /// As parsed.
+    pub args: Args,
+    /// As chosen.
+    pub devices: Devices,
+    /// The shards' program.
+    pub shard_program: PathBuf,
+    /// The router's program.
+    pub router_program: PathBuf,
+    /// Level of the shards' logs, in capitals.
+    pub logger_level: String,
+    /// Started when the process did.
+    pub ledger: StartupLedger,
+}
+
+/// Starts everything, serves until it is asked to stop or a child dies, and ends everything.
+///
+/// Must run on the main thread in a current-thread runtime, because children are tied to the thread that starts them.
+///
+/// # Errors
+/// Why the service ended, unless it was asked to.
+pub async fn supervise(launch: Launch) -> Result<(), Failure> {
+    let mut signals =
+        SignalStream::new().map_err(|error| Failure::argument(format!("cannot catch signals: {error}")))?;
+    let (events, mut happened) = mpsc::unbounded_channel();
+    let (exits, mut exited) = mpsc::unbounded_channel();
+    let mut preparing = {
+        let (args, devices) = (launch.args.clone(), launch.devices.clone());
+        tokio::task::spawn_blocking(move || prepare(&args, &devices))
+    };
+    let mut supervisor = Supervisor::new(launch, events, exits);
+    let mut state = State::default();
+    while state.phase != Phase::Exited {
+        let event = tokio::select! {
+            // A child's end outranks what it may have reported before.
+            biased;
+            signal = signals.next() => {
+                tracing::info!("{signal} received");
+                Event::Stop(signal)
+            }
+            Some(exit) = exited.recv() => supervisor.note_exit(exit),
+            prepared = &mut preparing, if supervisor.is_preparing => supervisor.note_prepared(prepared),
+            Some(event) = happened.recv() => event,
+        };
+        let before = state.phase;
+        let (after, actions) = transition(state, event);
+        state = after;
+        if state.phase != before {
+            tracing::info!("{before:?} -> {:?}", state.phase);
+        }
+        supervisor.act(actions).await;
+    }
+    state.outcome
+}
+
+/// The part of the supervisor that touches the world.
+struct Supervisor {
+    launch: Launch,
+    events: mpsc::UnboundedSender<Event>,
+    exits: mpsc::UnboundedSender<Exit>,
+    is_preparing: bool,
+    prepared: Option<Prepared>,
+    instance_id: String,
+    /// The read end is inherited by every shard; its end-of-file means that this process is gone.
+    lifeline: Option<(PipeReader, PipeWriter)>,
+    children: HashMap<ChildId, Handle>,
+    probes: Vec<JoinHandle<()>>,
+}
+
+impl Supervisor {
+    fn new(launch: Launch, events: mpsc::UnboundedSender<Event>, exits: mpsc::UnboundedSender<Exit>) -> Self {
+        Self {
+            launch,
+            events,
+            exits,
+            is_preparing: true,
+            prepared: None,
+            instance_id: format!("{:032x}", rand::random::<u128>()),
+            lifeline: None,
+            children: HashMap::new(),
+            probes: Vec::new(),
+        }
+    }
+
+    fn note_prepared(
+        &mut self,
+        prepared: Result<Result<Prepared, Failure>, tokio::task::JoinError>,
+    ) -> Event {
+        self.is_preparing = false;
+        self.launch.ledger.end_phase("model files and plan", Instant::now());
+        match prepared {
+            Ok(Ok(prepared)) => {
+                let num_shard = prepared.plan.shard.num_shard;
+                self.prepared = Some(prepared);
+                Event::Prepared { num_shard }
+            }
+            Ok(Err(failure)) => Event::PrepareFailed(failure),
+            Err(panic) => Event::PrepareFailed(Failure::new(LauncherError::DownloadError, panic.to_string())),
+        }
+    }
+
+    /// Logs how a child ended; a death that nobody asked for with its last words.
+    fn note_exit(&mut self, exit: Exit) -> Event {
+        self.children.remove(&exit.child);
+        if exit.is_orderly {
+            tracing::info!("{} terminated", exit.child);
+        } else {
+            let words = exit.last_words.join("\n    ");
+            let reason = exit.reason.split("; its last words").next().unwrap_or_default();
+            match exit.child {
+                ChildId::Shard(rank) => tracing::error!(rank, "{reason}; its last words:\n    {words}"),
+                ChildId::Router => tracing::error!("{reason}; its last words:\n    {words}"),
+            }
+        }
+        Event::Ended { child: exit.child, reason: exit.reason, is_consequence: exit.is_consequence }
+    }
+
+    async fn act(&mut self, actions: Vec<Action>) {
+        for action in actions {
+            match action {
+                Action::SpawnShards => self.spawn_shards(),
+                Action::SpawnRouter => self.spawn_router(),
+                Action::Announce => self.announce().await,
+                Action::Terminate(child, grace) => self.terminate(child, grace),
+                Action::Kill(child) => {
+                    if let Some(handle) = self.children.get(&child) {
+                        handle.kill();
+                    }
+                }
+            }
+        }
+    }
+
+    fn spawn_shards(&mut self) {
+        match std::io::pipe() {
+            Ok(ends) => self.lifeline = Some(ends),
+            // The parent-death signal still ties the shards to us.
+            Err(error) => tracing::warn!("cannot make a lifeline pipe: {error}"),
+        }
+        let Some(prepared) = &self.prepared else { return };
+        let lifeline = self.lifeline.as_ref().map(|(reader, _)| reader.as_raw_fd());
+        let runtime = ShardRuntime {
+            uds_prefix: prepared.runtime_dir.prefix().to_owned(),
+            instance_id: self.instance_id.clone(),
+            lifeline_fd: lifeline,
+            logger_level: self.launch.logger_level.clone(),
+        };
+        for rank in 0..prepared.plan.shard.num_shard {
+            let child = ChildId::Shard(rank);
+            let invocation = prepared.plan.shard.command(rank, &runtime);
+            let program = &self.launch.shard_program;
+            match child::spawn(child, program, &invocation, lifeline, self.exits.clone()) {
+                Ok(handle) => {
+                    self.children.insert(child, handle);
+                }
+                Err(error) => self.report_spawn_failure(child, program.display().to_string(), &error),
+            }
+            let (events, id) = (self.events.clone(), self.instance_id.clone());
+            let socket = prepared.runtime_dir.socket(rank);
+            self.probes.push(tokio::spawn(async move {
+                readiness::shard_ready(socket, id, rank).await;
+                // The supervisor ends before its probes only when it no longer cares.
+                let _ = events.send(Event::ShardReady { rank });
+            }));
+        }
+        tracing::info!(
+            "Starting {} shard(s) on {}",
+            prepared.plan.shard.num_shard,
+            prepared.plan.shard.device.name()
+        );
+    }
+
+    fn spawn_router(&mut self) {
+        self.launch.ledger.end_phase("shards", Instant::now());
+        let Some(prepared) = &self.prepared else { return };
+        let invocation = prepared.plan.router.command(prepared.runtime_dir.prefix());
+        let program = &self.launch.router_program;
+        tracing::info!("Starting router");
+        match child::spawn(ChildId::Router, program, &invocation, None, self.exits.clone()) {
+            Ok(handle) => {
+                self.children.insert(ChildId::Router, handle);
+            }
+            Err(error) => self.report_spawn_failure(ChildId::Router, program.display().to_string(), &error),
+        }
+        let (events, bind) = (self.events.clone(), prepared.plan.bind);
+        self.probes.push(tokio::spawn(async move {
+            readiness::router_healthy(bind).await;
+            let _ = events.send(Event::RouterHealthy);
+        }));
+    }
+
+    fn report_spawn_failure(&self, child: ChildId, program: String, error: &std::io::Error) {
+        let reason = format!("{child} cannot be started from {program}: {error}");
+        // The loop holds the receiver for as long as it acts.
+        let _ = self.events.send(Event::SpawnFailed { child, reason });
+    }
+
+    async fn announce(&mut self) {
+        self.launch.ledger.end_phase("router", Instant::now());
+        let Some(prepared) = &self.prepared else { return };
+        let (ledger, bind) = (&self.launch.ledger, prepared.plan.bind);
+        tracing::info!(
+            "Serving {} at http://{bind} after {:.0} ms ({ledger})",
+            prepared.plan.shard.model_id,
+            ledger.total().as_secs_f64() * 1e3,
+        );
+        let socket = prepared.runtime_dir.socket(0);
+        self.probes.push(tokio::spawn(async move {
+            let phases = readiness::shard_phases(socket).await;
+            if !phases.is_empty() {
+                tracing::info!("Start-up of shard rank 0: {phases}");
+            }
+        }));
+    }
+
+    fn terminate(&mut self, child: ChildId, grace: Grace) {
+        for probe in self.probes.drain(..) {
+            probe.abort();
+        }
+        let grace = match grace {
+            Grace::Requests => self.graceful_timeout(),
+            Grace::Idle => IDLE_GRACE.min(self.graceful_timeout()),
+        };
+        if let Some(handle) = self.children.get(&child) {
+            tracing::info!("Terminating {child}");
+            handle.terminate(grace);
+        }
+    }
+
+    fn graceful_timeout(&self) -> Duration {
+        self.prepared.as_ref().map_or(IDLE_GRACE, |prepared| prepared.plan.graceful_timeout)
+    }
+}

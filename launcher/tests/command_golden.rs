@@ -1,0 +1,180 @@
+//! The children's command lines, word by word in text-generation-inference's order.
+
+use std::collections::BTreeMap;
+
+use clap::Parser;
+use launcher::args::Args;
+use launcher::command::{Invocation, ShardRuntime};
+use launcher::devices::{Devices, Machine};
+use launcher::plan::{LaunchPlan, plan};
+
+const NOTHING: &[&str] = &["--model-id", "org/model", "--hostname", "0.0.0.0"];
+const EVERYTHING: &[&str] = &[
+    "--model-id",
+    "/models/m.gguf",
+    "--revision",
+    "refs/pr/1",
+    "--dtype",
+    "bfloat16",
+    "--trust-remote-code",
+    "--num-shard",
+    "2",
+    "--threads",
+    "4",
+    "--max-input-length",
+    "100",
+    "--max-total-tokens",
+    "200",
+    "--max-batch-prefill-tokens",
+    "300",
+    "--max-batch-total-tokens",
+    "400",
+    "--max-batch-size",
+    "8",
+    "--waiting-served-ratio",
+    "1.2",
+    "--hostname",
+    "127.0.0.1",
+    "--port",
+    "8080",
+    "--cuda-graphs",
+    "0,4,8",
+    "--disable-custom-kernels",
+    "--cuda-memory-fraction",
+    "0.5",
+    "--huggingface-hub-cache",
+    "/cache",
+    "--weights-cache-override",
+    "/weights",
+    "--enable-prefill-logprobs",
+    "--disable-grammar-support",
+    "--tokenizer-config-path",
+    "/t.json",
+    "--json-output",
+    "--otlp-service-name",
+    "svc",
+    "--api-key",
+    "key",
+    "--cors-allow-origin",
+    "http://a",
+    "--cors-allow-origin",
+    "http://b",
+    "--usage-stats",
+    "no-stack",
+    "--hf-api-token",
+    "token",
+    "--compute-type",
+    "1-cpu",
+];
+
+fn planned(words: &[&str]) -> LaunchPlan {
+    let args = Args::parse_from([&["launcher"], words].concat());
+    let machine = Machine { has_cuda_kernels: false, has_cuda_device: false, cores: 2 };
+    plan(&args, None, &Devices::choose(&args, machine).unwrap()).unwrap()
+}
+
+fn shard(words: &[&str], rank: usize) -> Invocation {
+    let runtime = ShardRuntime {
+        uds_prefix: "/run/s".to_owned(),
+        instance_id: "abc".to_owned(),
+        lifeline_fd: Some(9),
+        logger_level: "INFO".to_owned(),
+    };
+    planned(words).shard.command(rank, &runtime)
+}
+
+fn environment(invocation: &Invocation) -> BTreeMap<&str, &str> {
+    invocation.env.iter().map(|(name, value)| (*name, value.to_str().unwrap())).collect()
+}
+
+#[test]
+fn shard_by_default() {
+    let shard = shard(NOTHING, 0);
+    assert_eq!(
+        shard.args.join(" "),
+        "serve org/model --uds-path /run/s --logger-level INFO --json-output --otlp-service-name \
+         text-generation-inference.router"
+    );
+    assert_eq!(shard.env_removed, ["LOG_LEVEL"]);
+    let mut env = environment(&shard);
+    env.remove("HF_HUB_ENABLE_HF_TRANSFER");
+    let expected = [
+        ("ATTENTION", "paged"),
+        ("CUDA_GRAPHS", "1,2,4,8,16,32"),
+        ("CUDA_MEMORY_FRACTION", "1"),
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+        ("MASTER_ADDR", "localhost"),
+        ("MASTER_PORT", "29500"),
+        ("PREFIX_CACHING", "0"),
+        ("QUARTET_DEVICE", "cpu"),
+        ("QUARTET_INSTANCE_ID", "abc"),
+        ("QUARTET_LIFELINE_FD", "9"),
+        ("RANK", "0"),
+        ("SAFETENSORS_FAST_GPU", "1"),
+        ("TORCH_NCCL_AVOID_RECORD_STREAMS", "1"),
+        ("WORLD_SIZE", "1"),
+    ];
+    assert_eq!(env, BTreeMap::from(expected));
+}
+
+#[test]
+fn shard_with_everything() {
+    let shard = shard(EVERYTHING, 1);
+    assert_eq!(
+        shard.args.join(" "),
+        "serve /models/m.gguf --uds-path /run/s --logger-level INFO --json-output --trust-remote-code --sharded \
+         --dtype bfloat16 --revision refs/pr/1 --otlp-service-name svc --max-input-tokens 100"
+    );
+    let env = environment(&shard);
+    for (name, value) in [
+        ("RANK", "1"),
+        ("WORLD_SIZE", "2"),
+        ("CUDA_MEMORY_FRACTION", "0.5"),
+        ("HF_TOKEN", "token"),
+        ("MAX_TOTAL_TOKENS", "200"),
+        ("MAX_BATCH_SIZE", "8"),
+        ("REQUEST_LOGPROBS", "1"),
+        ("HUGGINGFACE_HUB_CACHE", "/cache"),
+        ("WEIGHTS_CACHE_OVERRIDE", "/weights"),
+        ("CUDA_GRAPHS", "4,8"),
+        ("DISABLE_CUSTOM_KERNELS", "True"),
+        ("QUARTET_THREADS", "4"),
+    ] {
+        assert_eq!(env.get(name), Some(&value), "{name}");
+    }
+    let no_graphs = [NOTHING, &["--cuda-graphs", "0"]].concat();
+    assert!(!environment(&self::shard(&no_graphs, 0)).contains_key("CUDA_GRAPHS"));
+}
+
+#[test]
+fn router_by_default() {
+    let router = planned(NOTHING).router.command("/run/s");
+    assert_eq!(
+        router.args.join(" "),
+        "--max-client-batch-size 4 --max-concurrent-requests 128 --max-best-of 2 --max-stop-sequences 4 \
+         --max-top-n-tokens 5 --max-batch-prefill-tokens 4096 --waiting-served-ratio 0.3 --max-waiting-tokens 20 \
+         --validation-workers 2 --hostname 0.0.0.0 --port 3000 --prometheus-port 9000 --master-shard-uds-path /run/s-0 \
+         --tokenizer-name org/model --payload-limit 2000000 --usage-stats on --otlp-service-name \
+         text-generation-inference.router"
+    );
+    assert!(router.env_removed.is_empty(), "the router reads LOG_LEVEL itself");
+}
+
+#[test]
+fn router_with_everything() {
+    let router = planned(EVERYTHING).router.command("/run/s");
+    let (_, optional) = router
+        .args
+        .join(" ")
+        .split_once("--payload-limit 2000000 ")
+        .map(|(a, b)| (a.to_owned(), b.to_owned()))
+        .unwrap();
+    assert_eq!(
+        optional,
+        "--max-input-tokens 100 --max-total-tokens 200 --usage-stats no-stack --disable-grammar-support \
+         --tokenizer-config-path /t.json --max-batch-total-tokens 400 --max-batch-size 8 --revision refs/pr/1 \
+         --trust-remote-code --json-output --otlp-service-name svc --cors-allow-origin http://a --cors-allow-origin \
+         http://b --api-key key"
+    );
+    assert_eq!(environment(&router), BTreeMap::from([("COMPUTE_TYPE", "1-cpu"), ("HF_TOKEN", "token")]));
+}

@@ -1,0 +1,363 @@
+//! The real launcher with fake children: starts, deaths, stops, and nothing left behind.
+
+use std::io::Read;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+/// Longer than anything here takes, even on a busy machine.
+const PATIENCE: Duration = Duration::from_secs(15);
+
+/// A launcher in a directory of its own, with fake children.
+struct Service {
+    dir: tempfile::TempDir,
+    launcher: Child,
+    port: u16,
+}
+
+/// What is left when it has ended.
+struct Ended {
+    code: Option<i32>,
+    stdout: String,
+    stderr: String,
+}
+
+fn fake_child() -> PathBuf {
+    let path = Path::new(env!("CARGO_BIN_EXE_launcher")).with_file_name("examples").join("fake_child");
+    assert!(
+        path.exists(),
+        "{} is missing: run the tests without --test, or build the examples",
+        path.display()
+    );
+    path
+}
+
+fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+fn fresh_dir() -> tempfile::TempDir {
+    let dir = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink(fake_child(), dir.path().join("shard")).unwrap();
+    std::os::unix::fs::symlink(fake_child(), dir.path().join("router")).unwrap();
+    let model = dir.path().join("model");
+    std::fs::create_dir(&model).unwrap();
+    std::fs::write(model.join("config.json"), r#"{"model_type": "llama", "max_position_embeddings": 128}"#)
+        .unwrap();
+    std::fs::write(model.join("model.safetensors"), "the fake shard does not look").unwrap();
+    dir
+}
+
+impl Service {
+    fn start(arguments: &[&str], environment: &[(&str, &str)]) -> Self {
+        Self::start_in(fresh_dir(), arguments, environment)
+    }
+
+    fn start_in(dir: tempfile::TempDir, arguments: &[&str], environment: &[(&str, &str)]) -> Self {
+        let port = free_port();
+        let output = |name: &str| std::fs::File::create(dir.path().join(name)).unwrap();
+        let launcher = Command::new(env!("CARGO_BIN_EXE_launcher"))
+            .env_clear()
+            .env("QUARTET_BIN_DIR", dir.path())
+            .env("FAKE_DIR", dir.path())
+            .env("LOG_COLORIZE", "1")
+            .envs(environment.iter().copied())
+            .args(["--port", &port.to_string(), "--hostname", "127.0.0.1"])
+            .args([Path::new("--model-id"), &dir.path().join("model")])
+            .args([Path::new("--shard-uds-path"), &dir.path().join("s")])
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(output("stdout"))
+            .stderr(output("stderr"))
+            .spawn()
+            .unwrap();
+        Self { dir, launcher, port }
+    }
+
+    fn read(&self, name: &str) -> String {
+        let mut text = Vec::new();
+        if let Ok(mut file) = std::fs::File::open(self.dir.path().join(name)) {
+            file.read_to_end(&mut text).unwrap();
+        }
+        String::from_utf8(text).unwrap()
+    }
+
+    fn wait_for(&self, what: &str, condition: impl Fn(&Self) -> bool) {
+        let start = Instant::now();
+        while !condition(self) {
+            assert!(
+                start.elapsed() < PATIENCE,
+                "no {what}; stdout:\n{}\n{}",
+                self.read("stdout"),
+                self.read("stderr")
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn wait_until_serving(&self) {
+        self.wait_for("announcement", |service| service.read("stdout").contains("Serving "));
+    }
+
+    fn pid_of(&self, child: &str) -> Pid {
+        Pid::from_raw(self.read(&format!("{child}.pid")).parse().unwrap())
+    }
+
+    fn has_pid(&self, child: &str) -> bool {
+        !self.read(&format!("{child}.pid")).is_empty()
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.launcher.id() as i32), signal).unwrap();
+    }
+
+    /// Waits for the end and checks that no child is left.
+    fn ended(mut self) -> Ended {
+        let start = Instant::now();
+        let status = loop {
+            if let Some(status) = self.launcher.try_wait().unwrap() {
+                break status;
+            }
+            assert!(
+                start.elapsed() < PATIENCE,
+                "the launcher does not end; stdout:\n{}",
+                self.read("stdout")
+            );
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        for child in ["shard-0", "shard-1", "router"] {
+            assert!(!self.has_pid(child) || !is_alive(self.pid_of(child)), "{child} is left behind");
+        }
+        Ended { code: status.code(), stdout: self.read("stdout"), stderr: self.read("stderr") }
+    }
+}
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        // A failed test must leave nothing behind either.
+        let _ = self.launcher.kill();
+        let _ = self.launcher.wait();
+    }
+}
+
+/// Zombies count as dead: their parent is gone and somebody else's init has not reaped them yet.
+fn is_alive(pid: Pid) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    status.rsplit(')').next().is_some_and(|rest| !rest.is_empty() && !rest.trim_start().starts_with('Z'))
+}
+
+#[test]
+fn serves_then_drains_router_first_and_exits_0() {
+    let start = Instant::now();
+    let service = Service::start(&["--num-shard", "2"], &[]);
+    service.wait_until_serving();
+    let took = start.elapsed();
+    service.signal(Signal::SIGTERM);
+    let dir = service.dir.path().to_path_buf();
+    service.wait_for("ends", |service| service.read("ends").lines().count() == 3);
+    let ends = service.read("ends");
+    let port = service.port;
+    let ended = service.ended();
+    assert_eq!(ended.code, Some(0), "{}", ended.stdout);
+    assert_eq!(ended.stderr, "");
+    assert!(ends.starts_with("router\n"), "{ends}");
+    assert!(took < Duration::from_secs(3), "{took:?}");
+    for text in [
+        "hello from rank 1",
+        "rank=1",
+        "\nConnected\n",
+        &format!("http://127.0.0.1:{port}"),
+        "pretend 1.5 ms",
+    ] {
+        assert!(ended.stdout.contains(text), "no {text}:\n{}", ended.stdout);
+    }
+    for phase in ["Downloading -> Starting", "-> Warming", "-> Serving", "-> Draining", "-> Exited"] {
+        assert!(ended.stdout.contains(phase), "no {phase}:\n{}", ended.stdout);
+    }
+    assert!(!dir.join("s-0").exists() && !dir.join("s.lock").exists());
+}
+
+#[test]
+fn a_shard_that_crashes_at_its_start_is_reported_with_its_last_words() {
+    let ended = Service::start(&["--num-shard", "2"], &[("FAKE_SHARD", "crash-at-start")]).ended();
+    assert_eq!(ended.code, Some(1));
+    assert!(ended.stderr.ends_with("Error: ShardCannotStart\n"), "{}", ended.stderr);
+    assert!(
+        ended.stderr.contains("shard rank 1 exited with code 10 (the model is missing"),
+        "{}",
+        ended.stderr
+    );
+    for text in ["rank=1", "tensor lm_head.weight is missing", "the file is truncated"] {
+        assert!(ended.stdout.contains(text), "no {text}:\n{}", ended.stdout);
+    }
+}
+
+#[test]
+fn the_rank_that_is_the_cause_is_named() {
+    let ended = Service::start(&["--num-shard", "2"], &[("FAKE_SHARD", "peer-lost")]).ended();
+    assert_eq!(ended.code, Some(1));
+    assert!(ended.stderr.contains("shard rank 1 exited with code 13"), "{}", ended.stderr);
+    assert!(ended.stderr.contains("the cause"), "{}", ended.stderr);
+}
+
+#[test]
+fn a_shard_that_dies_while_serving_takes_everything_down() {
+    let service = Service::start(&["--num-shard", "2"], &[]);
+    service.wait_until_serving();
+    kill(service.pid_of("shard-1"), Signal::SIGKILL).unwrap();
+    let ended = service.ended();
+    assert_eq!(ended.code, Some(1));
+    assert!(ended.stderr.ends_with("Error: ShardFailed\n"), "{}", ended.stderr);
+    assert!(ended.stderr.contains("shard rank 1 was ended by SIGKILL"), "{}", ended.stderr);
+}
+
+#[test]
+fn a_router_that_dies_takes_everything_down() {
+    let service = Service::start(&[], &[]);
+    service.wait_until_serving();
+    // In order and with code 0, but nobody asked for it.
+    kill(service.pid_of("router"), Signal::SIGTERM).unwrap();
+    let ended = service.ended();
+    assert_eq!(ended.code, Some(1));
+    assert!(ended.stderr.ends_with("Error: WebserverFailed\n"), "{}", ended.stderr);
+
+    let ended = Service::start(&[], &[("FAKE_ROUTER", "crash-at-start")]).ended();
+    assert_eq!(ended.code, Some(1));
+    assert!(ended.stderr.contains("no tokenizer.json"), "{}", ended.stderr);
+    assert!(ended.stderr.ends_with("Error: WebserverFailed\n"), "{}", ended.stderr);
+}
+
+#[test]
+fn children_that_ignore_sigterm_are_killed_after_the_timeout() {
+    let environment = [("FAKE_SHARD", "ignore-term"), ("FAKE_ROUTER", "ignore-term")];
+    let service = Service::start(&["--graceful-termination-timeout", "1"], &environment);
+    service.wait_until_serving();
+    let start = Instant::now();
+    service.signal(Signal::SIGINT);
+    let ended = service.ended();
+    assert_eq!(ended.code, Some(0), "{}", ended.stdout);
+    assert!(start.elapsed() >= Duration::from_secs(2), "one for the router, one for the shard");
+    assert!(ended.stdout.contains("router did not end in time"), "{}", ended.stdout);
+}
+
+#[test]
+fn a_second_signal_ends_everything_now() {
+    let service = Service::start(&[], &[("FAKE_ROUTER", "ignore-term")]);
+    service.wait_until_serving();
+    service.signal(Signal::SIGTERM);
+    service.wait_for("first signal", |service| service.read("stdout").contains("SIGTERM received"));
+    let start = Instant::now();
+    service.signal(Signal::SIGHUP);
+    assert_eq!(service.ended().code, Some(0));
+    assert!(start.elapsed() < Duration::from_secs(2));
+}
+
+#[test]
+fn a_stop_while_the_shards_load_exits_0() {
+    let service = Service::start(&["--num-shard", "2"], &[("FAKE_SHARD", "never-ready")]);
+    service.wait_for("shards", |service| service.has_pid("shard-0") && service.has_pid("shard-1"));
+    service.signal(Signal::SIGTERM);
+    let ended = service.ended();
+    assert_eq!(ended.code, Some(0), "{}", ended.stdout);
+    assert!(!ended.stdout.contains("Serving "));
+}
+
+#[test]
+fn killing_the_launcher_leaves_no_child_and_the_prefix_is_free_again() {
+    let mut service = Service::start(&["--num-shard", "2"], &[("FAKE_SHARD", "ignore-term")]);
+    service.wait_until_serving();
+    let children = ["shard-0", "shard-1", "router"].map(|child| service.pid_of(child));
+    service.signal(Signal::SIGKILL);
+    service.launcher.wait().unwrap();
+    let start = Instant::now();
+    while children.iter().any(|&child| is_alive(child)) {
+        assert!(start.elapsed() < Duration::from_secs(2), "children outlive their launcher");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    assert!(service.dir.path().join("s-0").exists(), "nobody was left to remove it");
+    // The next launcher clears the stale sockets. The directory moves into it, so the old service gives it up.
+    let dir = std::mem::replace(&mut service.dir, tempfile::tempdir().unwrap());
+    let next = Service::start_in(dir, &["--num-shard", "2"], &[]);
+    next.wait_until_serving();
+    next.signal(Signal::SIGTERM);
+    assert_eq!(next.ended().code, Some(0));
+}
+
+#[test]
+fn a_second_launcher_on_the_same_prefix_is_refused_and_harms_nobody() {
+    let first = Service::start(&[], &[]);
+    first.wait_until_serving();
+    let prefix = first.dir.path().join("s").display().to_string();
+    let second = Command::new(env!("CARGO_BIN_EXE_launcher"))
+        .env_clear()
+        .env("SHARD_UDS_PATH", &prefix)
+        .env("QUARTET_BIN_DIR", first.dir.path())
+        .args(["--port", &free_port().to_string(), "--hostname", "127.0.0.1"])
+        .args([Path::new("--model-id"), &first.dir.path().join("model")])
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8(second.stderr).unwrap();
+    assert_eq!(second.status.code(), Some(1));
+    assert!(stderr.contains("another launcher") && stderr.contains("--shard-uds-path"), "{stderr}");
+    assert!(first.dir.path().join("s-0").exists());
+    first.signal(Signal::SIGTERM);
+    assert_eq!(first.ended().code, Some(0));
+}
+
+#[test]
+fn what_cannot_work_is_said_before_anything_starts() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let busy = listener.local_addr().unwrap().port().to_string();
+    let refused = |arguments: &[&str], bin_dir: &Path, code: i32| {
+        let output = Command::new(env!("CARGO_BIN_EXE_launcher"))
+            .env_clear()
+            .env("QUARTET_BIN_DIR", bin_dir)
+            .args(["--hostname", "127.0.0.1"])
+            .args(arguments)
+            .output()
+            .unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {stderr}");
+        stderr
+    };
+    let dir = fresh_dir();
+    let model = dir.path().join("model").display().to_string();
+    let free = free_port().to_string();
+
+    let text = refused(&["--port", &busy], dir.path(), 1);
+    assert!(
+        text.contains(&busy) && text.contains("--port") && text.contains("Error: ArgumentValidation("),
+        "{text}"
+    );
+    let text = refused(&["--port", &free, "--validation-workers", "0", "--speculate", "2"], dir.path(), 1);
+    assert!(text.contains("`validation_workers` must be > 0") && text.contains("--speculate 2"), "{text}");
+    let text = refused(&["--port", &free, "--device", "cuda"], dir.path(), 1);
+    assert!(text.contains("--device cuda") && text.contains("--device cpu"), "{text}");
+    let text = refused(&["--port", &free, "--sharded", "true"], dir.path(), 1);
+    assert!(text.contains("Error: NotEnoughCUDADevices("), "{text}");
+    let text = refused(&["--port", &free, "--model-id", "./no/such/thing/here"], dir.path(), 1);
+    assert!(text.contains("./no/such/thing/here") && text.ends_with("Error: DownloadError\n"), "{text}");
+    let long = format!("/tmp/{}", "x".repeat(110));
+    let text = refused(&["--port", &free, "--model-id", &model, "--shard-uds-path", &long], dir.path(), 1);
+    assert!(text.contains("107") && text.contains("--shard-uds-path"), "{text}");
+    let text = refused(&["--max-tokens", "3"], dir.path(), 2);
+    assert!(text.contains("--max-tokens") && text.contains("Usage"), "{text}");
+}
+
+#[test]
+fn json_logs_carry_the_rank() {
+    let service = Service::start(&["--json-output"], &[]);
+    service.wait_until_serving();
+    service.signal(Signal::SIGTERM);
+    let ended = service.ended();
+    let lines = ended.stdout.lines().filter(|line| *line != "Connected");
+    let lines: Vec<serde_json::Value> = lines.map(|line| serde_json::from_str(line).unwrap()).collect();
+    let hello = lines.iter().find(|line| line["fields"]["message"] == "hello from rank 0").unwrap();
+    assert_eq!(hello["span"]["name"], "shard-manager");
+    assert_eq!(hello["span"]["rank"], 0);
+    assert_eq!(hello["level"], "INFO");
+}
