@@ -1,7 +1,22 @@
 //! Architectures as data, their weights, and the one executor that runs them all.
+//!
+//! - [`spec`]: what an architecture is. `families/` turns a `config.json` into one.
+//! - `weights/`: tensors by name from safetensors and GGUF files, only the bytes a rank needs.
+//! - [`tensor_parallel`]: which rank owns what.
+//! - `layers/` and [`Decoder`]: run a spec on any [`backend::Backend`]. The engine sees [`CausalLm`] only.
 
 mod causal_lm;
+mod decoder;
 mod error;
+mod families;
+mod layers;
+mod load;
+pub mod spec;
+pub mod tensor_parallel;
+mod weights;
 
 pub use causal_lm::{CausalLm, ModelInfo};
+pub use decoder::Decoder;
 pub use error::ModelError;
+pub use families::decoder_spec;
+pub use load::{LoadOptions, load};

@@ -1,0 +1,104 @@
+//! Typed reading of a configuration that collects every mistake before it gives up.
+
+use hub::{HubError, ModelConfig};
+
+use crate::ModelError;
+
+/// Far above any model there is, far below what would overflow a product of three sizes or fill memory with layers.
+const MAX_SIZE: usize = 1 << 24;
+/// The widest heads in use have 576 elements.
+const MAX_HEAD_DIM: usize = 4096;
+/// The deepest models have some 130 layers.
+const MAX_LAYERS: usize = 4096;
+
+/// Reads values; a missing or impossible one becomes a placeholder and a line in the final error.
+pub(super) struct ConfigReader<'a> {
+    config: &'a ModelConfig,
+    mistakes: Vec<String>,
+}
+
+impl<'a> ConfigReader<'a> {
+    pub(super) fn new(config: &'a ModelConfig) -> Self {
+        Self { config, mistakes: Vec::new() }
+    }
+
+    pub(super) fn config(&self) -> &'a ModelConfig {
+        self.config
+    }
+
+    /// Notes a mistake.
+    pub(super) fn wrong(&mut self, mistake: impl Into<String>) {
+        self.mistakes.push(format!("config.json: {}", mistake.into()));
+    }
+
+    /// The value of a getter whose error already names the key.
+    pub(super) fn read<T>(&mut self, value: Result<Option<T>, HubError>) -> Option<T> {
+        value.unwrap_or_else(|error| {
+            self.mistakes.push(error.to_string());
+            None
+        })
+    }
+
+    /// A size that must be there, at least 1.
+    pub(super) fn size(&mut self, key: &str) -> usize {
+        match self.read(self.config.usize(key)) {
+            Some(value) => self.checked(key, value, MAX_SIZE),
+            None => self.missing(key),
+        }
+    }
+
+    /// A size that may be absent.
+    pub(super) fn size_or(&mut self, key: &str, default: usize) -> usize {
+        let value = self.read(self.config.usize(key)).unwrap_or(default);
+        self.checked(key, value, MAX_SIZE)
+    }
+
+    /// The size of a head, `default` when absent.
+    pub(super) fn head_dim(&mut self, default: usize) -> usize {
+        let value = self.read(self.config.usize("head_dim")).unwrap_or(default);
+        self.checked("head_dim", value, MAX_HEAD_DIM)
+    }
+
+    /// The number of layers.
+    pub(super) fn num_layers(&mut self, key: &str) -> usize {
+        match self.read(self.config.usize(key)) {
+            Some(value) => self.checked(key, value, MAX_LAYERS),
+            None => self.missing(key),
+        }
+    }
+
+    /// A positive, finite number.
+    pub(super) fn number_or(&mut self, key: &str, default: f64) -> f64 {
+        let value = self.read(self.config.f64(key)).unwrap_or(default);
+        if value.is_finite() && value > 0.0 {
+            return value;
+        }
+        self.wrong(format!("{key}: found {value}, expected a positive number"));
+        default
+    }
+
+    /// A switch.
+    pub(super) fn flag_or(&mut self, key: &str, default: bool) -> bool {
+        self.read(self.config.bool(key)).unwrap_or(default)
+    }
+
+    /// `spec`, unless there were mistakes.
+    pub(super) fn finish<T>(self, spec: T) -> Result<T, ModelError> {
+        if self.mistakes.is_empty() { Ok(spec) } else { Err(ModelError::Unusable(self.mistakes)) }
+    }
+
+    fn checked(&mut self, key: &str, value: usize, max: usize) -> usize {
+        if (1..=max).contains(&value) {
+            return value;
+        }
+        self.wrong(format!("{key}: found {value}, expected 1 to {max}"));
+        1
+    }
+
+    fn missing(&mut self, key: &str) -> usize {
+        if !self.mistakes.iter().any(|mistake| mistake.contains(&format!(" {key}:"))) {
+            self.wrong(format!("{key}: missing, expected a positive integer"));
+        }
+        1
+    }
+}

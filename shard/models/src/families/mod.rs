@@ -1,0 +1,63 @@
+//! From a `config.json` to a [`DecoderSpec`]: one file per family, and the table that finds it.
+
+mod config_reader;
+mod llama;
+mod rope;
+
+use hub::ModelConfig;
+
+use crate::ModelError;
+use crate::spec::DecoderSpec;
+
+/// A family of models that share tensor names and arithmetic.
+struct Family {
+    /// `model_type` in config.json.
+    model_type: &'static str,
+    /// Its entry in `architectures`.
+    architecture: &'static str,
+    /// Builds the spec, or lists every mistake in the configuration.
+    build: fn(&ModelConfig) -> Result<DecoderSpec, ModelError>,
+}
+
+/// Every family there is. A relative that would run but compute something else (Mistral's window, Qwen2's biases) is not
+/// an alias: it has its own line or none.
+const FAMILIES: &[Family] =
+    &[Family { model_type: "llama", architecture: "LlamaForCausalLM", build: llama::spec }];
+
+/// The architecture that `config` describes.
+///
+/// # Errors
+/// The architecture or its quantization is not supported, or values are missing or impossible: one line each.
+pub fn decoder_spec(config: &ModelConfig) -> Result<DecoderSpec, ModelError> {
+    let family = find(config)?;
+    if config.raw.get("quantization_config").is_some_and(|value| !value.is_null()) {
+        let method = config.quant_method().unwrap_or("of an unnamed method");
+        return Err(ModelError::Unusable(vec![format!(
+            "config.json: quantization_config is {method}, expected none; quantized checkpoints ({method}) come \
+             later: choose the unquantized checkpoint or a GGUF file with --model-id"
+        )]));
+    }
+    (family.build)(config)
+}
+
+fn find(config: &ModelConfig) -> Result<&'static Family, ModelError> {
+    let architectures = config.architectures();
+    let fits = |family: &&Family| {
+        config.model_type().is_none_or(|model_type| model_type == family.model_type)
+            && (architectures.is_empty() || architectures.contains(&family.architecture))
+            && !(architectures.is_empty() && config.model_type().is_none())
+    };
+    FAMILIES.iter().find(fits).ok_or_else(|| {
+        let supported: Vec<_> =
+            FAMILIES.iter().map(|family| format!("{} ({})", family.architecture, family.model_type)).collect();
+        ModelError::Unusable(vec![format!(
+            "config.json: found architectures {architectures:?} and model_type {:?}, supported are {}; choose another \
+             model with --model-id",
+            config.model_type().unwrap_or("(none)"),
+            supported.join(", ")
+        )])
+    })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,64 @@
+//! Feed-forward layers, split by tiles of their inner width.
+
+use backend::{Activation, Backend};
+
+use super::linear::{ColumnPart, Linear};
+use super::{Loader, Role, Scratch};
+use crate::ModelError;
+use crate::spec::MlpSpec;
+use crate::tensor_parallel::split_tiles;
+
+/// This rank's part of one feed-forward layer.
+pub(crate) enum Mlp<B: Backend> {
+    /// `down(activation(gate(x)) * up(x))`.
+    Gated {
+        /// Gate and up as one.
+        gate_up_proj: Linear<B>,
+        /// On the gate.
+        activation: Activation,
+        /// Back to the residual stream's width.
+        down_proj: Linear<B>,
+        /// Scratch buffer of gate and up.
+        gate_up: usize,
+        /// Scratch buffer of their product.
+        activated: usize,
+    },
+}
+
+impl<B: Backend> Mlp<B> {
+    /// Loads this rank's tiles.
+    pub(crate) fn load(
+        loader: &mut Loader<'_, B>,
+        spec: &MlpSpec,
+        hidden_size: usize,
+    ) -> Result<Self, ModelError> {
+        let MlpSpec::Gated { intermediate_size, activation, gate_proj, up_proj, down_proj } = spec;
+        let inner = split_tiles(*intermediate_size, "columns of the MLP", loader.rank, loader.world_size)?;
+        let parts = [
+            ColumnPart { linear: gate_proj, rows: inner.clone() },
+            ColumnPart { linear: up_proj, rows: inner.clone() },
+        ];
+        Ok(Mlp::Gated {
+            gate_up_proj: Linear::merged_column_parallel(loader, &parts, hidden_size)?,
+            activation: *activation,
+            gate_up: loader.reserve(Role::GateUp, 2 * inner.len())?,
+            activated: loader.reserve(Role::Activated, inner.len())?,
+            down_proj: Linear::row_parallel(loader, down_proj, hidden_size, inner)?,
+        })
+    }
+
+    /// `out = mlp(x)`, summed over the ranks.
+    pub(crate) fn forward(
+        &self,
+        backend: &mut B,
+        (x, out): (&B::Buffer, &mut B::Buffer),
+        scratch: &mut Scratch<B>,
+    ) -> Result<(), ModelError> {
+        let Mlp::Gated { gate_up_proj, activation, down_proj, gate_up, activated } = self;
+        let (gate_up, activated) = scratch.pair(*gate_up, *activated);
+        gate_up_proj.forward(backend, x, gate_up)?;
+        backend.gated_activation(gate_up, *activation, activated)?;
+        down_proj.forward(backend, activated, out)?;
+        Ok(backend.all_reduce(out)?)
+    }
+}

@@ -1,0 +1,156 @@
+//! From files to a model that is ready to run.
+
+use std::time::Instant;
+
+use backend::{AttentionShape, Backend, DType, KvLayout};
+use hub::ModelFiles;
+
+use crate::decoder::{Decoder, Layer, Mixer, Residual};
+use crate::families::decoder_spec;
+use crate::layers::{Attention, Embedding, LmHead, Loader, Mlp, Norm, Stream};
+use crate::spec::{DecoderSpec, MixerSpec, ResidualSpec};
+use crate::weights::{self, WeightSource, check_tensors, prevailing_dtype};
+use crate::{ModelError, ModelInfo};
+
+/// How a model is to be loaded.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LoadOptions {
+    /// Type of the weights; none: what the backend makes of the stored one.
+    pub dtype: Option<DType>,
+    /// Type of the KV cache; none: float32 for float32 weights, else float16.
+    pub kv_dtype: Option<DType>,
+    /// Tokens of a KV block.
+    pub block_size: usize,
+    /// Rows whose logits exist at a time; more are computed in several rounds.
+    pub max_rows_sampled: usize,
+    /// Threads that may dequantize while loading.
+    pub threads: usize,
+}
+
+impl Default for LoadOptions {
+    fn default() -> Self {
+        // 64 rows of 49152 logits take 12 MiB, and a matrix product gains little from more rows.
+        Self { dtype: None, kv_dtype: None, block_size: 16, max_rows_sampled: 64, threads: 1 }
+    }
+}
+
+/// Loads this rank's part of the model. The KV cache is to be allocated before the first step.
+///
+/// # Errors
+/// [`ModelError::Unusable`] when the files contradict themselves or are of a kind that is not run, else what the backend
+/// reports, such as too little memory.
+pub fn load<B: Backend>(
+    backend: B,
+    files: &ModelFiles,
+    options: &LoadOptions,
+) -> Result<Decoder<B>, ModelError> {
+    let begin = Instant::now();
+    let spec = decoder_spec(&files.config()?)?;
+    let source = weights::open(files, options.threads)?;
+    check_tensors(&spec, source.as_ref())?;
+    let decoder = assemble(backend, &spec, source.as_ref(), options)?;
+    tracing::debug!(elapsed_ms = begin.elapsed().as_millis(), "weights loaded");
+    Ok(decoder)
+}
+
+/// Packs the weights and makes the buffers.
+pub(crate) fn assemble<B: Backend>(
+    backend: B,
+    spec: &DecoderSpec,
+    source: &dyn WeightSource,
+    options: &LoadOptions,
+) -> Result<Decoder<B>, ModelError> {
+    let dtype = options.dtype.unwrap_or_else(|| backend.default_dtype(prevailing_dtype(spec, source)));
+    let max_step_tokens = backend.max_step_tokens().max(1);
+    let max_rows_sampled = options.max_rows_sampled.max(1);
+    let mut loader = Loader::new(&backend, source, dtype, max_step_tokens);
+
+    let embedding = Embedding::load(&mut loader, spec)?;
+    let layers = load_layers(&mut loader, spec)?;
+    let norm = Norm::load(&mut loader, &spec.norm, spec.hidden_size)?;
+    let lm_head = LmHead::new(&loader, spec.vocab_size, max_rows_sampled)?;
+    let stream = Stream::new(&backend, max_step_tokens, spec.hidden_size)?;
+    let head_stream = Stream::new(&backend, max_rows_sampled, spec.hidden_size)?;
+    let (weight_bytes, scratch) = (loader.weight_bytes, loader.scratch);
+
+    let kv_layout = kv_layout(&layers, options, dtype)?;
+    let workspace_bytes = scratch.bytes
+        + Stream::<B>::bytes(max_step_tokens, spec.hidden_size)
+        + Stream::<B>::bytes(max_rows_sampled, spec.hidden_size);
+    let info = ModelInfo {
+        dtype,
+        device: backend.device(),
+        vocab_size: spec.vocab_size,
+        max_position_embeddings: spec.max_position_embeddings,
+        block_size: options.block_size,
+        block_bytes: kv_layout.block_bytes(),
+        max_step_tokens,
+        memory: vec![
+            ("weights".to_owned(), weight_bytes),
+            ("workspace".to_owned(), workspace_bytes),
+            ("logits".to_owned(), lm_head.bytes),
+        ],
+    };
+    Ok(Decoder {
+        backend,
+        info,
+        kv_layout,
+        embedding,
+        layers,
+        norm,
+        lm_head,
+        scratch,
+        stream,
+        head_stream,
+        max_rows_sampled,
+        cache: None,
+        logits_rows: Vec::new(),
+        num_tokens: 0,
+    })
+}
+
+fn load_layers<B: Backend>(
+    loader: &mut Loader<'_, B>,
+    spec: &DecoderSpec,
+) -> Result<Vec<Layer<B>>, ModelError> {
+    let width = spec.hidden_size;
+    let mut layers: Vec<Layer<B>> = Vec::with_capacity(spec.layers.len());
+    for layer in &spec.layers {
+        let ResidualSpec::PreNorm { mixer_norm, mlp_norm } = &layer.residual;
+        let residual = Residual::PreNorm {
+            mixer_norm: Norm::load(loader, mixer_norm, width)?,
+            mlp_norm: Norm::load(loader, mlp_norm, width)?,
+        };
+        let mixer = match &layer.mixer {
+            MixerSpec::Attention(spec) => {
+                Mixer::Attention(Attention::load(loader, spec, width, layers.len())?)
+            }
+        };
+        layers.push(Layer { residual, mixer, mlp: Mlp::load(loader, &layer.mlp, width)? });
+    }
+    Ok(layers)
+}
+
+/// One layout for all layers, since blocks are handed out for all of them at once.
+fn kv_layout<B: Backend>(
+    layers: &[Layer<B>],
+    options: &LoadOptions,
+    dtype: DType,
+) -> Result<KvLayout, ModelError> {
+    let mut shapes = layers.iter().map(|Layer { mixer: Mixer::Attention(attention), .. }| attention.shape());
+    let size = |shape: &AttentionShape| (shape.num_kv_heads, shape.head_dim);
+    let first = shapes.next().map(size).unwrap_or_default();
+    if let Some(other) = shapes.map(size).find(|&other| other != first) {
+        return Err(ModelError::Unusable(vec![format!(
+            "layers with {first:?} and {other:?} KV heads and elements a head, expected the same in all"
+        )]));
+    }
+    let kv_default = if dtype == DType::F32 { DType::F32 } else { DType::F16 };
+    Ok(KvLayout {
+        num_layers: layers.len(),
+        num_kv_heads: first.0,
+        head_dim: first.1,
+        block_size: options.block_size,
+        dtype: options.kv_dtype.unwrap_or(kv_default),
+    })
+}

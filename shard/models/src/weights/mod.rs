@@ -1,0 +1,89 @@
+//! Weights as they lie in files: by name, in the files' own type, only the bytes this rank needs.
+
+mod check;
+mod dequantize;
+mod gguf;
+mod gguf_names;
+mod safetensors;
+
+use std::ops::Range;
+
+use backend::{DType, HostMatrix};
+use hub::{ModelFiles, WeightFiles};
+
+pub(crate) use check::{check_tensors, prevailing_dtype};
+
+use crate::ModelError;
+
+/// What a file says about a tensor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct TensorMeta {
+    /// Outermost dimension first.
+    pub(crate) shape: Vec<usize>,
+    /// The type [`WeightSource::matrix`] delivers; none: a type that is not read.
+    pub(crate) dtype: Option<DType>,
+    /// The file's name for the type, for messages.
+    pub(crate) stored: String,
+}
+
+/// The tensors of a model, under Hugging Face's names whatever the file format.
+pub(crate) trait WeightSource: Send + Sync {
+    /// All names, in no particular order.
+    fn names(&self) -> Vec<&str>;
+    /// Shape and type.
+    fn meta(&self, name: &str) -> Option<TensorMeta>;
+    /// The window `rows` x `cols` of a matrix; a vector is a matrix of one row. Plain types come as they are stored,
+    /// without a copy where the file allows it; quantized ones come rounded to bfloat16.
+    ///
+    /// # Errors
+    /// There is no such tensor, its type is not read, or the window leaves it.
+    fn matrix(
+        &self,
+        name: &str,
+        rows: Range<usize>,
+        cols: Range<usize>,
+    ) -> Result<HostMatrix<'_>, ModelError>;
+
+    /// The elements `range` of a vector.
+    ///
+    /// # Errors
+    /// As [`WeightSource::matrix`].
+    fn vector(&self, name: &str, range: Range<usize>) -> Result<Vec<f32>, ModelError> {
+        let row = self.matrix(name, 0..1, range)?;
+        let mut values = vec![0.0; row.cols];
+        row.read_row(0, &mut values);
+        Ok(values)
+    }
+}
+
+/// Opens the files of a model; `threads` is how many may dequantize.
+///
+/// # Errors
+/// A file cannot be read or is damaged.
+pub(crate) fn open(files: &ModelFiles, threads: usize) -> Result<Box<dyn WeightSource>, ModelError> {
+    match &files.weights {
+        WeightFiles::Safetensors(paths) => Ok(Box::new(safetensors::Safetensors::open(paths)?)),
+        WeightFiles::Gguf(path) => match files.gguf()? {
+            Some(file) => Ok(Box::new(gguf::GgufWeights::new(file, path, threads)?)),
+            None => Err(unusable(format!("{}: no GGUF file", path.display()))),
+        },
+    }
+}
+
+/// Rows and columns of a shape: a vector is one row.
+fn rows_and_cols(shape: &[usize]) -> Option<(usize, usize)> {
+    match *shape {
+        [cols] => Some((1, cols)),
+        [rows, cols] => Some((rows, cols)),
+        _ => None,
+    }
+}
+
+/// Whether the window lies within the matrix.
+fn is_within(rows: &Range<usize>, cols: &Range<usize>, (num_rows, num_cols): (usize, usize)) -> bool {
+    rows.start <= rows.end && rows.end <= num_rows && cols.start <= cols.end && cols.end <= num_cols
+}
+
+fn unusable(problem: impl Into<String>) -> ModelError {
+    ModelError::Unusable(vec![problem.into()])
+}
