@@ -1,2 +1,72 @@
-//! Entry point.
-fn main() {}
+//! The router's process: parse, start, serve, drain, exit.
+
+use std::num::NonZero;
+
+use clap::Parser;
+use process::{ExitCode, Program, SignalStream};
+use router::RouterError;
+use router::args::Args;
+use router::config::RouterConfig;
+use tokio::runtime::{Builder, Runtime};
+
+/// More HTTP threads than this only get in one another's way: one serves tens of thousands of tokens a second.
+const MAX_HTTP_THREADS: usize = 16;
+
+fn main() -> std::process::ExitCode {
+    let args = Args::parse();
+    process::init_logging(args.log.settings(Program::Router));
+    let exit_code = match run(args) {
+        Ok(()) => ExitCode::Ok,
+        Err(error) => {
+            for line in error.to_string().lines() {
+                tracing::error!("{line}");
+            }
+            error.exit_code()
+        }
+    };
+    exit_code.into()
+}
+
+fn run(args: Args) -> Result<(), RouterError> {
+    let config = RouterConfig::from_args(args).map_err(RouterError::Configuration)?;
+    let http = runtime("http", http_threads())?;
+    // A thread of its own: a step must not wait for a request that is being parsed.
+    let scheduler = runtime("scheduler", 1)?;
+    let served = http.block_on(async {
+        let signals = SignalStream::new();
+        let mut signals =
+            signals.map_err(|source| RouterError::System { step: "catching stop signals", source })?;
+        let started = tokio::select! {
+            started = router::startup::start(config, scheduler.handle()) => started?,
+            signal = signals.next() => {
+                tracing::info!("{signal} during start-up");
+                return Ok(());
+            }
+        };
+        started
+            .serve(async move {
+                let signal = signals.next().await;
+                tracing::info!("{signal}: no new connections, running requests are finished");
+            })
+            .await
+    });
+    // What still runs on them is of no use to anybody now.
+    scheduler.shutdown_background();
+    http.shutdown_background();
+    served
+}
+
+fn runtime(name: &str, num_threads: usize) -> Result<Runtime, RouterError> {
+    Builder::new_multi_thread()
+        .worker_threads(num_threads)
+        .thread_name(name)
+        .enable_all()
+        .build()
+        .map_err(|source| RouterError::System { step: "starting threads", source })
+}
+
+/// Half of the cores: the other half computes, tokenizes and talks to the shards.
+fn http_threads() -> usize {
+    let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+    (cores / 2).clamp(1, MAX_HTTP_THREADS)
+}

@@ -319,7 +319,10 @@ fn describe() {
     describe_histogram!("tgi_request_validation_duration", "Seconds from arrival to the queue");
     describe_histogram!("tgi_request_queue_duration", "Seconds in the queue");
     describe_histogram!("tgi_request_inference_duration", "Seconds from the first batch to the last token");
-    describe_histogram!("tgi_request_mean_time_per_token_duration", "Seconds of inference per generated token");
+    describe_histogram!(
+        "tgi_request_mean_time_per_token_duration",
+        "Seconds of inference per generated token"
+    );
     describe_histogram!("tgi_request_generated_tokens", "Generated tokens of a request");
     describe_histogram!("tgi_request_input_length", "Prompt tokens of a request");
     describe_histogram!("tgi_request_max_new_tokens", "Most tokens a request may generate");

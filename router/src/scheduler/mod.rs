@@ -24,6 +24,7 @@ pub use block_allocator::{BlockAllocation, BlockAllocator};
 pub use entry::{End, Entry, Event, GeneratedToken, PromptToken, Token, ValidRequest};
 pub use queue::{BatchLimits, NewBatch, Queue, QueueSettings};
 pub use step_client::StepClient;
+pub use wire::text_chunk;
 
 /// Why a scheduled request got no answer.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -8,7 +8,7 @@ use proto::v3::{
 use super::entry::{Entry, GeneratedToken, PromptToken, Token};
 
 /// The message for one entry. `chunk_len`: compute only so many prompt tokens now.
-pub fn request(id: u64, entry: &Entry, chunk_len: Option<u32>) -> Request {
+pub(super) fn request(id: u64, entry: &Entry, chunk_len: Option<u32>) -> Request {
     let request = &entry.request;
     let (blocks, slots) = match &entry.allocation {
         Some(allocation) => (allocation.blocks().to_vec(), allocation.slots()),
@@ -40,7 +40,7 @@ pub fn text_chunk(text: &str) -> Input {
 }
 
 /// The one-token batch of the liveness probe. It lives in block 0, which no request gets.
-pub fn liveness_batch() -> Batch {
+pub(super) fn liveness_batch() -> Batch {
     let request = Request {
         id: u64::MAX,
         inputs: "liveness".to_string(),
@@ -62,14 +62,14 @@ pub fn liveness_batch() -> Batch {
 }
 
 /// The prompt's tokens of a generation, if it has any.
-pub fn prompt_tokens(generation: &mut Generation) -> Option<Vec<PromptToken>> {
+pub(super) fn prompt_tokens(generation: &mut Generation) -> Option<Vec<PromptToken>> {
     let Tokens { ids, logprobs, texts, .. } = generation.prefill_tokens.take()?;
     let tokens = ids.into_iter().zip(texts).zip(logprobs);
     Some(tokens.map(|((id, text), logprob)| PromptToken { id, text, logprob }).collect())
 }
 
 /// The generated tokens of a generation, each with its alternatives: more than one only with speculation.
-pub fn generated_tokens(generation: &mut Generation) -> Vec<GeneratedToken> {
+pub(super) fn generated_tokens(generation: &mut Generation) -> Vec<GeneratedToken> {
     let mut top_tokens = std::mem::take(&mut generation.top_tokens).into_iter();
     let chosen = generation.tokens.take().unwrap_or_default();
     tokens(chosen)
@@ -82,11 +82,12 @@ pub fn generated_tokens(generation: &mut Generation) -> Vec<GeneratedToken> {
 
 fn tokens(message: Tokens) -> impl Iterator<Item = Token> {
     let Tokens { ids, logprobs, texts, is_special } = message;
-    ids.into_iter()
-        .zip(logprobs)
-        .zip(texts)
-        .zip(is_special)
-        .map(|(((id, logprob), text), special)| Token { id, text, logprob, special })
+    ids.into_iter().zip(logprobs).zip(texts).zip(is_special).map(|(((id, logprob), text), special)| Token {
+        id,
+        text,
+        logprob,
+        special,
+    })
 }
 
 #[cfg(test)]

@@ -1,0 +1,59 @@
+//! Why the router cannot start, or had to stop.
+
+use std::io;
+use std::net::SocketAddr;
+
+use process::ExitCode;
+use proto::ClientError;
+
+/// A failure of the router as a whole.
+#[derive(Debug, thiserror::Error)]
+pub enum RouterError {
+    /// Flags that are wrong by themselves or do not go together; all of them.
+    #[error("{}", .0.join("\n"))]
+    Configuration(Vec<String>),
+    /// A call of the start-up failed on the shards.
+    #[error("{step} failed: {source}")]
+    Shards {
+        /// Which call.
+        step: &'static str,
+        /// The shards' own words.
+        source: ClientError,
+    },
+    /// The model's files cannot be used.
+    #[error(transparent)]
+    Model(#[from] hub::HubError),
+    /// The address cannot be listened on.
+    #[error("cannot listen on {address}: {source}; set another --port or --hostname")]
+    Bind {
+        /// The address.
+        address: SocketAddr,
+        /// The operating system's words.
+        source: io::Error,
+    },
+    /// The operating system refused something else.
+    #[error("{step}: {source}")]
+    System {
+        /// What was tried.
+        step: &'static str,
+        /// The operating system's words.
+        source: io::Error,
+    },
+    /// A part of the start-up panicked or a recorder could not be made: a bug of ours.
+    #[error("internal error: {0}")]
+    Internal(String),
+}
+
+impl RouterError {
+    /// What the process exits with.
+    pub fn exit_code(&self) -> ExitCode {
+        match self {
+            RouterError::Configuration(_) => ExitCode::Usage,
+            RouterError::Model(_) => ExitCode::ModelUnusable,
+            RouterError::Shards { .. }
+            | RouterError::Bind { .. }
+            | RouterError::System { .. }
+            | RouterError::Internal(_) => ExitCode::Failure,
+        }
+    }
+}

@@ -1,0 +1,10 @@
+//! `/metrics`.
+
+use axum::extract::State;
+
+use super::state::AppState;
+
+/// The Prometheus text; a `String` is `text/plain; charset=utf-8`.
+pub(super) async fn metrics(State(state): State<AppState>) -> String {
+    state.metrics().render()
+}

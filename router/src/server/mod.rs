@@ -1,0 +1,86 @@
+//! HTTP: routes, layers, and one file per group of endpoints. The only place that knows axum.
+
+mod auth;
+mod chat;
+mod completions;
+mod error_response;
+mod generate;
+mod headers;
+mod health;
+mod info;
+mod metrics;
+mod sse;
+mod state;
+mod tokenize;
+
+use std::future::Future;
+use std::io;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use axum::Router;
+use axum::extract::DefaultBodyLimit;
+use axum::http::{Method, header};
+use axum::middleware;
+use axum::routing::{get, post};
+use axum::serve::ListenerExt;
+use tokio::net::TcpListener;
+use tower_http::cors::{AllowOrigin, CorsLayer};
+
+pub use axum::http::HeaderValue;
+pub use state::{AppState, ServerSettings};
+
+/// All routes and layers.
+pub fn app(state: AppState) -> Router {
+    let settings = state.settings();
+    let cors = CorsLayer::new()
+        .allow_methods([Method::GET, Method::POST])
+        .allow_headers([header::CONTENT_TYPE])
+        .allow_origin(if settings.cors_allow_origin.is_empty() {
+            AllowOrigin::any()
+        } else {
+            AllowOrigin::list(settings.cors_allow_origin.iter().cloned())
+        });
+    let payload_limit = DefaultBodyLimit::max(settings.payload_limit);
+    let mut routes = Router::new()
+        .route("/", get(health::health).post(generate::compat_generate))
+        .route("/generate", post(generate::generate))
+        .route("/generate_stream", post(generate::generate_stream))
+        .route("/v1/chat/completions", post(chat::chat_completions))
+        .route("/v1/completions", post(completions::completions))
+        .route("/tokenize", post(tokenize::tokenize))
+        .route("/chat_tokenize", post(tokenize::chat_tokenize))
+        .route("/v1/models", get(info::models))
+        .route("/info", get(info::info))
+        .route("/health", get(health::health))
+        .route("/ping", get(health::health))
+        .route("/metrics", get(metrics::metrics));
+    if let Some(key) = &settings.api_key {
+        // Around the routes only: a path that does not exist is 404 with or without a key.
+        let guard = auth::ApiKey::new(key);
+        routes = routes.route_layer(middleware::from_fn_with_state(guard, auth::require_key));
+    }
+    routes.layer(payload_limit).layer(cors).with_state(state)
+}
+
+/// Serves until `shutdown` resolves, then until the last request is answered.
+///
+/// # Errors
+/// The listener fails.
+pub async fn serve(
+    listener: TcpListener,
+    state: AppState,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+) -> io::Result<()> {
+    // A token is a small packet that must not wait for the next one.
+    let listener = listener.tap_io(|stream| {
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!("TCP_NODELAY could not be set: {error}");
+        }
+    });
+    axum::serve(listener, app(state)).with_graceful_shutdown(shutdown).await
+}
+
+/// Now, for the `created` fields.
+fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
+}

@@ -1,0 +1,83 @@
+//! What all handlers share.
+
+use std::sync::Arc;
+
+use axum::http::HeaderValue;
+use proto::ShardedClient;
+
+use crate::infer::Infer;
+use crate::metrics::Metrics;
+use crate::scheduler::HealthFlag;
+use crate::types::Info;
+
+/// How the HTTP side behaves.
+#[derive(Clone, Debug)]
+pub struct ServerSettings {
+    /// Clients must show it on all but the open routes.
+    pub api_key: Option<String>,
+    /// Origins browsers may come from; empty: any.
+    pub cors_allow_origin: Vec<HeaderValue>,
+    /// Bytes of a request body.
+    pub payload_limit: usize,
+    /// Prompts of one completions request.
+    pub max_client_batch_size: usize,
+    /// Value of `x-compute-type`.
+    pub compute_type: HeaderValue,
+}
+
+/// Shared by all handlers. Cloning is cheap.
+#[derive(Clone)]
+pub struct AppState {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    infer: Infer,
+    info: Info,
+    settings: ServerSettings,
+    shards: ShardedClient,
+    health: HealthFlag,
+}
+
+impl AppState {
+    /// Puts the parts together.
+    pub fn new(
+        infer: Infer,
+        info: Info,
+        settings: ServerSettings,
+        shards: ShardedClient,
+        health: HealthFlag,
+    ) -> Self {
+        Self { inner: Arc::new(Inner { infer, info, settings, shards, health }) }
+    }
+
+    pub(super) fn infer(&self) -> &Infer {
+        &self.inner.infer
+    }
+
+    pub(crate) fn metrics(&self) -> &Arc<Metrics> {
+        self.inner.infer.metrics()
+    }
+
+    pub(super) fn info(&self) -> &Info {
+        &self.inner.info
+    }
+
+    pub(super) fn settings(&self) -> &ServerSettings {
+        &self.inner.settings
+    }
+
+    pub(super) fn shards(&self) -> ShardedClient {
+        self.inner.shards.clone()
+    }
+
+    pub(super) fn health(&self) -> &HealthFlag {
+        &self.inner.health
+    }
+
+    /// `{version}-{label of the image, or native}`.
+    pub(super) fn system_fingerprint(&self) -> String {
+        let info = self.info();
+        format!("{}-{}", info.version, info.docker_label.unwrap_or("native"))
+    }
+}

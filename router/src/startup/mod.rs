@@ -1,0 +1,187 @@
+//! From a configuration to a router that listens.
+//!
+//! The shards warm up while the tokenizer and the chat template are read: both take long, neither needs the other. The
+//! port is claimed first, so that a port in use is found before anything is computed, but listened on last: until
+//! the router can serve, connections are refused and not left hanging.
+
+mod model;
+mod warmup;
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::sync::Arc;
+
+use proto::ShardInfo;
+use tokio::net::TcpSocket;
+use tokio::runtime::Handle;
+use tokio::task::JoinHandle;
+
+pub use model::ModelParts;
+pub use warmup::{WarmedUp, connect_and_warm_up};
+
+use crate::RouterError;
+use crate::config::{Limits, RouterConfig};
+use crate::infer::Infer;
+use crate::metrics::{BucketLimits, Metrics, UPKEEP_PERIOD};
+use crate::scheduler::{
+    Batcher, BatcherSettings, BlockAllocator, HealthFlag, Queue, QueueSettings, Scheduler,
+};
+use crate::server::{self, AppState};
+use crate::tokenization::Tokenization;
+use crate::types::Info;
+use crate::validation::{Validation, ValidationLimits};
+
+/// Connections that may wait for the server to accept them; the kernel cuts it to its own limit.
+const BACKLOG: u32 = 4096;
+
+/// A router that is ready to serve.
+pub struct Started {
+    socket: TcpSocket,
+    address: SocketAddr,
+    state: AppState,
+}
+
+/// Does everything up to listening. Calls to the shards run on `scheduler_runtime`, so that neither HTTP nor
+/// tokenizing delays a step.
+///
+/// # Errors
+/// Anything that keeps the router from serving; the text says which flag changes it.
+pub async fn start(config: RouterConfig, scheduler_runtime: &Handle) -> Result<Started, RouterError> {
+    for note in &config.notes {
+        tracing::info!("{note}");
+    }
+    let socket = claim_address(config.address)?;
+    let model = tokio::task::spawn_blocking({
+        let (model, hub) = (config.model.clone(), config.hub.clone());
+        let tokenizer_config_path = config.tokenizer_config_path.clone();
+        move || model::load(&model, &hub, tokenizer_config_path.as_deref())
+    });
+    let shards = scheduler_runtime
+        .spawn(warmup::connect_and_warm_up(config.master_shard_uds_path.clone(), config.batching));
+    let (model, shards) = tokio::join!(finished(model), finished(shards));
+    let state = assemble(&config, shards??, model??, scheduler_runtime)?;
+    Ok(Started { socket, address: config.address, state })
+}
+
+impl Started {
+    /// Listens, says so, and serves until `shutdown` resolves and the last request is answered.
+    ///
+    /// # Errors
+    /// The address is taken after all, or the listener fails.
+    pub async fn serve(self, shutdown: impl Future<Output = ()> + Send + 'static) -> Result<(), RouterError> {
+        let Self { socket, address, state } = self;
+        let listener = socket.listen(BACKLOG).map_err(|source| RouterError::Bind { address, source })?;
+        // The word that upstream's launcher, and everybody's scripts, wait for.
+        tracing::info!("Connected");
+        let upkeep = tokio::spawn(keep_up(Arc::clone(state.metrics())));
+        let served = server::serve(listener, state, shutdown).await;
+        upkeep.abort();
+        served.map_err(|source| RouterError::System { step: "serving", source })
+    }
+}
+
+/// Binds without listening.
+fn claim_address(address: SocketAddr) -> Result<TcpSocket, RouterError> {
+    let failed = |source| RouterError::Bind { address, source };
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }.map_err(failed)?;
+    // Connections of the router before us may linger in the kernel; they must not keep us from starting.
+    socket.set_reuseaddr(true).map_err(failed)?;
+    socket.bind(address).map_err(failed)?;
+    Ok(socket)
+}
+
+async fn finished<T>(task: JoinHandle<T>) -> Result<T, RouterError> {
+    task.await.map_err(|error| RouterError::Internal(error.to_string()))
+}
+
+async fn keep_up(metrics: Arc<Metrics>) {
+    loop {
+        tokio::time::sleep(UPKEEP_PERIOD).await;
+        metrics.upkeep();
+    }
+}
+
+/// Starts the batching task and the tokenizer threads and puts everything together.
+///
+/// # Errors
+/// The operating system refuses a thread.
+pub fn assemble(
+    config: &RouterConfig,
+    shards: WarmedUp,
+    model: ModelParts,
+    scheduler_runtime: &Handle,
+) -> Result<AppState, RouterError> {
+    let WarmedUp { client, info, limits } = shards;
+    let buckets =
+        BucketLimits { max_input_tokens: limits.max_input_tokens, max_total_tokens: limits.max_total_tokens };
+    let metrics = Metrics::new(buckets).map_err(|error| RouterError::Internal(error.to_string()))?;
+    let metrics = Arc::new(metrics);
+    metrics.set_max_batch_total_tokens(limits.max_batch_total_tokens);
+    let health = HealthFlag::default();
+
+    let (scheduler, commands) = Scheduler::channel();
+    let queue = Queue::new(queue_settings(&info, &limits));
+    let settings = batcher_settings(config, &limits);
+    let batcher =
+        Batcher::new(client.clone(), queue, settings, commands, Arc::clone(&metrics), health.clone());
+    scheduler_runtime.spawn(batcher.run());
+
+    let tokenization = Tokenization::start(Arc::new(model.tokenizer), config.validation_workers)
+        .map_err(|source| RouterError::System { step: "starting the tokenizer threads", source })?;
+    let validation = Validation::new(validation_limits(config, &limits), tokenization);
+    let http_info = http_info(config, &limits, model.model_id, model.sha);
+    let infer = Infer::new(validation, scheduler, model.template, config.max_concurrent_requests, metrics);
+    Ok(AppState::new(infer, http_info, config.server.clone(), client, health))
+}
+
+fn queue_settings(info: &ShardInfo, limits: &Limits) -> QueueSettings {
+    let block_size = info.block_size.max(1);
+    let allocator = (!info.requires_padding)
+        .then(|| BlockAllocator::new(limits.max_batch_total_tokens, block_size, info.window_size));
+    QueueSettings {
+        allocator,
+        block_size,
+        speculate: info.speculate,
+        supports_chunking: info.support_chunking,
+    }
+}
+
+fn batcher_settings(config: &RouterConfig, limits: &Limits) -> BatcherSettings {
+    let batching = &config.batching;
+    BatcherSettings {
+        waiting_served_ratio: batching.waiting_served_ratio,
+        max_batch_prefill_tokens: batching.max_batch_prefill_tokens,
+        max_batch_total_tokens: limits.max_batch_total_tokens,
+        max_waiting_tokens: batching.max_waiting_tokens,
+        max_batch_size: batching.max_batch_size,
+    }
+}
+
+fn validation_limits(config: &RouterConfig, limits: &Limits) -> ValidationLimits {
+    ValidationLimits {
+        max_best_of: config.max_best_of,
+        max_stop_sequences: config.max_stop_sequences,
+        max_top_n_tokens: config.max_top_n_tokens,
+        max_input_tokens: limits.max_input_tokens,
+        max_total_tokens: limits.max_total_tokens,
+    }
+}
+
+fn http_info(config: &RouterConfig, limits: &Limits, model_id: String, sha: Option<String>) -> Info {
+    Info {
+        model_id,
+        model_sha: sha,
+        model_pipeline_tag: None,
+        max_concurrent_requests: config.max_concurrent_requests,
+        max_best_of: config.max_best_of,
+        max_stop_sequences: config.max_stop_sequences,
+        max_input_tokens: limits.max_input_tokens,
+        max_total_tokens: limits.max_total_tokens,
+        validation_workers: config.validation_workers,
+        max_client_batch_size: config.server.max_client_batch_size,
+        router: "text-generation-router",
+        version: env!("CARGO_PKG_VERSION"),
+        sha: option_env!("QUARTET_GIT_SHA"),
+        docker_label: option_env!("DOCKER_LABEL"),
+    }
+}
