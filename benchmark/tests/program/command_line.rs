@@ -1,18 +1,10 @@
-//! The program as users start it, against a shard without a model.
-
-mod fake_shard;
+//! The program in scripts: exit codes, standard output, standard error, and what the shard is asked.
 
 use std::path::Path;
 use std::process::{Command, Output};
 
-use fake_shard::{Behaviour, FakeShard};
-
-/// One token a word.
-const TOKENIZER: &str = r#"{
-    "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
-    "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": null, "decoder": null,
-    "model": {"type": "WordLevel", "vocab": {"<unk>": 0, "dolor": 1}, "unk_token": "<unk>"}
-}"#;
+use crate::TOKENIZER;
+use crate::fake_shard::{Behaviour, FakeShard};
 
 /// A folder with a tokenizer, and whatever a run leaves there.
 struct Folder(tempfile::TempDir);
