@@ -6,14 +6,13 @@ use crate::config::ModelConfig;
 use crate::error::HubError;
 use crate::generation_config::GenerationConfig;
 use crate::gguf::{GgmlType, Gguf, GgufError, Value, quote};
-use crate::model_files::GgufFile;
 
 /// What `general.architecture` may be.
 const SUPPORTED: &str = "the architectures llama";
 
-/// The configuration a `config.json` beside the original weights would hold.
-pub(crate) fn model_config(file: &GgufFile, origin: &str) -> Result<ModelConfig, HubError> {
-    let reader = MetadataReader { gguf: &file.header, origin };
+/// The configuration a `config.json` beside the original weights would hold; `bytes` is the whole file.
+pub(crate) fn model_config(gguf: &Gguf, bytes: &[u8], origin: &str) -> Result<ModelConfig, HubError> {
+    let reader = MetadataReader { gguf, origin };
     let architecture =
         reader.str("general.architecture")?.ok_or_else(|| reader.lacks("general.architecture"))?;
     if reader.u64("split.count")?.is_some_and(|count| count > 1) {
@@ -22,7 +21,7 @@ pub(crate) fn model_config(file: &GgufFile, origin: &str) -> Result<ModelConfig,
         );
     }
     match architecture {
-        "llama" => llama(&reader, file.bytes()).map(ModelConfig::new),
+        "llama" => llama(&reader, bytes).map(ModelConfig::new),
         other => Err(reader.unsupported(&format!("architecture {}", quote(other)), SUPPORTED)),
     }
 }

@@ -9,7 +9,7 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
-use tokenizers::processors::template::TemplateProcessing;
+use tokenizers::processors::template::{SpecialToken, TemplateProcessing};
 use tokenizers::tokenizer::SplitDelimiterBehavior;
 use tokenizers::{AddedToken, NormalizerWrapper, PreTokenizerWrapper, Tokenizer};
 
@@ -152,30 +152,33 @@ fn special_token_template(
     tokens: &[String],
     family_adds_bos: bool,
 ) -> Result<Option<TemplateProcessing>, HubError> {
+    let broken = |problem: String| HubError::Tokenizer { origin: reader.origin.to_owned(), problem };
+    // In the template a token goes by the name of its role: its text could be mistaken for template syntax.
     let special = |name: &str, wanted: bool| match (wanted, reader.token_id(name)?) {
-        (true, Some(id)) => Ok(Some((tokens[id as usize].clone(), id))),
+        (true, Some(id)) => SpecialToken::new(name.to_owned(), vec![id], vec![tokens[id as usize].clone()])
+            .map(|token| vec![token])
+            .map_err(|error| broken(error.to_string())),
         (true, None) => Err(reader.lacks(&format!("tokenizer.ggml.{name}_token_id"))),
-        (false, _) => Ok(None),
+        (false, _) => Ok(Vec::new()),
     };
     let bos = special("bos", reader.bool("tokenizer.ggml.add_bos_token")?.unwrap_or(family_adds_bos))?;
     let eos = special("eos", reader.bool("tokenizer.ggml.add_eos_token")?.unwrap_or(false))?;
-    if bos.is_none() && eos.is_none() {
+    if bos.is_empty() && eos.is_empty() {
         return Ok(None);
     }
-    let with_specials = |text: &str| {
-        let bos = bos.iter().map(|(token, _)| token.clone());
-        let eos = eos.iter().map(|(token, _)| token.clone());
-        bos.chain([text.to_owned()]).chain(eos).collect::<Vec<_>>()
+    let around = |text: &'static str| {
+        let bos = (!bos.is_empty()).then_some("bos");
+        let eos = (!eos.is_empty()).then_some("eos");
+        bos.into_iter().chain([text]).chain(eos).collect::<Vec<_>>()
     };
-    let pair = [with_specials("$A"), with_specials("$B:1")].concat();
-    let specials: Vec<(String, u32)> = bos.iter().chain(&eos).cloned().collect();
+    let pair = [around("$A"), around("$B:1")].concat();
     let template = TemplateProcessing::builder()
-        .try_single(with_specials("$A"))
+        .try_single(around("$A"))
         .and_then(|builder| builder.try_pair(pair))
-        .map_err(|error| reader.wrong(error))?
-        .special_tokens(specials)
+        .map_err(broken)?
+        .special_tokens(bos.into_iter().chain(eos).collect::<Vec<_>>())
         .build()
-        .map_err(|error| reader.wrong(error.to_string()))?;
+        .map_err(|error| broken(error.to_string()))?;
     Ok(Some(template))
 }
 

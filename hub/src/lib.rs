@@ -7,6 +7,7 @@
 mod args;
 mod config;
 mod download;
+mod download_plan;
 mod error;
 mod generation_config;
 pub mod gguf;

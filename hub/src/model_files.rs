@@ -101,7 +101,10 @@ impl ModelFiles {
     pub fn config(&self) -> Result<ModelConfig, HubError> {
         match &self.weights {
             WeightFiles::Safetensors(_) => ModelConfig::from_file(&self.root.join("config.json")),
-            WeightFiles::Gguf(path) => gguf_config::model_config(&*self.open_gguf(path)?, &origin(path)),
+            WeightFiles::Gguf(path) => {
+                let file = self.open_gguf(path)?;
+                gguf_config::model_config(&file.header, file.bytes(), &origin(path))
+            }
         }
     }
 

@@ -96,8 +96,8 @@ pub(crate) fn locate_with(
     options: &HubOptions,
     remedy: &str,
 ) -> Result<ModelFiles, HubError> {
-    if let Some(directory) = &options.weights_cache_override {
-        return locate_override(model, options, directory, remedy);
+    if let Some(weights) = override_weights(model, options)? {
+        return locate_beside(model, options, weights, remedy);
     }
     let path = Path::new(&model.model_id);
     if path.is_file() {
@@ -113,16 +113,26 @@ pub(crate) fn locate_with(
     Ok(ModelFiles::new(&model.model_id, &root, weights, Some(sha)))
 }
 
-/// Weights from the override directory; the other files from there too if it has them, else from where the model is.
-fn locate_override(
+/// The weights in the override directory; `None` without such a directory.
+pub(crate) fn override_weights(
     model: &ModelRef,
     options: &HubOptions,
-    directory: &Path,
+) -> Result<Option<WeightFiles>, HubError> {
+    let Some(directory) = &options.weights_cache_override else { return Ok(None) };
+    weights_in_flat(model, directory, None, "change --weights-cache-override").map(Some)
+}
+
+/// Given weights, together with the other files: from the weights' directory if it has them, else from where the
+/// model is.
+fn locate_beside(
+    model: &ModelRef,
+    options: &HubOptions,
+    weights: WeightFiles,
     remedy: &str,
 ) -> Result<ModelFiles, HubError> {
-    let weights = weights_in_flat(model, directory, None, "change --weights-cache-override")?;
-    if matches!(weights, WeightFiles::Gguf(_)) || directory.join("config.json").is_file() {
-        return Ok(ModelFiles::new(&model.model_id, directory, weights, None));
+    let flat = weights.paths().first().and_then(|path| path.parent()).unwrap_or(Path::new("."));
+    if matches!(weights, WeightFiles::Gguf(_)) || flat.join("config.json").is_file() {
+        return Ok(ModelFiles::new(&model.model_id, flat, weights.clone(), None));
     }
     let path = Path::new(&model.model_id);
     let (root, sha) = if path.is_dir() {

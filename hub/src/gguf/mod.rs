@@ -247,14 +247,14 @@ fn read_tensor(reader: &mut Reader<'_>, alignment: u64) -> Result<RawTensor, Ggu
     let code = reader.u32("a tensor's type")?;
     let ggml_type = GgmlType::from_code(code).ok_or_else(|| wrong(format!("has the unknown type {code}")))?;
     let (block, block_bytes) = ggml_type.block();
-    if row % block != 0 {
+    if !row.is_multiple_of(block) {
         return Err(wrong(format!("has rows of {row}, expected a multiple of {block} for {ggml_type}")));
     }
     let num_bytes = (num_elements / block)
         .checked_mul(block_bytes)
         .ok_or_else(|| wrong("is larger than memory".to_owned()))?;
     let offset = reader.u64("a tensor's offset")?;
-    if offset % alignment != 0 {
+    if !offset.is_multiple_of(alignment) {
         return Err(wrong(format!("is at offset {offset}, expected a multiple of {alignment}")));
     }
     Ok(RawTensor { name, shape, ggml_type, num_bytes, offset })

@@ -1,6 +1,6 @@
 //! Sound and hostile GGUF files.
 
-use super::writer::GgufWriter;
+use super::writer::{GgufWriter, mutations};
 use super::*;
 
 fn sound() -> GgufWriter {
@@ -150,7 +150,7 @@ fn bad_tensors_are_refused() {
     assert!(norm(|rest| rest[0] = 5).contains("has 5 dimensions"));
     assert!(norm(|rest| rest[4..12].fill(0)).contains("dimension of 0"));
     assert!(norm(|rest| rest[4..12].fill(0xff)).contains("no such tensor can exist"));
-    assert!(norm(|rest| rest[11] = 0x3f).contains("larger than memory"));
+    assert!(norm(|rest| rest[11] = 0x7f).contains("larger than memory"));
     assert!(norm(|rest| rest[12] = 99).contains("unknown type 99"));
     assert!(
         norm(|rest| rest[16..24].copy_from_slice(&(u64::MAX - 31).to_le_bytes())).contains("the file ends")
@@ -175,37 +175,11 @@ fn long_names_are_cut_in_messages() {
     assert!(problem(&writer.bytes()).len() < 200);
 }
 
-/// A small generator (xorshift) is enough here, and makes every failure repeatable.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: usize) -> usize {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        (self.0 % limit as u64) as usize
-    }
-}
-
 #[test]
 fn random_mutations_never_panic() {
     let sound = sound().bytes();
-    let mut random = Random(0x9e37_79b9_7f4a_7c15);
     let mut accepted = 0;
-    for _ in 0..20_000 {
-        let mut bytes = sound.clone();
-        for _ in 0..1 + random.below(4) {
-            let at = random.below(bytes.len());
-            match random.below(4) {
-                0 => bytes[at] = random.below(256) as u8,
-                1 => bytes[at] ^= 1 << random.below(8),
-                2 => bytes.truncate(at.max(1)),
-                _ => {
-                    let end = (at + 8).min(bytes.len());
-                    bytes[at..end].fill(0xff);
-                }
-            }
-        }
+    for bytes in mutations(&sound, 20_000) {
         if let Ok(gguf) = Gguf::parse(&bytes) {
             accepted += 1;
             assert!(gguf.tensors.iter().all(|tensor| bytes.get(tensor.range.clone()).is_some()));

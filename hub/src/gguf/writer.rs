@@ -1,4 +1,4 @@
-//! Writes small GGUF files in memory, for tests only.
+//! Writes small GGUF files in memory, sound and damaged, for tests only.
 
 use super::{GgmlType, Value};
 use crate::gguf::Array;
@@ -132,4 +132,37 @@ fn write_array(out: &mut Vec<u8>, array: &Array) {
             items.iter().for_each(|item| write_array(out, item));
         }
     }
+}
+
+/// A small generator (xorshift) is enough here, and makes every failure repeatable.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 % limit as u64) as usize
+    }
+}
+
+/// `count` copies of a file, each with one to four random injuries.
+pub(crate) fn mutations(sound: &[u8], count: usize) -> impl Iterator<Item = Vec<u8>> {
+    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    (0..count).map(move |_| {
+        let mut bytes = sound.to_owned();
+        for _ in 0..1 + random.below(4) {
+            let at = random.below(bytes.len());
+            match random.below(4) {
+                0 => bytes[at] = random.below(256) as u8,
+                1 => bytes[at] ^= 1 << random.below(8),
+                2 => bytes.truncate(at.max(1)),
+                _ => {
+                    let end = (at + 8).min(bytes.len());
+                    bytes[at..end].fill(0xff);
+                }
+            }
+        }
+        bytes
+    })
 }
