@@ -107,26 +107,26 @@ impl Settings {
 fn sampling_mistakes(sampling: &SamplingArgs) -> Vec<String> {
     let is_positive = |value: f32| value > 0.0 && value.is_finite();
     let is_mass = |value: f32| value > 0.0 && value <= 1.0;
-    let checks: [(&str, Option<f32>, &dyn Fn(f32) -> bool, &str); 5] = [
-        ("--temperature", sampling.temperature, &is_positive, "a number above 0"),
-        ("--top-p", sampling.top_p, &is_mass, "a number above 0, at most 1"),
-        ("--typical-p", sampling.typical_p, &is_mass, "a number above 0, at most 1"),
-        ("--repetition-penalty", sampling.repetition_penalty, &is_positive, "a number above 0"),
-        (
+    let mistake = |flag: &str, value: Option<f32>, is_valid: &dyn Fn(f32) -> bool, expected: &str| {
+        value.filter(|&value| !is_valid(value)).map(|value| format!("{flag} is {value}, expected {expected}"))
+    };
+    let above_zero = "a number above 0";
+    let mass = "a number above 0, at most 1";
+    [
+        mistake("--temperature", sampling.temperature, &is_positive, above_zero),
+        mistake("--top-p", sampling.top_p, &is_mass, mass),
+        mistake("--typical-p", sampling.typical_p, &is_mass, mass),
+        mistake("--repetition-penalty", sampling.repetition_penalty, &is_positive, above_zero),
+        mistake(
             "--frequency-penalty",
             sampling.frequency_penalty,
             &|value| (-2.0..=2.0).contains(&value),
             "a number from -2 to 2",
         ),
-    ];
-    checks
-        .into_iter()
-        .filter_map(|(flag, value, is_valid, expected)| {
-            value
-                .filter(|&value| !is_valid(value))
-                .map(|value| format!("{flag} is {value}, expected {expected}"))
-        })
-        .collect()
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 /// What goes over the wire; an absent parameter has the value that switches it off.
