@@ -1,1 +1,102 @@
-//! The CPU backend.
+//! The CPU backend: readable reference, and a product for small models.
+//!
+//! Reading order: [`operations`] is `impl Backend`; [`linear`], [`kv_cache`] and [`buffer`] say how things lie in memory;
+//! [`matmul`] and [`attention`] spread work over [`threads`]; [`kernels`] holds the arithmetic, written once over
+//! sixteen lanes and compiled for each instruction set of [`isa`].
+//!
+//! Decoding is a race to read the weights once: they lie packed on huge pages, in the order in which they are read.
+//! Activations are f32 throughout; beside bf16 weights they are split into two bf16, which keeps 16 bits of mantissa.
+
+mod attention;
+mod buffer;
+mod isa;
+mod kernels;
+mod kv_cache;
+mod linear;
+mod matmul;
+mod memory;
+mod operations;
+mod rope;
+mod sampling;
+mod step_check;
+mod threads;
+
+use std::cell::{Cell, RefCell};
+use std::fs;
+
+pub use buffer::CpuBuffer;
+pub use isa::Isa;
+pub use kv_cache::CpuKvCache;
+pub use linear::PackedLinear;
+pub use rope::CpuRope;
+
+use crate::collectives::Communicator;
+use crate::{BackendError, StepInput};
+
+/// How to use the processor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct CpuOptions {
+    /// Threads that compute, the caller's included; at least 1.
+    pub threads: usize,
+    /// Kernels to use; none: the best this processor has.
+    pub isa: Option<Isa>,
+}
+
+/// A small parameter in memory.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CpuVector(Vec<f32>);
+
+/// One rank's share of the processor.
+pub struct CpuBackend {
+    description: String,
+    kernels: &'static kernels::Kernels,
+    // A cell, since packing a weight uses the threads but changes nothing.
+    threads: RefCell<threads::Threads>,
+    communicator: Box<dyn Communicator>,
+    step: StepInput,
+    /// Number of the step, from 1.
+    step_number: u64,
+    num_ropes: Cell<usize>,
+    rope_tables: Vec<rope::RopeTable>,
+    workspace: matmul::Workspace,
+    attention_plan: attention::AttentionPlan,
+    samplers: Vec<sampling::Sampler>,
+}
+
+impl CpuBackend {
+    /// Starts the threads.
+    ///
+    /// # Errors
+    /// When the processor lacks the kernels asked for or threads cannot be started.
+    pub fn new(options: CpuOptions, communicator: Box<dyn Communicator>) -> Result<Self, BackendError> {
+        if options.threads == 0 {
+            return Err(BackendError::Device {
+                operation: "starting CPU threads".to_owned(),
+                reason: "0 were asked for, at least 1 is needed; --threads sets their number".to_owned(),
+            });
+        }
+        let isa = Isa::choose(options.isa)?;
+        let s = if options.threads == 1 { "" } else { "s" };
+        let kernels = kernels::Kernels::of(isa);
+        Ok(CpuBackend {
+            description: format!("{}, {isa} kernels, {} thread{s}", processor_name(), options.threads),
+            kernels,
+            threads: RefCell::new(threads::Threads::start(options.threads)?),
+            communicator,
+            step: StepInput::default(),
+            step_number: 0,
+            num_ropes: Cell::new(0),
+            rope_tables: Vec::new(),
+            workspace: matmul::Workspace::new()?,
+            attention_plan: attention::AttentionPlan::default(),
+            samplers: (0..options.threads).map(|_| sampling::Sampler::new(kernels)).collect(),
+        })
+    }
+}
+
+/// What the system calls the processor.
+fn processor_name() -> String {
+    let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+    name.map_or_else(|| format!("{} processor", std::env::consts::ARCH), |(_, name)| name.trim().to_owned())
+}

@@ -1,0 +1,318 @@
+//! Attention of a tile of query rows over the keys and values of one KV head, with an online softmax
+//! (arXiv:1805.02867, arXiv:2205.14135): the scores of 128 keys at a time are all that exists of the score matrix.
+
+use super::matmul::{Weight, padded_tile, tile};
+use super::simd::{LANES, Simd, exp, tanh};
+
+/// Keys whose scores are held at a time: 24 rows of them take 12 KiB, which leaves room in a 32 KiB cache.
+pub(in crate::cpu) const KEY_TILE: usize = 128;
+
+/// One head of one token.
+#[derive(Clone, Copy)]
+pub(in crate::cpu) struct QueryRow {
+    /// Index of its query vector's first element.
+    pub(in crate::cpu) query: usize,
+    /// Index of its result's first element.
+    pub(in crate::cpu) out: usize,
+    /// It sees the keys `first_key..end_key` of its sequence.
+    pub(in crate::cpu) first_key: usize,
+    /// See `first_key`; greater than it.
+    pub(in crate::cpu) end_key: usize,
+}
+
+/// Where the keys and values of one KV head of one sequence are.
+#[derive(Clone, Copy)]
+pub(in crate::cpu) struct KeysValues<'a> {
+    /// Start of the layer in the cache.
+    pub(in crate::cpu) layer: *const u8,
+    /// The sequence's blocks.
+    pub(in crate::cpu) blocks: &'a [u32],
+    /// Tokens of a block.
+    pub(in crate::cpu) block_size: usize,
+    /// Bytes from one block to the next.
+    pub(in crate::cpu) block_stride: usize,
+    /// Bytes from the start of a block to this head's keys.
+    pub(in crate::cpu) key_offset: usize,
+    /// Bytes from the start of a block to this head's values.
+    pub(in crate::cpu) value_offset: usize,
+}
+
+/// What all heads share.
+#[derive(Clone, Copy)]
+pub(in crate::cpu) struct AttentionConfig {
+    pub(in crate::cpu) head_dim: usize,
+    pub(in crate::cpu) scale: f32,
+    pub(in crate::cpu) soft_cap: Option<f32>,
+}
+
+/// One tile of work.
+pub(in crate::cpu) struct AttentionArgs<'a> {
+    pub(in crate::cpu) config: AttentionConfig,
+    /// At most `MAX_TILE` rows.
+    pub(in crate::cpu) rows: &'a [QueryRow],
+    pub(in crate::cpu) cache: KeysValues<'a>,
+    /// All packed queries, keys and values of the step.
+    pub(in crate::cpu) qkv: &'a [f32],
+    /// All results; this tile writes its rows' heads only.
+    pub(in crate::cpu) out: *mut f32,
+    /// At least [`scratch_len`] elements.
+    pub(in crate::cpu) scratch: &'a mut [f32],
+}
+
+/// Scratch of a tile: queries `[head_dim][24]`, sums `[24][padded head_dim]`, scores `[24][KEY_TILE]`.
+pub(in crate::cpu) const fn scratch_len(head_dim: usize) -> usize {
+    24 * (head_dim + head_dim.next_multiple_of(LANES) + KEY_TILE)
+}
+
+/// Attention of one tile.
+///
+/// # Safety
+/// The processor has the instruction set; the cache holds the keys the rows see; nobody else writes the rows' results.
+#[inline(always)]
+pub(super) unsafe fn attention<S: Simd, W: Weight<S>>(args: AttentionArgs<'_>) {
+    // SAFETY: the caller's contract is that of the callees.
+    unsafe {
+        match padded_tile(args.rows.len()) {
+            1 => rows::<S, W, 1>(args),
+            2 => rows::<S, W, 2>(args),
+            4 => rows::<S, W, 4>(args),
+            8 if S::MAX_TILE >= 8 => rows::<S, W, 8>(args),
+            16 if S::MAX_TILE >= 16 => rows::<S, W, 16>(args),
+            _ if S::MAX_TILE >= 24 => rows::<S, W, 24>(args),
+            _ => unreachable!("a tile has at most MAX_TILE rows"),
+        }
+    }
+}
+
+/// Attention of `T` rows, of which the last may be padding.
+///
+/// # Safety
+/// As for [`attention`].
+#[inline(always)]
+unsafe fn rows<S: Simd, W: Weight<S>, const T: usize>(args: AttentionArgs<'_>) {
+    let AttentionArgs { config, rows, cache, qkv, out, scratch } = args;
+    let head_dim = config.head_dim;
+    let padded_dim = head_dim.next_multiple_of(LANES);
+    let (queries, rest) = scratch.split_at_mut(24 * head_dim);
+    let (sums, scores) = rest.split_at_mut(24 * padded_dim);
+    queries[..T * head_dim].fill(0.0);
+    for (t, row) in rows.iter().enumerate() {
+        let query = &qkv[row.query..row.query + head_dim];
+        for (packed, &q) in queries.chunks_exact_mut(T).zip(query) {
+            packed[t] = q * config.scale;
+        }
+    }
+    sums[..T * padded_dim].fill(0.0);
+    let mut softmax = Softmax::<T> { maximum: [f32::NEG_INFINITY; T], total: [0.0; T] };
+    let first_key = rows.iter().map(|row| row.first_key).min().unwrap_or(0);
+    let end_key = rows.iter().map(|row| row.end_key).max().unwrap_or(0);
+
+    let mut start = first_key / LANES * LANES;
+    while start < end_key {
+        let end = (start + KEY_TILE).min(end_key);
+        let mut group = start;
+        while group < end {
+            // SAFETY: the group's keys are in the cache (its last ones perhaps unwritten, which are masked below).
+            unsafe {
+                let keys = cache.key_group::<S, W>(group, head_dim);
+                let found = match T {
+                    1 | 2 => tile::<S, W, T, 4>(keys, queries.as_ptr().cast(), head_dim),
+                    4 => tile::<S, W, T, 2>(keys, queries.as_ptr().cast(), head_dim),
+                    _ => tile::<S, W, T, 1>(keys, queries.as_ptr().cast(), head_dim),
+                };
+                for (t, &score) in found.iter().enumerate() {
+                    S::store(scores[t * KEY_TILE + group - start..][..LANES].as_mut_ptr(), score);
+                }
+            }
+            group += LANES;
+        }
+        // SAFETY: the processor has the instruction set, and the cache holds `start..end`.
+        unsafe {
+            softmax.weigh::<S>((rows, config.soft_cap), start..end, scores, (sums, padded_dim));
+            values::<S, W, T>(&cache, start..end, scores, (sums, padded_dim));
+        }
+        start += KEY_TILE;
+    }
+    for (t, row) in rows.iter().enumerate() {
+        let factor = 1.0 / softmax.total[t];
+        for (d, &sum) in sums[t * padded_dim..][..head_dim].iter().enumerate() {
+            // SAFETY: the row's result lies within `out` and is this tile's alone.
+            unsafe { out.add(row.out + d).write(sum * factor) };
+        }
+    }
+}
+
+impl KeysValues<'_> {
+    /// Keys `group..group + 16`, `[head_dim][16]`.
+    ///
+    /// # Safety
+    /// The block of token `group` is in the table.
+    #[inline(always)]
+    unsafe fn key_group<S: Simd, W: Weight<S>>(&self, group: usize, head_dim: usize) -> *const u8 {
+        let (block, offset) = (self.blocks[group / self.block_size] as usize, group % self.block_size);
+        // SAFETY: as the caller says.
+        unsafe {
+            let block = self.layer.add(block * self.block_stride);
+            block.add(self.key_offset + offset / LANES * head_dim * W::STEP_BYTES)
+        }
+    }
+
+    /// The value of token `token`, `[padded head_dim]`.
+    ///
+    /// # Safety
+    /// The block of the token is in the table.
+    #[inline(always)]
+    unsafe fn value<S: Simd, W: Weight<S>>(&self, token: usize, padded_dim: usize) -> *const u8 {
+        let (block, offset) = (self.blocks[token / self.block_size] as usize, token % self.block_size);
+        // SAFETY: as the caller says.
+        unsafe {
+            let block = self.layer.add(block * self.block_stride);
+            block.add(self.value_offset + offset * padded_dim / LANES * W::STEP_BYTES)
+        }
+    }
+}
+
+/// The running maximum and sum of each row.
+struct Softmax<const T: usize> {
+    maximum: [f32; T],
+    total: [f32; T],
+}
+
+impl<const T: usize> Softmax<T> {
+    /// Turns the scores of `keys` into weights relative to the new maximum, and brings the older sums to it.
+    ///
+    /// # Safety
+    /// The processor has the instruction set.
+    #[inline(always)]
+    unsafe fn weigh<S: Simd>(
+        &mut self,
+        (rows, soft_cap): (&[QueryRow], Option<f32>),
+        keys: std::ops::Range<usize>,
+        scores: &mut [f32],
+        (sums, padded_dim): (&mut [f32], usize),
+    ) {
+        let padded_keys = keys.len().next_multiple_of(LANES);
+        for (t, scores) in scores.chunks_exact_mut(KEY_TILE).take(T).enumerate() {
+            let scores = &mut scores[..padded_keys];
+            let Some(row) = rows.get(t) else {
+                scores.fill(0.0);
+                continue;
+            };
+            // SAFETY: arithmetic; chunks have 16 elements.
+            unsafe {
+                if let Some(cap) = soft_cap {
+                    for chunk in scores.as_chunks_mut::<LANES>().0 {
+                        let bent = tanh::<S>(S::mul(S::load(chunk.as_ptr()), S::splat(1.0 / cap)));
+                        S::store(chunk.as_mut_ptr(), S::mul(bent, S::splat(cap)));
+                    }
+                }
+                let first = row.first_key.saturating_sub(keys.start).min(padded_keys);
+                let end = row.end_key.saturating_sub(keys.start).min(padded_keys);
+                scores[..first].fill(f32::NEG_INFINITY);
+                scores[end..].fill(f32::NEG_INFINITY);
+                let highest = super::elementwise::maximum::<S>(scores).max(self.maximum[t]);
+                if highest == f32::NEG_INFINITY {
+                    // Nothing seen yet: the window begins later.
+                    scores.fill(0.0);
+                    continue;
+                }
+                let mut total = S::splat(0.0);
+                for chunk in scores.as_chunks_mut::<LANES>().0 {
+                    let weight = exp::<S>(S::sub(S::load(chunk.as_ptr()), S::splat(highest)));
+                    S::store(chunk.as_mut_ptr(), weight);
+                    total = S::add(total, weight);
+                }
+                let shrink = (self.maximum[t] - highest).exp();
+                self.total[t] = self.total[t] * shrink + S::sum(total);
+                if shrink != 1.0 {
+                    for chunk in sums[t * padded_dim..][..padded_dim].as_chunks_mut::<LANES>().0 {
+                        S::store(chunk.as_mut_ptr(), S::mul(S::load(chunk.as_ptr()), S::splat(shrink)));
+                    }
+                }
+                self.maximum[t] = highest;
+            }
+        }
+    }
+}
+
+/// `sums += weights . values` for the tokens of `keys`.
+///
+/// # Safety
+/// The processor has the instruction set and the cache holds the tokens.
+#[inline(always)]
+unsafe fn values<S: Simd, W: Weight<S>, const T: usize>(
+    cache: &KeysValues<'_>,
+    keys: std::ops::Range<usize>,
+    weights: &[f32],
+    (sums, padded_dim): (&mut [f32], usize),
+) {
+    debug_assert!(weights.len() >= T * KEY_TILE && sums.len() >= T * padded_dim);
+    let mut column = 0;
+    while column < padded_dim {
+        // Few rows have few accumulators: several columns at a time hide the latency, and each value is read once.
+        let wide = if T <= 4 {
+            4
+        } else if T <= 8 {
+            2
+        } else {
+            1
+        };
+        let columns = if column + wide * LANES <= padded_dim { wide } else { 1 };
+        // SAFETY: the caller's contract; columns end at `padded_dim`.
+        unsafe {
+            match columns {
+                4 => value_columns::<S, W, T, 4>(cache, keys.clone(), weights, (sums, padded_dim, column)),
+                2 => value_columns::<S, W, T, 2>(cache, keys.clone(), weights, (sums, padded_dim, column)),
+                _ => value_columns::<S, W, T, 1>(cache, keys.clone(), weights, (sums, padded_dim, column)),
+            }
+        }
+        column += columns * LANES;
+    }
+}
+
+/// `P` vectors of columns of [`values`].
+///
+/// # Safety
+/// As for [`values`].
+#[inline(always)]
+unsafe fn value_columns<S: Simd, W: Weight<S>, const T: usize, const P: usize>(
+    cache: &KeysValues<'_>,
+    keys: std::ops::Range<usize>,
+    weights: &[f32],
+    (sums, padded_dim, column): (&mut [f32], usize, usize),
+) {
+    // SAFETY: `weights` has T rows of KEY_TILE, `sums` T rows of `padded_dim`; the cache holds the tokens.
+    unsafe {
+        let mut acc = [[S::splat(0.0); P]; T];
+        for t in 0..T {
+            for p in 0..P {
+                acc[t][p] = S::load(sums.as_ptr().add(t * padded_dim + column + p * LANES));
+            }
+        }
+        let row_bytes = padded_dim / LANES * W::STEP_BYTES;
+        let mut token = keys.start;
+        while token < keys.end {
+            let group_end = (token + LANES).min(keys.end);
+            let mut value = cache.value::<S, W>(token, padded_dim).add(column / LANES * W::STEP_BYTES);
+            for token in token..group_end {
+                let weight = weights.as_ptr().add(token - keys.start).cast::<u32>();
+                let mut loaded = [W::load(value); P];
+                for p in 1..P {
+                    loaded[p] = W::load(value.add(p * W::STEP_BYTES));
+                }
+                for t in 0..T {
+                    for p in 0..P {
+                        acc[t][p] = W::dot(acc[t][p], loaded[p], weight.add(t * KEY_TILE));
+                    }
+                }
+                value = value.add(row_bytes);
+            }
+            token = group_end;
+        }
+        for t in 0..T {
+            for p in 0..P {
+                S::store(sums.as_mut_ptr().add(t * padded_dim + column + p * LANES), acc[t][p]);
+            }
+        }
+    }
+}

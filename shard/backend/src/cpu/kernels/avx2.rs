@@ -1,0 +1,87 @@
+//! AVX2, FMA and F16C: sixteen lanes in two registers.
+
+use std::arch::x86_64::*;
+
+use super::simd::Simd;
+
+/// Two registers of eight.
+#[derive(Clone, Copy)]
+pub(super) struct Avx2;
+
+type V = [__m256; 2];
+
+/// Each body runs with AVX2, FMA and F16C, which the caller of a [`Simd`] function vouches for.
+macro_rules! lanes {
+    ($(fn $name:ident($($arg:ident: $ty:ty),*) $(-> $out:ty)? $body:block)*) => {$(
+        #[inline(always)]
+        unsafe fn $name($($arg: $ty),*) $(-> $out)? {
+            // SAFETY: the contract of `Simd`: instruction set present, pointers valid.
+            unsafe { $body }
+        }
+    )*};
+}
+
+#[inline(always)]
+fn two(a: V, b: V, f: impl Fn(__m256, __m256) -> __m256) -> V {
+    [f(a[0], b[0]), f(a[1], b[1])]
+}
+
+impl Simd for Avx2 {
+    type V = V;
+    const MAX_TILE: usize = 4;
+
+    lanes! {
+        fn splat(x: f32) -> V { [_mm256_set1_ps(x); 2] }
+        fn load(from: *const f32) -> V { [_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))] }
+        fn load_bf16(from: *const u16) -> V {
+            let wide = |p: *const u16| {
+                _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())), 16))
+            };
+            [wide(from), wide(from.add(8))]
+        }
+        fn load_f16(from: *const u16) -> V {
+            [_mm256_cvtph_ps(_mm_loadu_si128(from.cast())), _mm256_cvtph_ps(_mm_loadu_si128(from.add(8).cast()))]
+        }
+        fn load_bf16_pairs(from: *const u32) -> (V, V) {
+            let raw = [_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(8).cast())];
+            let upper = _mm256_set1_epi32(0xFFFF_0000u32.cast_signed());
+            (
+                raw.map(|x| _mm256_castsi256_ps(_mm256_slli_epi32(x, 16))),
+                raw.map(|x| _mm256_castsi256_ps(_mm256_and_si256(x, upper))),
+            )
+        }
+        fn store(to: *mut f32, v: V) {
+            _mm256_storeu_ps(to, v[0]);
+            _mm256_storeu_ps(to.add(8), v[1]);
+        }
+        fn add(a: V, b: V) -> V { two(a, b, |a, b| _mm256_add_ps(a, b)) }
+        fn sub(a: V, b: V) -> V { two(a, b, |a, b| _mm256_sub_ps(a, b)) }
+        fn mul(a: V, b: V) -> V { two(a, b, |a, b| _mm256_mul_ps(a, b)) }
+        fn div(a: V, b: V) -> V { two(a, b, |a, b| _mm256_div_ps(a, b)) }
+        fn fma(a: V, b: V, c: V) -> V { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
+        fn max(a: V, b: V) -> V { two(a, b, |a, b| _mm256_max_ps(a, b)) }
+        fn min(a: V, b: V) -> V { two(a, b, |a, b| _mm256_min_ps(a, b)) }
+        fn select_lt(a: V, b: V, x: V, y: V) -> V {
+            let pick = |i: usize| _mm256_blendv_ps(y[i], x[i], _mm256_cmp_ps::<_CMP_LT_OQ>(a[i], b[i]));
+            [pick(0), pick(1)]
+        }
+        fn pow2_shifted(v: V) -> V {
+            let bias = _mm256_set1_epi32(127);
+            v.map(|x| {
+                let n = _mm256_add_epi32(_mm256_castps_si256(x), bias);
+                _mm256_castsi256_ps(_mm256_slli_epi32(n, 23))
+            })
+        }
+        fn sum(v: V) -> f32 {
+            let mut lanes = [0.0f32; 8];
+            _mm256_storeu_ps(lanes.as_mut_ptr(), _mm256_add_ps(v[0], v[1]));
+            lanes.iter().sum()
+        }
+        fn max_lane(v: V) -> f32 {
+            let mut lanes = [0.0f32; 8];
+            _mm256_storeu_ps(lanes.as_mut_ptr(), _mm256_max_ps(v[0], v[1]));
+            lanes.iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a })
+        }
+        fn prefetch(from: *const u8) { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
+    }
+}

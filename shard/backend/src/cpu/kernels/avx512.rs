@@ -1,0 +1,101 @@
+//! AVX-512F: sixteen lanes in one register. With AVX512-BF16 also [`Bf16Dot`], a dot product of pairs.
+
+use std::arch::x86_64::*;
+
+use super::matmul::Weight;
+use super::simd::Simd;
+
+/// One register.
+#[derive(Clone, Copy)]
+pub(super) struct Avx512;
+
+type V = __m512;
+
+/// Each body runs with AVX-512F, which the caller of a [`Simd`] function vouches for.
+macro_rules! lanes {
+    ($(fn $name:ident($($arg:ident: $ty:ty),*) $(-> $out:ty)? $body:block)*) => {$(
+        #[inline(always)]
+        unsafe fn $name($($arg: $ty),*) $(-> $out)? {
+            // SAFETY: the contract of `Simd`: instruction set present, pointers valid.
+            unsafe { $body }
+        }
+    )*};
+}
+
+impl Simd for Avx512 {
+    type V = V;
+    const MAX_TILE: usize = 24;
+
+    lanes! {
+        fn splat(x: f32) -> V { _mm512_set1_ps(x) }
+        fn load(from: *const f32) -> V { _mm512_loadu_ps(from) }
+        fn load_bf16(from: *const u16) -> V {
+            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()))))
+        }
+        fn load_f16(from: *const u16) -> V { _mm512_cvtph_ps(_mm256_loadu_si256(from.cast())) }
+        fn load_bf16_pairs(from: *const u32) -> (V, V) {
+            let raw = _mm512_loadu_si512(from.cast());
+            let upper = _mm512_set1_epi32(0xFFFF_0000u32.cast_signed());
+            (_mm512_castsi512_ps(_mm512_slli_epi32::<16>(raw)), _mm512_castsi512_ps(_mm512_and_si512(raw, upper)))
+        }
+        fn store(to: *mut f32, v: V) { _mm512_storeu_ps(to, v) }
+        fn add(a: V, b: V) -> V { _mm512_add_ps(a, b) }
+        fn sub(a: V, b: V) -> V { _mm512_sub_ps(a, b) }
+        fn mul(a: V, b: V) -> V { _mm512_mul_ps(a, b) }
+        fn div(a: V, b: V) -> V { _mm512_div_ps(a, b) }
+        fn fma(a: V, b: V, c: V) -> V { _mm512_fmadd_ps(a, b, c) }
+        fn max(a: V, b: V) -> V { _mm512_max_ps(a, b) }
+        fn min(a: V, b: V) -> V { _mm512_min_ps(a, b) }
+        fn select_lt(a: V, b: V, x: V, y: V) -> V {
+            _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LT_OQ>(a, b), y, x)
+        }
+        fn pow2_shifted(v: V) -> V {
+            let n = _mm512_add_epi32(_mm512_castps_si512(v), _mm512_set1_epi32(127));
+            _mm512_castsi512_ps(_mm512_slli_epi32::<23>(n))
+        }
+        fn sum(v: V) -> f32 { _mm512_reduce_add_ps(v) }
+        fn max_lane(v: V) -> f32 { _mm512_reduce_max_ps(v) }
+        fn prefetch(from: *const u8) { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
+    }
+}
+
+/// bf16 weights times activations split into two bf16, which keeps 16 bits of their mantissa: two dot products of pairs
+/// a weight vector. Decode waits for memory anyway, and the two parts cost no more than converting weights to f32.
+pub(super) struct Bf16Dot;
+
+impl Weight<Avx512> for Bf16Dot {
+    type Loaded = __m512bh;
+    const STEP_INPUTS: usize = 2;
+    const STEP_BYTES: usize = 64;
+
+    #[inline(always)]
+    unsafe fn load(from: *const u8) -> __m512bh {
+        // SAFETY: the contract of `Weight`: 64 bytes.
+        unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(from.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn dot(acc: V, w: __m512bh, x: *const u32) -> V {
+        // SAFETY: the contract of `Weight`: two elements.
+        unsafe {
+            let high = std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(x.read().cast_signed()));
+            let low =
+                std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(x.add(1).read().cast_signed()));
+            _mm512_dpbf16_ps(_mm512_dpbf16_ps(acc, w, high), w, low)
+        }
+    }
+
+    #[inline(always)]
+    fn pack(x: [f32; 2]) -> [u32; 2] {
+        let high = x.map(bf16_nearest);
+        let low = [0, 1].map(|i| bf16_nearest(x[i] - f32::from_bits(high[i] << 16)));
+        [high[0] | high[1] << 16, low[0] | low[1] << 16]
+    }
+}
+
+/// Rounds to the nearest bf16, ties to even. Finite values only: not-a-number may become infinite.
+#[inline(always)]
+fn bf16_nearest(x: f32) -> u32 {
+    let bits = x.to_bits();
+    bits.wrapping_add(0x7FFF + (bits >> 16 & 1)) >> 16
+}

@@ -1,0 +1,143 @@
+//! Kernels that go once over a row: norms, activations, and the reductions of log-softmax.
+
+use super::simd::{LANES, Simd, erf, exp, load_partial, store_partial, tanh};
+use crate::Activation;
+
+/// Calls `f(offset, lanes)` for each vector of a row; the last may have fewer than 16 lanes.
+#[inline(always)]
+fn vectors(width: usize, mut f: impl FnMut(usize, usize)) {
+    let mut offset = 0;
+    while offset + LANES <= width {
+        f(offset, LANES);
+        offset += LANES;
+    }
+    if offset < width {
+        f(offset, width - offset);
+    }
+}
+
+#[inline(always)]
+fn load<S: Simd>(x: &[f32], offset: usize, lanes: usize) -> S::V {
+    let part = &x[offset..offset + lanes];
+    // SAFETY: `part` has `lanes` elements.
+    unsafe { if lanes == LANES { S::load(part.as_ptr()) } else { load_partial::<S>(part.as_ptr(), lanes) } }
+}
+
+#[inline(always)]
+fn store<S: Simd>(x: &mut [f32], offset: usize, lanes: usize, v: S::V) {
+    let part = &mut x[offset..offset + lanes];
+    // SAFETY: `part` has `lanes` elements.
+    unsafe {
+        if lanes == LANES {
+            S::store(part.as_mut_ptr(), v)
+        } else {
+            store_partial::<S>(part.as_mut_ptr(), v, lanes)
+        }
+    }
+}
+
+/// RMSNorm of one row.
+///
+/// # Safety
+/// The processor has the instruction set.
+#[inline(always)]
+pub(super) unsafe fn rms_norm<S: Simd>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    // SAFETY: arithmetic, and loads bounded by `load` and `store`.
+    unsafe {
+        let mut squares = S::splat(0.0);
+        vectors(x.len(), |at, n| {
+            let v = load::<S>(x, at, n);
+            squares = S::fma(v, v, squares);
+        });
+        let factor = S::splat(1.0 / (S::sum(squares) / x.len() as f32 + eps).sqrt());
+        vectors(x.len(), |at, n| {
+            let v = S::mul(load::<S>(x, at, n), factor);
+            store::<S>(out, at, n, S::mul(v, load::<S>(weight, at, n)));
+        });
+    }
+}
+
+/// `x += y`.
+///
+/// # Safety
+/// The processor has the instruction set.
+#[inline(always)]
+pub(super) unsafe fn add<S: Simd>(x: &mut [f32], y: &[f32]) {
+    vectors(x.len(), |at, n| {
+        // SAFETY: arithmetic only.
+        let sum = unsafe { S::add(load::<S>(x, at, n), load::<S>(y, at, n)) };
+        store::<S>(x, at, n, sum);
+    });
+}
+
+/// `out = activation(gate) * up` of one row.
+///
+/// # Safety
+/// The processor has the instruction set.
+#[inline(always)]
+pub(super) unsafe fn gated<S: Simd>(gate_up: &[f32], activation: Activation, out: &mut [f32]) {
+    let (gate, up) = gate_up.split_at(out.len());
+    // SAFETY: arithmetic, and loads bounded by `load` and `store`.
+    unsafe {
+        let zero = S::splat(0.0);
+        let half = S::splat(0.5);
+        let one = S::splat(1.0);
+        vectors(out.len(), |at, n| {
+            let x = load::<S>(gate, at, n);
+            let activated = match activation {
+                Activation::Silu => S::div(x, S::add(one, exp::<S>(S::sub(zero, x)))),
+                Activation::GeluTanh => {
+                    let cubed = S::mul(S::mul(x, x), x);
+                    let inner = S::mul(S::fma(cubed, S::splat(0.044_715), x), S::splat(0.797_884_6));
+                    S::mul(S::mul(x, half), S::add(one, tanh::<S>(inner)))
+                }
+                Activation::Gelu => {
+                    let scaled = S::mul(x, S::splat(std::f32::consts::FRAC_1_SQRT_2));
+                    S::mul(S::mul(x, half), S::add(one, erf::<S>(scaled)))
+                }
+                Activation::Relu => S::max(x, zero),
+            };
+            store::<S>(out, at, n, S::mul(activated, load::<S>(up, at, n)));
+        });
+    }
+}
+
+/// The largest element, minus infinity of none.
+///
+/// # Safety
+/// The processor has the instruction set.
+#[inline(always)]
+pub(super) unsafe fn maximum<S: Simd>(x: &[f32]) -> f32 {
+    // SAFETY: arithmetic; the chunks have 16 elements.
+    unsafe {
+        let (whole, rest) = x.as_chunks::<LANES>();
+        let mut best = S::splat(f32::NEG_INFINITY);
+        for chunk in whole {
+            // In this order a lane that is not a number is passed over: `max(a, b)` is `b` then.
+            best = S::max(S::load(chunk.as_ptr()), best);
+        }
+        rest.iter().fold(S::max_lane(best), |a, &b| if b > a { b } else { a })
+    }
+}
+
+/// The sum of `exp(x - shift)`; each 4096 elements are added up in f32, those sums in f64.
+///
+/// # Safety
+/// The processor has the instruction set.
+#[inline(always)]
+pub(super) unsafe fn sum_exp<S: Simd>(x: &[f32], shift: f32) -> f64 {
+    // SAFETY: arithmetic; the chunks have 16 elements.
+    unsafe {
+        let mut total = 0.0f64;
+        for part in x.chunks(4096) {
+            let (whole, rest) = part.as_chunks::<LANES>();
+            let mut sum = S::splat(0.0);
+            for chunk in whole {
+                sum = S::add(sum, exp::<S>(S::sub(S::load(chunk.as_ptr()), S::splat(shift))));
+            }
+            total += f64::from(S::sum(sum));
+            total += rest.iter().map(|&v| f64::from((v - shift).exp())).sum::<f64>();
+        }
+        total
+    }
+}

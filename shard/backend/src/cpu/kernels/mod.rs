@@ -1,0 +1,162 @@
+//! The arithmetic, written once over sixteen lanes and compiled for each instruction set.
+
+mod attention;
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod elementwise;
+mod matmul;
+mod portable;
+mod simd;
+
+pub(super) use attention::{AttentionArgs, AttentionConfig, KeysValues, QueryRow, scratch_len};
+pub(super) use matmul::{MatmulArgs, PackArgs, padded_tile};
+pub(super) use simd::LANES;
+
+use super::isa::Isa;
+use crate::{Activation, DType};
+
+/// The kernels that depend on an element type.
+///
+/// Calling one is unsafe because it uses the instruction set; [`Kernels::of`] hands out those that the processor has.
+pub(super) struct TypedKernels {
+    /// Inputs a step of a packed weight takes, and 32-bit elements of its packed activations.
+    pub(super) step_inputs: usize,
+    /// Bytes of a step of a packed weight.
+    pub(super) step_bytes: usize,
+    /// Packs a tile of activations.
+    pub(super) pack: unsafe fn(PackArgs<'_>),
+    /// Multiplies panels.
+    pub(super) matmul: unsafe fn(&MatmulArgs<'_>),
+    /// Attention over a cache of this type.
+    pub(super) attention: unsafe fn(AttentionArgs<'_>),
+}
+
+/// All kernels of one instruction set.
+pub(super) struct Kernels {
+    /// Largest tile of tokens or query rows.
+    pub(super) max_tile: usize,
+    f32: TypedKernels,
+    f16: TypedKernels,
+    bf16: TypedKernels,
+    /// `out = rms_norm(x) * weight`.
+    pub(super) rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
+    /// `x += y`.
+    pub(super) add: unsafe fn(&mut [f32], &[f32]),
+    /// `out = activation(gate) * up`.
+    pub(super) gated: unsafe fn(&[f32], Activation, &mut [f32]),
+    /// Largest element.
+    pub(super) maximum: unsafe fn(&[f32]) -> f32,
+    /// Sum of `exp(x - shift)`.
+    pub(super) sum_exp: unsafe fn(&[f32], f32) -> f64,
+}
+
+impl Kernels {
+    /// The kernels of `isa`, which the processor has: `Isa` values come from its detection.
+    pub(super) fn of(isa: Isa) -> &'static Kernels {
+        match isa {
+            Isa::Portable => &portable_kernels::KERNELS,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => &avx2_kernels::KERNELS,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => &avx512_kernels::KERNELS,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16 => &avx512_bf16_kernels::KERNELS,
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => &portable_kernels::KERNELS,
+        }
+    }
+
+    /// Those for `dtype`.
+    pub(super) fn typed(&self, dtype: DType) -> &TypedKernels {
+        match dtype {
+            DType::F32 => &self.f32,
+            DType::F16 => &self.f16,
+            DType::BF16 => &self.bf16,
+        }
+    }
+}
+
+/// Instantiates every kernel for one instruction set: `module, Simd type, bf16 weight type, features`.
+macro_rules! kernels {
+    ($module:ident, $simd:ty, $bf16:ty $(, $feature:literal)?) => {
+        mod $module {
+            use super::matmul::{Bf16, F16, F32, Widened};
+            use super::*;
+
+            type S = $simd;
+
+            kernels!(@typed typed_f32, S, Widened<F32>, Widened<F32> $(, $feature)?);
+            kernels!(@typed typed_f16, S, Widened<F16>, Widened<F16> $(, $feature)?);
+            kernels!(@typed typed_bf16, S, $bf16, Widened<Bf16> $(, $feature)?);
+
+            kernels!(@fn fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+                elementwise::rms_norm::<S>(x, weight, eps, out)
+            } $(, $feature)?);
+            kernels!(@fn fn add(x: &mut [f32], y: &[f32]) { elementwise::add::<S>(x, y) } $(, $feature)?);
+            kernels!(@fn fn gated(gate_up: &[f32], activation: Activation, out: &mut [f32]) {
+                // A match on the outside leaves no branch in the loops.
+                match activation {
+                    Activation::Silu => elementwise::gated::<S>(gate_up, Activation::Silu, out),
+                    Activation::GeluTanh => elementwise::gated::<S>(gate_up, Activation::GeluTanh, out),
+                    Activation::Gelu => elementwise::gated::<S>(gate_up, Activation::Gelu, out),
+                    Activation::Relu => elementwise::gated::<S>(gate_up, Activation::Relu, out),
+                }
+            } $(, $feature)?);
+            kernels!(@fn fn maximum(x: &[f32]) -> f32 { elementwise::maximum::<S>(x) } $(, $feature)?);
+            kernels!(@fn fn sum_exp(x: &[f32], shift: f32) -> f64 { elementwise::sum_exp::<S>(x, shift) } $(, $feature)?);
+
+            pub(super) static KERNELS: Kernels = Kernels {
+                max_tile: <S as simd::Simd>::MAX_TILE,
+                f32: typed_f32::KERNELS,
+                f16: typed_f16::KERNELS,
+                bf16: typed_bf16::KERNELS,
+                rms_norm,
+                add,
+                gated,
+                maximum,
+                sum_exp,
+            };
+        }
+    };
+    (@typed $module:ident, $simd:ty, $weight:ty, $cached:ty $(, $feature:literal)?) => {
+        mod $module {
+            use super::*;
+
+            kernels!(@fn fn pack(args: PackArgs<'_>) { matmul::pack::<$simd, $weight>(args) } $(, $feature)?);
+            kernels!(@fn fn matmul(args: &MatmulArgs<'_>) { matmul::panels::<$simd, $weight>(args) } $(, $feature)?);
+            kernels!(@fn fn attention(args: AttentionArgs<'_>) {
+                attention::attention::<$simd, $cached>(args)
+            } $(, $feature)?);
+
+            pub(super) const KERNELS: TypedKernels = TypedKernels {
+                step_inputs: <$weight as matmul::Weight<$simd>>::STEP_INPUTS,
+                step_bytes: <$weight as matmul::Weight<$simd>>::STEP_BYTES,
+                pack,
+                matmul,
+                attention,
+            };
+        }
+    };
+    (@fn fn $name:ident($($arg:ident: $ty:ty),*) $(-> $out:ty)? $body:block $(, $feature:literal)?) => {
+        $(#[target_feature(enable = $feature)])?
+        unsafe fn $name($($arg: $ty),*) $(-> $out)? {
+            // SAFETY: the function enables the instruction set; the rest is the caller's contract.
+            unsafe { $body }
+        }
+    };
+}
+
+kernels!(portable_kernels, portable::Portable, matmul::Bf16Pairs);
+#[cfg(target_arch = "x86_64")]
+kernels!(avx2_kernels, avx2::Avx2, matmul::Bf16Pairs, "avx2,fma,f16c");
+#[cfg(target_arch = "x86_64")]
+kernels!(avx512_kernels, avx512::Avx512, matmul::Bf16Pairs, "avx512f,avx2,fma,f16c");
+#[cfg(target_arch = "x86_64")]
+kernels!(
+    avx512_bf16_kernels,
+    avx512::Avx512,
+    avx512::Bf16Dot,
+    "avx512f,avx512bf16,avx512bw,avx512vl,avx2,fma,f16c"
+);

@@ -1,0 +1,394 @@
+//! `impl Backend for CpuBackend`: each operation checks its shapes and hands rows or tiles to the threads.
+
+use std::ops::Range;
+
+use super::threads::{SharedMut, Threads, part};
+use super::{
+    CpuBackend, CpuBuffer, CpuKvCache, CpuRope, CpuVector, PackedLinear, matmul, memory, rope, step_check,
+};
+use crate::sampling::{Sampled, SamplingRow};
+use crate::{
+    Activation, AttentionShape, Backend, BackendError, DType, DeviceInfo, HostMatrix, KvLayout, MemoryInfo,
+    RopeFrequencies, StepInput,
+};
+
+/// Elements below which one thread alone is quicker than waking the others: about a microsecond's work.
+const SMALL: usize = 8192;
+
+/// Calls `task` with ranges that cover `0..rows`, on all threads when `rows` of `width` elements are worth it.
+fn for_rows(threads: &mut Threads, rows: usize, width: usize, task: &(dyn Fn(Range<usize>) + Sync)) {
+    if rows * width < SMALL {
+        task(0..rows);
+    } else {
+        let count = threads.count();
+        threads.run(&|index| task(part(rows, index, count)));
+    }
+}
+
+impl Backend for CpuBackend {
+    type Buffer = CpuBuffer;
+    type Linear = PackedLinear;
+    type Vector = CpuVector;
+    type Rope = CpuRope;
+    type KvCache = CpuKvCache;
+
+    fn device(&self) -> DeviceInfo {
+        DeviceInfo { device_type: "cpu", description: self.description.clone() }
+    }
+
+    fn memory(&self) -> Result<MemoryInfo, BackendError> {
+        memory::machine_memory()
+    }
+
+    fn rank_and_world(&self) -> (usize, usize) {
+        (self.communicator.rank(), self.communicator.world_size())
+    }
+
+    fn default_dtype(&self, stored: DType) -> DType {
+        stored
+    }
+
+    fn max_step_tokens(&self) -> usize {
+        // Enough for weights to be read once for much arithmetic, little enough for activations to stay in the cache.
+        512
+    }
+
+    fn buffer(&self, max_rows: usize, width: usize) -> Result<CpuBuffer, BackendError> {
+        CpuBuffer::new(max_rows, width)
+    }
+
+    fn linear(&self, parts: &[HostMatrix<'_>], dtype: DType) -> Result<PackedLinear, BackendError> {
+        PackedLinear::pack(parts, dtype, self.kernels.typed(dtype), &mut self.threads.borrow_mut())
+    }
+
+    fn vector(&self, values: Vec<f32>) -> Result<CpuVector, BackendError> {
+        Ok(CpuVector(values))
+    }
+
+    fn rope(&self, frequencies: RopeFrequencies) -> Result<CpuRope, BackendError> {
+        let id = self.num_ropes.get();
+        self.num_ropes.set(id + 1);
+        Ok(CpuRope { id, frequencies })
+    }
+
+    fn kv_cache(&self, layout: KvLayout, num_blocks: usize) -> Result<CpuKvCache, BackendError> {
+        CpuKvCache::new(layout, num_blocks)
+    }
+
+    fn linear_bytes(&self, weight: &PackedLinear) -> usize {
+        weight.memory.len()
+    }
+
+    fn begin_step(&mut self, step: &StepInput) -> Result<(), BackendError> {
+        step_check::check(step)?;
+        self.step.clone_from(step);
+        self.step_number += 1;
+        Ok(())
+    }
+
+    fn embed(
+        &mut self,
+        table: &PackedLinear,
+        first_id: usize,
+        out: &mut CpuBuffer,
+    ) -> Result<(), BackendError> {
+        assert_eq!(out.width(), table.in_features, "the embedding and the buffer differ in width");
+        out.resize(self.step.num_tokens());
+        let width = out.width();
+        let results = SharedMut::new(out.as_mut_slice());
+        let ids = &self.step.input_ids;
+        for_rows(self.threads.get_mut(), ids.len(), width, &|rows| {
+            for row in rows {
+                // SAFETY: each row is one thread's.
+                let out = unsafe { results.slice(row * width..(row + 1) * width) };
+                match (ids[row] as usize).checked_sub(first_id) {
+                    Some(id) if id < table.out_features => table.read_row(id, out),
+                    _ => out.fill(0.0),
+                }
+            }
+        });
+        Ok(())
+    }
+
+    fn rms_norm(
+        &mut self,
+        x: &CpuBuffer,
+        weight: &CpuVector,
+        eps: f32,
+        out: &mut CpuBuffer,
+    ) -> Result<(), BackendError> {
+        assert!(
+            x.width() == out.width() && x.width() == weight.0.len(),
+            "a norm of {} over {}",
+            weight.0.len(),
+            x.width()
+        );
+        out.resize(x.rows());
+        let width = x.width();
+        let results = SharedMut::new(out.as_mut_slice());
+        let kernel = self.kernels.rms_norm;
+        for_rows(self.threads.get_mut(), x.rows(), width, &|rows| {
+            for row in rows {
+                let range = row * width..(row + 1) * width;
+                // SAFETY: each row is one thread's; the processor has the instruction set.
+                unsafe { kernel(&x.as_slice()[range.clone()], &weight.0, eps, results.slice(range)) };
+            }
+        });
+        Ok(())
+    }
+
+    fn add_rms_norm(
+        &mut self,
+        residual: &mut CpuBuffer,
+        delta: &CpuBuffer,
+        (weight, eps): (&CpuVector, f32),
+        out: &mut CpuBuffer,
+    ) -> Result<(), BackendError> {
+        assert!(
+            residual.width() == delta.width() && residual.rows() == delta.rows(),
+            "residual {} x {}, delta {} x {}",
+            residual.rows(),
+            residual.width(),
+            delta.rows(),
+            delta.width()
+        );
+        assert!(
+            delta.width() == out.width() && delta.width() == weight.0.len(),
+            "a norm of {}",
+            weight.0.len()
+        );
+        out.resize(delta.rows());
+        let width = delta.width();
+        let sums = SharedMut::new(residual.as_mut_slice());
+        let results = SharedMut::new(out.as_mut_slice());
+        let kernels = self.kernels;
+        for_rows(self.threads.get_mut(), delta.rows(), width, &|rows| {
+            for row in rows {
+                let range = row * width..(row + 1) * width;
+                // SAFETY: each row is one thread's; the processor has the instruction set.
+                unsafe {
+                    let sum = sums.slice(range.clone());
+                    (kernels.add)(sum, &delta.as_slice()[range.clone()]);
+                    (kernels.rms_norm)(sum, &weight.0, eps, results.slice(range));
+                }
+            }
+        });
+        Ok(())
+    }
+
+    fn matmul(
+        &mut self,
+        x: &CpuBuffer,
+        weight: &PackedLinear,
+        bias: Option<&CpuVector>,
+        out: &mut CpuBuffer,
+    ) -> Result<(), BackendError> {
+        let tools = (self.kernels, self.threads.get_mut(), &mut self.workspace);
+        matmul::matmul(tools, x, weight, bias.map(|bias| bias.0.as_slice()), out)
+    }
+
+    fn rope_and_store_kv(
+        &mut self,
+        qkv: &mut CpuBuffer,
+        rope: Option<&CpuRope>,
+        shape: &AttentionShape,
+        layer: usize,
+        cache: &mut CpuKvCache,
+    ) -> Result<(), BackendError> {
+        self.check_attention(qkv, shape, layer, cache)?;
+        if let Some(rope) = rope {
+            if self.rope_tables.len() <= rope.id {
+                self.rope_tables.resize_with(rope.id + 1, rope::RopeTable::default);
+            }
+            self.rope_tables[rope.id].prepare(&rope.frequencies, self.step_number, &self.step.position_ids);
+        }
+        let table = rope.map(|rope| (&self.rope_tables[rope.id], &rope.frequencies));
+        let (step, width, head_dim) = (&self.step, qkv.width(), shape.head_dim);
+        let rows = SharedMut::new(qkv.as_mut_slice());
+        let writer = cache.writer(layer);
+        for_rows(self.threads.get_mut(), step.num_tokens(), width, &|tokens| {
+            for token in tokens {
+                // SAFETY: each token is one thread's.
+                let row = unsafe { rows.slice(token * width..(token + 1) * width) };
+                let (turning, values) = row.split_at_mut((shape.num_heads + shape.num_kv_heads) * head_dim);
+                if let Some((table, frequencies)) = table {
+                    turning
+                        .chunks_exact_mut(head_dim)
+                        .for_each(|head| table.rotate(frequencies, token, head));
+                }
+                let keys = &turning[shape.num_heads * head_dim..];
+                for (kv_head, (key, value)) in keys.chunks(head_dim).zip(values.chunks(head_dim)).enumerate()
+                {
+                    // SAFETY: `check_attention` found the slots within the cache; a slot is one token's.
+                    unsafe { writer.store(kv_head, step.slot_mapping[token] as usize, key, value) };
+                }
+            }
+        });
+        Ok(())
+    }
+
+    fn attention(
+        &mut self,
+        qkv: &CpuBuffer,
+        shape: &AttentionShape,
+        layer: usize,
+        cache: &CpuKvCache,
+        out: &mut CpuBuffer,
+    ) -> Result<(), BackendError> {
+        self.check_attention(qkv, shape, layer, cache)?;
+        assert_eq!(out.width(), shape.num_heads * shape.head_dim, "the attention's result has another width");
+        let tools = (self.kernels, self.threads.get_mut());
+        self.attention_plan.run(tools, (&self.step, shape, layer), qkv, cache, out);
+        Ok(())
+    }
+
+    fn gated_activation(
+        &mut self,
+        gate_up: &CpuBuffer,
+        activation: Activation,
+        out: &mut CpuBuffer,
+    ) -> Result<(), BackendError> {
+        let width = out.width();
+        assert_eq!(gate_up.width(), 2 * width, "gate and up side by side have twice the width of the result");
+        out.resize(gate_up.rows());
+        let results = SharedMut::new(out.as_mut_slice());
+        let kernel = self.kernels.gated;
+        for_rows(self.threads.get_mut(), gate_up.rows(), width, &|rows| {
+            for row in rows {
+                let inputs = &gate_up.as_slice()[2 * row * width..2 * (row + 1) * width];
+                // SAFETY: each row is one thread's; the processor has the instruction set.
+                unsafe { kernel(inputs, activation, results.slice(row * width..(row + 1) * width)) };
+            }
+        });
+        Ok(())
+    }
+
+    fn gather_rows(&mut self, x: &CpuBuffer, rows: &[u32], out: &mut CpuBuffer) -> Result<(), BackendError> {
+        let width = x.width();
+        assert_eq!(width, out.width(), "rows gathered into another width");
+        out.resize(rows.len());
+        for (to, &row) in out.as_mut_slice().chunks_exact_mut(width).zip(rows) {
+            to.copy_from_slice(&x.as_slice()[row as usize * width..(row as usize + 1) * width]);
+        }
+        Ok(())
+    }
+
+    fn all_reduce(&mut self, x: &mut CpuBuffer) -> Result<(), BackendError> {
+        self.communicator.all_reduce(x.as_mut_slice())
+    }
+
+    fn all_gather(
+        &mut self,
+        local: &CpuBuffer,
+        widths: &[usize],
+        out: &mut CpuBuffer,
+    ) -> Result<(), BackendError> {
+        out.resize(local.rows());
+        self.communicator.all_gather(local.as_slice(), local.rows(), widths, out.as_mut_slice())
+    }
+
+    fn sample(
+        &mut self,
+        logits: &mut CpuBuffer,
+        rows: &[SamplingRow<'_>],
+    ) -> Result<Vec<Sampled>, BackendError> {
+        assert_eq!(logits.rows(), rows.len(), "each row of logits needs its parameters");
+        let width = logits.width();
+        let mut sampled = vec![Sampled::default(); rows.len()];
+        let results = SharedMut::new(&mut sampled);
+        let all_logits = SharedMut::new(logits.as_mut_slice());
+        let samplers = SharedMut::new(&mut self.samplers);
+        let threads = self.threads.get_mut();
+        let count = if rows.len() * width < SMALL { 1 } else { threads.count().min(rows.len()) };
+        let task = |index: usize| {
+            for row in part(rows.len(), index, count) {
+                // SAFETY: each row, and each thread's sampler, is one thread's.
+                unsafe {
+                    let logits = all_logits.slice(row * width..(row + 1) * width);
+                    results.slice(row..row + 1)[0] =
+                        samplers.slice(index..index + 1)[0].sample(logits, &rows[row]);
+                }
+            }
+        };
+        if count == 1 {
+            task(0)
+        } else {
+            threads.run(&|index| {
+                if index < count {
+                    task(index)
+                }
+            })
+        }
+        Ok(sampled)
+    }
+
+    fn token_logprobs(&mut self, logits: &CpuBuffer, targets: &[u32]) -> Result<Vec<f32>, BackendError> {
+        assert_eq!(logits.rows(), targets.len(), "each row of logits needs its target");
+        let width = logits.width();
+        let mut logprobs = vec![0.0f32; targets.len()];
+        let results = SharedMut::new(&mut logprobs);
+        let kernels = self.kernels;
+        for_rows(self.threads.get_mut(), targets.len(), width, &|rows| {
+            for row in rows {
+                let logits = &logits.as_slice()[row * width..(row + 1) * width];
+                // SAFETY: each row is one thread's; the processor has the instruction set.
+                unsafe {
+                    let highest = (kernels.maximum)(logits);
+                    let total = (kernels.sum_exp)(logits, highest);
+                    let own = logits[targets[row] as usize];
+                    results.slice(row..row + 1)[0] = own - highest - total.ln() as f32;
+                }
+            }
+        });
+        Ok(logprobs)
+    }
+
+    fn read(&self, buffer: &CpuBuffer) -> Result<Vec<f32>, BackendError> {
+        Ok(buffer.as_slice().to_vec())
+    }
+}
+
+impl CpuBackend {
+    /// That shapes, slots and tables of the step lie within the cache: the kernels rely on it.
+    fn check_attention(
+        &self,
+        qkv: &CpuBuffer,
+        shape: &AttentionShape,
+        layer: usize,
+        cache: &CpuKvCache,
+    ) -> Result<(), BackendError> {
+        let layout = cache.layout();
+        assert!(
+            layer < layout.num_layers
+                && shape.num_kv_heads == layout.num_kv_heads
+                && shape.head_dim == layout.head_dim,
+            "layer {layer} with {shape:?} in a cache of {layout:?}"
+        );
+        assert!(shape.num_heads.is_multiple_of(shape.num_kv_heads) && shape.window != Some(0), "{shape:?}");
+        assert!(
+            qkv.width() == shape.qkv_width() && qkv.rows() == self.step.num_tokens(),
+            "{} rows of {}",
+            qkv.rows(),
+            qkv.width()
+        );
+        let refuse = |reason: String| Err(BackendError::Device { operation: "attention".to_owned(), reason });
+        let slots = cache.num_blocks() * layout.block_size;
+        if let Some(slot) = self.step.slot_mapping.iter().find(|&&slot| slot as usize >= slots) {
+            return refuse(format!("slot {slot} in a cache of {slots}"));
+        }
+        for (seq, &context) in self.step.context_lens.iter().enumerate() {
+            let needed = (context as usize).div_ceil(layout.block_size);
+            let table = self.step.block_table(seq);
+            let Some(used) = table.get(..needed) else {
+                return refuse(format!(
+                    "sequence {seq} of {context} tokens has a table of {} blocks",
+                    table.len()
+                ));
+            };
+            if let Some(block) = used.iter().find(|&&block| block as usize >= cache.num_blocks()) {
+                return refuse(format!("block {block} in a cache of {}", cache.num_blocks()));
+            }
+        }
+        Ok(())
+    }
+}
