@@ -1,8 +1,11 @@
 //! How the ranks of one model meet.
 //!
-//! A [`Communicator`] of CPU ranks works on host memory. [`Single`] is the group of one; `shm` goes through memory
+//! A [`Communicator`] of CPU ranks works on host memory. [`Single`] is the group of one; [`shm`] goes through memory
 //! shared between processes (a memfd handed over a Unix socket), so nothing listens on a TCP port.
 
+mod rendezvous;
+mod shared_region;
+pub mod shm;
 mod single;
 
 pub use single::Single;
