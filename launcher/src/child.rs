@@ -55,7 +55,7 @@ pub struct Exit {
     pub child: ChildId,
     /// One line: exit code or signal, what that means, and the last line it wrote.
     pub reason: String,
-    /// It ended because another rank had ended.
+    /// It ended because another rank had ended, or because it was told to.
     pub is_consequence: bool,
     /// It was told to end, and did so with code 0 or by the signal it was sent.
     pub is_orderly: bool,
@@ -216,7 +216,7 @@ fn describe(child: ChildId, status: io::Result<ExitStatus>, was_told: bool, last
         reason.push_str(&format!("; its last words: {last}"));
     }
     let is_orderly = was_told && (code == Some(0) || signal.is_some());
-    let is_consequence = code == Some(i32::from(ExitCode::PeerLost)) || (was_told && signal.is_some());
+    let is_consequence = is_orderly || code == Some(i32::from(ExitCode::PeerLost));
     Exit { child, reason, is_consequence, is_orderly, last_words }
 }
 

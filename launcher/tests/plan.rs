@@ -1,5 +1,7 @@
 //! What options mean together, by table: plans, refusals, and all mistakes at once.
 
+#![allow(clippy::unwrap_used, reason = "a test's helper fails its test")]
+
 use clap::Parser;
 use hub::ModelConfig;
 use launcher::args::Args;

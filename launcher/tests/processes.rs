@@ -1,5 +1,7 @@
 //! The real launcher with fake children: starts, deaths, stops, and nothing left behind.
 
+#![allow(clippy::unwrap_used, reason = "a test's helper fails its test")]
+
 use std::io::Read;
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};

@@ -83,6 +83,8 @@ pub enum Event {
         /// It ended only because another one had ended before, which we have not been told yet.
         is_consequence: bool,
     },
+    /// The cause of a death has had its time to show.
+    CauseOverdue,
     /// Somebody asks us to stop.
     Stop(Signal),
 }
@@ -105,6 +107,9 @@ pub enum Action {
     SpawnRouter,
     /// Tell the world that it can send requests.
     Announce,
+    /// A rank ended because another one did, of which we do not know yet: ending that one now would hide its last
+    /// words. Answered by [`Event::CauseOverdue`] after a moment.
+    AwaitCause,
     /// SIGTERM, and SIGKILL when the grace is over.
     Terminate(ChildId, Grace),
     /// SIGKILL.
@@ -122,6 +127,8 @@ pub struct State {
     waiting_for: BTreeSet<usize>,
     /// `outcome` names a death that was another one's consequence.
     is_cause_unknown: bool,
+    /// Everything was killed on demand, so no end is a failure any more.
+    is_killed: bool,
 }
 
 impl Default for State {
@@ -132,6 +139,7 @@ impl Default for State {
             alive: BTreeSet::new(),
             waiting_for: BTreeSet::new(),
             is_cause_unknown: false,
+            is_killed: false,
         }
     }
 }
@@ -178,14 +186,17 @@ pub fn transition(mut state: State, event: Event) -> (State, Vec<Action>) {
                 ChildId::Router => LauncherError::WebserverCannotStart,
                 ChildId::Shard(_) => LauncherError::ShardCannotStart,
             };
-            fail(&mut state, child, Failure::new(error, reason))
+            fail(&mut state, child, Failure::new(error, reason), false)
         }
         (Starting | Warming | Serving, Event::Ended { child, reason, is_consequence }) => {
             let error = death_of(child, state.phase);
-            state.is_cause_unknown = is_consequence;
-            fail(&mut state, child, Failure::new(error, reason))
+            fail(&mut state, child, Failure::new(error, reason), is_consequence)
         }
-        (Draining, Event::Stop(_)) => state.alive.iter().copied().map(Action::Kill).collect(),
+        (Draining, Event::CauseOverdue) => terminate_all(&state),
+        (Draining, Event::Stop(_)) => {
+            state.is_killed = true;
+            state.alive.iter().copied().map(Action::Kill).collect()
+        }
         (Draining, Event::SpawnFailed { child, reason }) => {
             ended_while_draining(&mut state, child, reason, false)
         }
@@ -220,11 +231,17 @@ fn death_of(child: ChildId, phase: Phase) -> LauncherError {
 }
 
 /// A child is gone that was needed.
-fn fail(state: &mut State, child: ChildId, failure: Failure) -> Vec<Action> {
+fn fail(state: &mut State, child: ChildId, failure: Failure, is_consequence: bool) -> Vec<Action> {
     state.outcome = Err(failure);
+    state.is_cause_unknown = is_consequence;
     state.alive.remove(&child);
     state.phase = if state.alive.is_empty() { Phase::Exited } else { Phase::Draining };
-    terminate_all(state)
+    if may_cause_show(state) { vec![Action::AwaitCause] } else { terminate_all(state) }
+}
+
+/// Only another rank can be the cause of a rank's end.
+fn may_cause_show(state: &State) -> bool {
+    state.is_cause_unknown && state.alive.iter().any(|child| *child != ChildId::Router)
 }
 
 fn ended_while_draining(
@@ -233,12 +250,13 @@ fn ended_while_draining(
     reason: String,
     is_consequence: bool,
 ) -> Vec<Action> {
-    let is_router_finishing = state.outcome.is_ok() && state.alive.contains(&ChildId::Router);
-    if is_router_finishing && child != ChildId::Router {
+    let is_asked_for = state.outcome.is_ok();
+    if is_asked_for && !state.is_killed && child != ChildId::Router && state.alive.contains(&ChildId::Router)
+    {
         // Nobody asked the shard to end yet, and without it the requests cannot be finished.
-        state.is_cause_unknown = is_consequence;
-        return fail(state, child, Failure::new(LauncherError::ShardFailed, reason));
+        return fail(state, child, Failure::new(LauncherError::ShardFailed, reason), is_consequence);
     }
+    let was_awaiting = may_cause_show(state);
     state.alive.remove(&child);
     if let Err(failure) = &mut state.outcome
         && state.is_cause_unknown
@@ -250,7 +268,9 @@ fn ended_while_draining(
     if state.alive.is_empty() {
         state.phase = Phase::Exited;
     }
-    if is_router_finishing { terminate_all(state) } else { vec![] }
+    let is_router_done = is_asked_for && child == ChildId::Router && !state.is_killed;
+    let is_cause_decided = was_awaiting && !may_cause_show(state);
+    if is_router_done || is_cause_decided { terminate_all(state) } else { vec![] }
 }
 
 #[cfg(test)]

@@ -88,6 +88,13 @@ fn table_of_phases_and_actions() {
         (Starting, vec![not_spawned(S0), not_spawned(S1)], Exited, vec![]),
         (Warming, vec![not_spawned(R)], Draining, idle(&[S0, S1])),
         (Warming, vec![stop(), not_spawned(R)], Draining, idle(&[S0, S1])),
+        // The cause of a rank's end gets a moment to show itself.
+        (Serving, vec![consequence(S1)], Draining, vec![Action::AwaitCause]),
+        (Serving, vec![consequence(S1), ended(S0)], Draining, idle(&[R])),
+        (Serving, vec![consequence(S1), consequence(S0)], Draining, idle(&[R])),
+        (Serving, vec![consequence(S1), Event::CauseOverdue], Draining, idle(&[S0, R])),
+        (Serving, vec![consequence(S1), stop()], Draining, vec![Action::Kill(S0), Action::Kill(R)]),
+        (Starting, vec![consequence(S1), ended(S0)], Exited, vec![]),
         // What comes too late changes nothing.
         (
             Starting,
@@ -112,6 +119,7 @@ fn table_of_outcomes() {
         (Starting, vec![stop(), ended(S0), ended(S1)], None),
         (Serving, vec![stop(), ended(R), ended(S0), ended(S1)], None),
         (Serving, vec![stop(), stop(), ended(R), ended(S0), ended(S1)], None),
+        (Serving, vec![stop(), stop(), ended(S0), ended(R), ended(S1)], None),
         (Starting, vec![ended(S1), ended(S0)], Some(ShardCannotStart)),
         (Warming, vec![ended(S1), ended(S0), ended(R)], Some(ShardFailed)),
         (Serving, vec![ended(S1), ended(S0), ended(R)], Some(ShardFailed)),

@@ -28,6 +28,9 @@ pub use machine::{Action, ChildId, Event, Grace, Phase, State, transition};
 /// restart that somebody is waiting for.
 const IDLE_GRACE: Duration = Duration::from_secs(5);
 
+/// Between a rank's end and what its peers make of it there are milliseconds; this is ample, and short against a restart.
+const CAUSE_SHOWS_WITHIN: Duration = Duration::from_millis(500);
+
 /// What the supervisor is started with.
 #[derive(Debug)]
 pub struct Launch {
@@ -153,6 +156,7 @@ impl Supervisor {
                 Action::SpawnShards => self.spawn_shards(),
                 Action::SpawnRouter => self.spawn_router(),
                 Action::Announce => self.announce().await,
+                Action::AwaitCause => self.await_cause(),
                 Action::Terminate(child, grace) => self.terminate(child, grace),
                 Action::Kill(child) => {
                     if let Some(handle) = self.children.get(&child) {
@@ -243,6 +247,14 @@ impl Supervisor {
                 tracing::info!("Start-up of shard rank 0: {phases}");
             }
         }));
+    }
+
+    fn await_cause(&self) {
+        let events = self.events.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(CAUSE_SHOWS_WITHIN).await;
+            let _ = events.send(Event::CauseOverdue);
+        });
     }
 
     fn terminate(&mut self, child: ChildId, grace: Grace) {

@@ -3,6 +3,8 @@
 //! It is the shard when its first argument is `serve`. It writes its process id into `FAKE_DIR` and appends a line to
 //! `FAKE_DIR/ends` when it ends in order.
 
+#![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a test's helper fails its test")]
+
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
