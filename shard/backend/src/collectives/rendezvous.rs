@@ -280,8 +280,10 @@ impl Verdict {
             }
             for control in message.cmsgs()? {
                 if let ControlMessageOwned::ScmRights(received) = control {
-                    // SAFETY: the kernel has just made these descriptors for this process; nobody else owns them.
-                    descriptor = received.into_iter().map(|fd| unsafe { OwnedFd::from_raw_fd(fd) }).last();
+                    for fd in received {
+                        // SAFETY: the kernel has just made it for this process; nobody else owns it.
+                        descriptor = Some(unsafe { OwnedFd::from_raw_fd(fd) });
+                    }
                 }
             }
         }
