@@ -390,17 +390,7 @@ mod tests {
         // keeps request 2 out until one of them is done.
         assert_eq!(
             log,
-            [
-                "prefill 0 [0]",
-                "prefill 1 [1] with 0",
-                "decode [0]",
-                "filter 0 [1]",
-                "prefill 2 [2] with 0",
-                "clear Some(0)"
-            ]
-            .into_iter()
-            .take(log.len())
-            .collect::<Vec<_>>()
+            ["prefill 0 [0]", "prefill 1 [1] with 0", "decode [0]", "filter 0 [1]", "prefill 2 [2] with 0"]
         );
         for client in clients {
             assert!(texts(client).is_ok());
@@ -435,19 +425,24 @@ mod tests {
     async fn a_client_that_leaves_is_filtered_out_in_the_same_step() {
         let fixture = fixture(true, |_| ());
         let (a, b) = (fixture.request(3, 3), fixture.request(3, 50));
-        let queued_then_gone = fixture.request(10, 50);
-        drop(queued_then_gone);
-        let shard = fixture.shard.clone();
-        let watcher = tokio::spawn(async move {
-            while !shard.log().contains(&"decode [0]".to_string()) {
-                tokio::task::yield_now().await;
-            }
-        });
-        drop(b);
+        drop(fixture.request(3, 50));
+        fixture.shard.0.lock().unwrap().leaves = Some(("decode [0]", b));
         let (log, _) = fixture.run().await;
-        assert_eq!(log[0], "prefill 0 [0]", "who left before the first batch is not in it");
+        assert_eq!(
+            log,
+            ["prefill 0 [0, 1]", "decode [0]", "filter 0 [0]", "decode [0]"],
+            "who left before the first batch is not in it"
+        );
         assert_eq!(texts(a), Ok(vec![0, 1, 2]));
-        watcher.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn the_last_client_to_leave_clears_the_batch() {
+        let fixture = fixture(true, |_| ());
+        let only = fixture.request(3, 50);
+        fixture.shard.0.lock().unwrap().leaves = Some(("decode [0]", only));
+        let (log, _) = fixture.run().await;
+        assert_eq!(log, ["prefill 0 [0]", "decode [0]", "clear Some(0)"]);
     }
 
     #[tokio::test]
@@ -474,12 +469,16 @@ mod tests {
     #[tokio::test]
     async fn a_failing_clear_does_not_end_the_task() {
         let fixture = fixture(true, |_| ());
-        fixture.shard.0.lock().unwrap().fail = Some("clear");
-        let a = fixture.request(3, 3);
-        drop(a);
-        let gone_later = fixture.request(3, 1);
-        let (_, health) = fixture.run().await;
-        assert_eq!(texts(gone_later), Ok(vec![0]));
+        let leaves = fixture.request(16, 50);
+        let later = fixture.request(16, 1);
+        {
+            let mut state = fixture.shard.0.lock().unwrap();
+            state.fail = Some("clear");
+            state.leaves = Some(("prefill 0 [0]", leaves));
+        }
+        let (log, health) = fixture.run().await;
+        assert_eq!(log, ["prefill 0 [0]", "clear Some(0)", "clear Some(0)", "prefill 1 [1]"]);
+        assert_eq!(texts(later), Ok(vec![0]));
         assert!(health.is_healthy());
     }
 

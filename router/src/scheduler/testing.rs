@@ -8,7 +8,7 @@ use proto::v3::{Batch, CachedBatch, FinishReason, GeneratedText, Generation, Tok
 use proto::{ClientError, StepResult};
 use tokio::sync::mpsc::UnboundedReceiver;
 
-use super::{Entry, Event, SchedulerError, StepClient, ValidRequest};
+use super::{Entry, Event, Scheduled, SchedulerError, StepClient, ValidRequest};
 
 /// The client's end of an entry.
 pub(super) struct TestClient {
@@ -59,6 +59,8 @@ pub(super) struct ShardState {
     pub(super) cached: HashMap<u64, Vec<(u64, u32, u32, u32)>>,
     /// The next call of this name fails.
     pub(super) fail: Option<&'static str>,
+    /// A client that leaves while this call is computed.
+    pub(super) leaves: Option<(&'static str, Scheduled)>,
     /// Prompt tokens of a chunked prompt that one step computes.
     pub(super) chunk: u32,
 }
@@ -74,7 +76,11 @@ impl FakeShard {
 
     fn call(&self, name: &'static str, detail: String) -> Result<(), ClientError> {
         let mut state = self.0.lock().unwrap();
-        state.log.push(format!("{name} {detail}"));
+        let line = format!("{name} {detail}");
+        if state.leaves.as_ref().is_some_and(|(call, _)| line == *call) {
+            state.leaves = None;
+        }
+        state.log.push(line);
         if state.fail == Some(name) {
             state.fail = None;
             return Err(ClientError::Generation(format!("{name} failed")));

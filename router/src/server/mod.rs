@@ -35,6 +35,8 @@ pub fn app(state: AppState) -> Router {
     let cors = CorsLayer::new()
         .allow_methods([Method::GET, Method::POST])
         .allow_headers([header::CONTENT_TYPE])
+        // On every answer, also where it varies with none of them: that is what caches of TGI's answers know.
+        .vary([header::ORIGIN, header::ACCESS_CONTROL_REQUEST_METHOD, header::ACCESS_CONTROL_REQUEST_HEADERS])
         .allow_origin(if settings.cors_allow_origin.is_empty() {
             AllowOrigin::any()
         } else {

@@ -1,0 +1,13 @@
+//! The HTTP contract, byte for byte: the real router between a raw TCP client and a scripted shard.
+
+mod auth;
+mod cancel;
+mod failures;
+mod generate;
+mod harness;
+mod http;
+mod openai;
+mod rejections;
+mod service;
+mod shard;
+mod stream;
