@@ -1,0 +1,57 @@
+//! Between text and token ids.
+
+use std::collections::HashSet;
+
+use tokenizers::Tokenizer;
+
+/// A model's tokenizer and what it says about single tokens.
+pub struct Vocabulary {
+    tokenizer: Tokenizer,
+    special_ids: HashSet<u32>,
+    eos_token_ids: Vec<u32>,
+}
+
+impl Vocabulary {
+    /// `eos_token_ids`: the tokens that end a text.
+    pub fn new(mut tokenizer: Tokenizer, eos_token_ids: Vec<u32>) -> Self {
+        // Some tokenizer.json files ask for padding or cutting, which would change prompts behind the caller's back.
+        tokenizer.with_padding(None);
+        // Only cutting lengths can be refused, and none is given.
+        let _ = tokenizer.with_truncation(None);
+        let added = tokenizer.get_added_tokens_decoder();
+        let special_ids = added.into_iter().filter(|(_, token)| token.special).map(|(id, _)| id).collect();
+        Self { tokenizer, special_ids, eos_token_ids }
+    }
+
+    /// The tokens of a text.
+    ///
+    /// # Errors
+    /// The tokenizer's own words.
+    pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, String> {
+        let encoding = self
+            .tokenizer
+            .encode_fast(text, add_special_tokens)
+            .map_err(|error| format!("the prompt cannot be tokenized: {error}"))?;
+        Ok(encoding.get_ids().to_vec())
+    }
+
+    /// The text of tokens; ids outside of the vocabulary have none.
+    ///
+    /// # Errors
+    /// The tokenizer's own words.
+    pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String, String> {
+        self.tokenizer
+            .decode(ids, skip_special_tokens)
+            .map_err(|error| format!("the tokens {ids:?} cannot be turned into text: {error}"))
+    }
+
+    /// Whether a token is a mark such as the end of the text rather than text.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.special_ids.contains(&id)
+    }
+
+    /// The tokens that end a text.
+    pub fn eos_token_ids(&self) -> &[u32] {
+        &self.eos_token_ids
+    }
+}
