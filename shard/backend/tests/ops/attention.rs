@@ -1,0 +1,249 @@
+//! Attention through the paged cache: whole prompts, chunks of prompts and decoding sequences in one step.
+
+use backend::{AttentionShape, Backend, BackendError, DType, KvLayout, StepInput};
+
+use crate::cases::{Random, best_cpu, on_every_backend, upload};
+use crate::tolerances::{self, assert_close};
+
+const BLOCK_SIZE: usize = 16;
+
+/// A sequence: keys and values of all its tokens, and where its blocks are.
+struct Sequence {
+    /// `[context, qkv_width]`.
+    qkv: Vec<f32>,
+    context: usize,
+    blocks: Vec<u32>,
+}
+
+/// Sequences of these context lengths in scattered blocks.
+fn sequences(random: &mut Random, contexts: &[usize], width: usize) -> (Vec<Sequence>, usize) {
+    let total: usize = contexts.iter().map(|context| context.div_ceil(BLOCK_SIZE)).sum();
+    let mut free: Vec<u32> = (1..=total as u32).collect();
+    let mut take = |random: &mut Random| free.swap_remove(random.below(free.len()));
+    let found = contexts.iter().map(|&context| {
+        let blocks = (0..context.div_ceil(BLOCK_SIZE)).map(|_| take(random)).collect();
+        Sequence { qkv: random.vector(context * width), context, blocks }
+    });
+    (found.collect(), total + 1)
+}
+
+/// A step with the tokens `first..end` of each sequence.
+fn step_of(parts: &[(&Sequence, usize, usize)]) -> StepInput {
+    let max_blocks = parts.iter().map(|(sequence, ..)| sequence.blocks.len()).max().unwrap();
+    let mut step = StepInput { cu_seqlens_q: vec![0], max_blocks, ..StepInput::default() };
+    for &(sequence, first, end) in parts {
+        for token in first..end {
+            step.input_ids.push(0);
+            step.position_ids.push(token as u32);
+            step.slot_mapping
+                .push(sequence.blocks[token / BLOCK_SIZE] * BLOCK_SIZE as u32 + (token % BLOCK_SIZE) as u32);
+        }
+        step.cu_seqlens_q.push(step.input_ids.len() as u32);
+        step.context_lens.push(end as u32);
+        let used = end.div_ceil(BLOCK_SIZE);
+        step.block_tables.extend(&sequence.blocks[..used]);
+        // What is past the context is never read: an impossible block shows that.
+        step.block_tables.extend(vec![u32::MAX; max_blocks - used]);
+    }
+    step
+}
+
+fn reference(sequence: &Sequence, token: usize, shape: &AttentionShape, dtype: DType) -> Vec<f64> {
+    let width = shape.qkv_width();
+    let dim = shape.head_dim;
+    let vector = |token: usize, head: usize| &sequence.qkv[token * width + head * dim..][..dim];
+    let stored = |x: f32| f64::from(crate::cases::rounded(x, dtype));
+    let mut out = Vec::new();
+    let first = shape.window.map_or(0, |window| (token + 1).saturating_sub(window));
+    for head in 0..shape.num_heads {
+        let kv_head = head / (shape.num_heads / shape.num_kv_heads);
+        let query = vector(token, head);
+        let scores: Vec<f64> = (first..=token)
+            .map(|key| {
+                let key = vector(key, shape.num_heads + kv_head);
+                let dot: f64 = query.iter().zip(key).map(|(&q, &k)| f64::from(q) * stored(k)).sum();
+                let score = dot * f64::from(shape.scale);
+                shape.soft_cap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
+            })
+            .collect();
+        let highest = scores.iter().fold(f64::NEG_INFINITY, |a, &b| a.max(b));
+        let weights: Vec<f64> = scores.iter().map(|score| (score - highest).exp()).collect();
+        let total: f64 = weights.iter().sum();
+        for d in 0..dim {
+            let values = (first..=token)
+                .map(|key| stored(vector(key, shape.num_heads + shape.num_kv_heads + kv_head)[d]));
+            out.push(weights.iter().zip(values).map(|(w, v)| w * v).sum::<f64>() / total);
+        }
+    }
+    out
+}
+
+/// Stores and attends the given parts of sequences, and compares each token.
+fn check<B: Backend>(
+    backend: &mut B,
+    cache: &mut B::KvCache,
+    parts: &[(&Sequence, usize, usize)],
+    shape: &AttentionShape,
+    dtype: DType,
+) {
+    let width = shape.qkv_width();
+    let rows: Vec<f32> = parts
+        .iter()
+        .flat_map(|&(sequence, first, end)| sequence.qkv[first * width..end * width].to_vec())
+        .collect();
+    let mut qkv = upload(backend, &rows, width);
+    let step = step_of(parts);
+    backend.begin_step(&step).unwrap();
+    let mut out = backend.buffer(step.num_tokens(), shape.num_heads * shape.head_dim).unwrap();
+    backend.rope_and_store_kv(&mut qkv, None, shape, 1, cache).unwrap();
+    backend.attention(&qkv, shape, 1, cache, &mut out).unwrap();
+    let expected: Vec<f64> = parts
+        .iter()
+        .flat_map(|&(sequence, first, end)| (first..end).map(move |token| (sequence, token)))
+        .flat_map(|(sequence, token)| reference(sequence, token, shape, dtype))
+        .collect();
+    let magnitude = vec![1.0; expected.len()];
+    let what = format!("{shape:?} {dtype}");
+    assert_close(
+        &what,
+        &backend.read(&out).unwrap(),
+        &expected,
+        &magnitude,
+        tolerances::attention(DType::F32),
+    );
+}
+
+fn agrees<B: Backend>(backend: &mut B) {
+    let mut random = Random(8);
+    let base = AttentionShape {
+        num_heads: 9,
+        num_kv_heads: 3,
+        head_dim: 64,
+        scale: 0.125,
+        window: None,
+        soft_cap: None,
+    };
+    for (shape, dtype) in [
+        (base, DType::F32),
+        (base, DType::BF16),
+        (base, DType::F16),
+        (
+            AttentionShape { num_heads: 2, num_kv_heads: 2, head_dim: 20, window: Some(37), ..base },
+            DType::F32,
+        ),
+        (
+            AttentionShape { num_heads: 8, num_kv_heads: 1, head_dim: 128, soft_cap: Some(2.0), ..base },
+            DType::F32,
+        ),
+        (
+            AttentionShape { num_heads: 32, num_kv_heads: 1, head_dim: 16, window: Some(1), ..base },
+            DType::BF16,
+        ),
+        (
+            AttentionShape {
+                num_heads: 5,
+                num_kv_heads: 1,
+                head_dim: 8,
+                window: Some(200),
+                soft_cap: Some(5.0),
+                ..base
+            },
+            DType::F16,
+        ),
+    ] {
+        let (found, blocks) = sequences(&mut random, &[70, 17, 300, 1], shape.qkv_width());
+        let [a, b, c, d] = &found[..] else { unreachable!() };
+        let layout = KvLayout {
+            num_layers: 2,
+            num_kv_heads: shape.num_kv_heads,
+            head_dim: shape.head_dim,
+            block_size: BLOCK_SIZE,
+            dtype,
+        };
+        let mut cache = backend.kv_cache(layout, blocks).unwrap();
+        check(backend, &mut cache, &[(a, 0, 63), (b, 0, 15), (c, 0, 129)], &shape, dtype);
+        check(backend, &mut cache, &[(b, 15, 16), (c, 129, 298), (d, 0, 1), (a, 63, 66)], &shape, dtype);
+        check(backend, &mut cache, &[(a, 66, 67), (b, 16, 17), (c, 298, 299)], &shape, dtype);
+        check(backend, &mut cache, &[(c, 299, 300)], &shape, dtype);
+        assert_eq!((a.context, c.context), (70, 300));
+    }
+}
+
+#[test]
+fn attention_agrees_with_plain_softmax() {
+    on_every_backend!(agrees);
+}
+
+/// How much the element type of the cache costs against an exact one.
+#[test]
+fn rounding_of_the_cache_stays_within_its_tolerance() {
+    let mut backend = best_cpu();
+    let mut random = Random(9);
+    let shape = AttentionShape {
+        num_heads: 9,
+        num_kv_heads: 3,
+        head_dim: 64,
+        scale: 0.125,
+        window: None,
+        soft_cap: None,
+    };
+    let (found, blocks) = sequences(&mut random, &[200], shape.qkv_width());
+    for dtype in [DType::F16, DType::BF16] {
+        let layout = KvLayout { num_layers: 1, num_kv_heads: 3, head_dim: 64, block_size: BLOCK_SIZE, dtype };
+        let mut cache = backend.kv_cache(layout, blocks).unwrap();
+        let mut qkv = upload(&mut backend, &found[0].qkv, shape.qkv_width());
+        backend.begin_step(&step_of(&[(&found[0], 0, 200)])).unwrap();
+        let mut out = backend.buffer(200, 576).unwrap();
+        backend.rope_and_store_kv(&mut qkv, None, &shape, 0, &mut cache).unwrap();
+        backend.attention(&qkv, &shape, 0, &cache, &mut out).unwrap();
+        let expected: Vec<f64> =
+            (0..200).flat_map(|token| reference(&found[0], token, &shape, DType::F32)).collect();
+        let magnitude = vec![1.0; expected.len()];
+        assert_close(
+            "cache",
+            &backend.read(&out).unwrap(),
+            &expected,
+            &magnitude,
+            tolerances::attention(dtype),
+        );
+    }
+}
+
+fn refuses<B: Backend>(backend: &mut B) {
+    let shape = AttentionShape {
+        num_heads: 1,
+        num_kv_heads: 1,
+        head_dim: 16,
+        scale: 1.0,
+        window: None,
+        soft_cap: None,
+    };
+    let layout =
+        KvLayout { num_layers: 1, num_kv_heads: 1, head_dim: 16, block_size: BLOCK_SIZE, dtype: DType::F32 };
+    let mut cache = backend.kv_cache(layout, 2).unwrap();
+    let mut qkv = upload(backend, &[0.0; 48], 48);
+    let mut step = crate::cases::prompt(1);
+    let mut expect = |backend: &mut B, step: &StepInput, text: &str| {
+        backend.begin_step(step).unwrap();
+        let error: BackendError =
+            backend.rope_and_store_kv(&mut qkv, None, &shape, 0, &mut cache).unwrap_err();
+        assert!(error.to_string().contains(text), "{error}");
+    };
+    step.slot_mapping = vec![32];
+    expect(backend, &step, "slot 32 in a cache of 32");
+    step.slot_mapping = vec![16];
+    step.block_tables = vec![2];
+    expect(backend, &step, "block 2 in a cache of 2");
+    step.context_lens = vec![17];
+    expect(backend, &step, "sequence 0 of 17 tokens has a table of 1 blocks");
+    step.context_lens = vec![0];
+    assert!(backend.begin_step(&step).unwrap_err().to_string().contains("context of 0"));
+    step.context_lens = vec![1];
+    step.position_ids.clear();
+    assert!(backend.begin_step(&step).unwrap_err().to_string().contains("position_ids has 0 elements"));
+}
+
+#[test]
+fn steps_outside_the_cache_are_refused() {
+    on_every_backend!(refuses);
+}

@@ -1,0 +1,13 @@
+//! Every operation on every backend against plain f64 arithmetic: one generic test body an operation, so that another
+//! backend joins by one line in `cases::on_every_backend`. Sizes are awkward on purpose, inputs random from fixed seeds.
+
+mod activation;
+mod attention;
+mod cases;
+mod embedding;
+mod matmul;
+mod norm;
+mod rope;
+mod sampling;
+mod sampling_distribution;
+mod tolerances;

@@ -1,0 +1,38 @@
+//! RMSNorm, alone and with the residual.
+
+use backend::Backend;
+
+use crate::cases::{Random, on_every_backend, upload};
+use crate::tolerances::{NORM, assert_close};
+
+fn reference(x: &[f32], weight: &[f32], eps: f64) -> Vec<f64> {
+    let squares: f64 = x.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
+    let factor = 1.0 / (squares / x.len() as f64 + eps).sqrt();
+    x.iter().zip(weight).map(|(&x, &w)| f64::from(x) * factor * f64::from(w)).collect()
+}
+
+fn agrees<B: Backend>(backend: &mut B) {
+    let mut random = Random(4);
+    for (rows, width) in [(1, 576), (3, 17), (17, 63), (65, 128), (1, 1)] {
+        let (x, delta, weight) =
+            (random.vector(rows * width), random.vector(rows * width), random.vector(width));
+        let norm = backend.vector(weight.clone()).unwrap();
+        let mut out = backend.buffer(rows, width).unwrap();
+        let mut residual = upload(backend, &x, width);
+        backend.rms_norm(&residual, &norm, 1e-5, &mut out).unwrap();
+        let expected: Vec<f64> = x.chunks(width).flat_map(|row| reference(row, &weight, 1e-5)).collect();
+        assert_close("rms_norm", &backend.read(&out).unwrap(), &expected, &expected, NORM);
+
+        let addend = upload(backend, &delta, width);
+        backend.add_rms_norm(&mut residual, &addend, (&norm, 1e-5), &mut out).unwrap();
+        let sum: Vec<f32> = x.iter().zip(&delta).map(|(a, b)| a + b).collect();
+        assert_eq!(backend.read(&residual).unwrap(), sum, "the residual is the sum");
+        let expected: Vec<f64> = sum.chunks(width).flat_map(|row| reference(row, &weight, 1e-5)).collect();
+        assert_close("add_rms_norm", &backend.read(&out).unwrap(), &expected, &expected, NORM);
+    }
+}
+
+#[test]
+fn norms_agree_with_plain_sums() {
+    on_every_backend!(agrees);
+}

@@ -1,0 +1,70 @@
+//! Rotary embeddings, seen through the queries and keys that the operation leaves in place.
+
+use backend::{AttentionShape, Backend, DType, KvLayout, RopeFrequencies, RopeStyle};
+
+use crate::cases::{Random, on_every_backend, prompt, upload};
+use crate::tolerances::{ROPE, assert_close};
+
+fn reference(head: &mut [f64], frequencies: &RopeFrequencies, position: u32) {
+    let half = frequencies.inv_freq.len();
+    for (i, &frequency) in frequencies.inv_freq.iter().enumerate() {
+        let angle = f64::from(position as f32 * frequency);
+        let (sin, cos) =
+            (angle.sin() * f64::from(frequencies.scale), angle.cos() * f64::from(frequencies.scale));
+        let (a, b) = match frequencies.style {
+            RopeStyle::Half => (i, i + half),
+            RopeStyle::Interleaved => (2 * i, 2 * i + 1),
+        };
+        (head[a], head[b]) = (head[a] * cos - head[b] * sin, head[b] * cos + head[a] * sin);
+    }
+}
+
+fn agrees<B: Backend>(backend: &mut B) {
+    let mut random = Random(7);
+    for (tokens, head_dim, rotary, style) in [
+        (1, 64, 64, RopeStyle::Half),
+        (17, 20, 8, RopeStyle::Half),
+        (65, 64, 32, RopeStyle::Interleaved),
+        (3, 6, 6, RopeStyle::Interleaved),
+    ] {
+        let shape = AttentionShape {
+            num_heads: 3,
+            num_kv_heads: 1,
+            head_dim,
+            scale: 1.0,
+            window: None,
+            soft_cap: None,
+        };
+        let inv_freq = (0..rotary / 2).map(|i| 10_000f32.powf(-2.0 * i as f32 / rotary as f32)).collect();
+        let frequencies = RopeFrequencies { inv_freq, scale: 1.25, style };
+        let rope = backend.rope(frequencies.clone()).unwrap();
+        let layout = KvLayout { num_layers: 2, num_kv_heads: 1, head_dim, block_size: 16, dtype: DType::F32 };
+        let mut cache = backend.kv_cache(layout, 8).unwrap();
+        for offset in [0, 1000] {
+            let x = random.vector(tokens * shape.qkv_width());
+            let mut qkv = upload(backend, &x, shape.qkv_width());
+            let mut step = prompt(tokens);
+            step.position_ids.iter_mut().for_each(|position| *position += offset);
+            backend.begin_step(&step).unwrap();
+            backend.rope_and_store_kv(&mut qkv, Some(&rope), &shape, 1, &mut cache).unwrap();
+            let mut expected: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
+            for (row, &position) in expected.chunks_mut(shape.qkv_width()).zip(&step.position_ids) {
+                row[..4 * head_dim]
+                    .chunks_mut(head_dim)
+                    .for_each(|head| reference(head, &frequencies, position));
+            }
+            let magnitude = vec![4.0; expected.len()];
+            assert_close(&format!("{style:?}"), &backend.read(&qkv).unwrap(), &expected, &magnitude, ROPE);
+
+            let mut untouched = upload(backend, &x, shape.qkv_width());
+            backend.begin_step(&step).unwrap();
+            backend.rope_and_store_kv(&mut untouched, None, &shape, 0, &mut cache).unwrap();
+            assert_eq!(backend.read(&untouched).unwrap(), x, "without rope nothing turns");
+        }
+    }
+}
+
+#[test]
+fn rope_turns_queries_and_keys() {
+    on_every_backend!(agrees);
+}

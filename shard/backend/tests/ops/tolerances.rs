@@ -1,0 +1,61 @@
+//! How far results may be from f64 arithmetic on the same (rounded) weights. Measured, then doubled; never widened to
+//! make a test pass.
+
+use backend::DType;
+
+/// `|found - expected| <= absolute + relative * magnitude`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Tolerance {
+    pub(crate) absolute: f64,
+    pub(crate) relative: f64,
+}
+
+const fn tolerance(absolute: f64, relative: f64) -> Tolerance {
+    Tolerance { absolute, relative }
+}
+
+/// Matrix product with weights of `dtype`; the magnitude is the sum of the products' absolute values. With bf16 weights
+/// activations keep 16 bits.
+pub(crate) const fn matmul(dtype: DType) -> Tolerance {
+    match dtype {
+        DType::F32 | DType::F16 => tolerance(1e-6, 1e-6),
+        DType::BF16 => tolerance(1e-6, 8e-6),
+    }
+}
+
+/// Attention over a cache of `dtype`, whose rounding the expected values do not have; magnitude 1.
+pub(crate) const fn attention(dtype: DType) -> Tolerance {
+    match dtype {
+        DType::F32 => tolerance(2e-6, 0.0),
+        DType::F16 => tolerance(2e-3, 0.0),
+        DType::BF16 => tolerance(2e-2, 0.0),
+    }
+}
+
+/// RMSNorm.
+pub(crate) const NORM: Tolerance = tolerance(1e-6, 1e-6);
+/// Rotary embedding: the angle is rounded to f32 on both sides.
+pub(crate) const ROPE: Tolerance = tolerance(1e-6, 1e-6);
+/// Gated activations.
+pub(crate) const ACTIVATION: Tolerance = tolerance(2e-6, 2e-6);
+/// Log-probabilities.
+pub(crate) const LOGPROB: Tolerance = tolerance(4e-6, 1e-6);
+
+/// Fails with the place of the worst element. `magnitude` says what the relative part refers to.
+pub(crate) fn assert_close(
+    what: &str,
+    found: &[f32],
+    expected: &[f64],
+    magnitude: &[f64],
+    tolerance: Tolerance,
+) {
+    assert_eq!(found.len(), expected.len(), "{what}: length");
+    for (index, (&found, &expected)) in found.iter().zip(expected).enumerate() {
+        let allowed = tolerance.absolute + tolerance.relative * magnitude[index].abs();
+        let error = (f64::from(found) - expected).abs();
+        assert!(
+            error <= allowed,
+            "{what}: element {index} is {found}, expected {expected}, off by {error:e} > {allowed:e}"
+        );
+    }
+}
