@@ -180,7 +180,8 @@ impl Queue {
         let prefill = draft.prefill_tokens.saturating_add(input_length);
         let remaining = draft.prefill_budget.saturating_sub(draft.prefill_tokens);
         let fits = prefill <= draft.prefill_budget;
-        if !fits && !(self.settings.supports_chunking && remaining > 0) {
+        let fits_in_part = self.settings.supports_chunking && remaining > 0;
+        if !fits && !fits_in_part {
             return Verdict::Refused;
         }
         let Some(allocation) = allocator.allocate(self.slots_needed(entry)) else {
