@@ -1,0 +1,108 @@
+//! How fast the CPU kernels are at SmolLM2-135M's shapes, beside a plain loop that only reads memory.
+//!
+//! `cargo run --release -p backend --example kernels -- [--json] [--threads N] [--dtype bfloat16] [--isa portable|avx2|avx512|bf16]`.
+//! Every figure is the median of several runs. Figures of a machine that does something else meanwhile are worthless.
+
+mod measure;
+mod model;
+
+use std::io::Write;
+
+use backend::cpu::Isa;
+use backend::{Activation, DType};
+
+use measure::{Figure, median_seconds, memory_read};
+use model::{LAYERS, Model};
+
+struct Options {
+    json: bool,
+    threads: usize,
+    dtype: DType,
+    isa: Option<Isa>,
+}
+
+fn options() -> Result<Options, String> {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut options = Options { json: false, threads: cores, dtype: DType::BF16, isa: None };
+    let mut arguments = std::env::args().skip(1);
+    while let Some(argument) = arguments.next() {
+        let mut value = || arguments.next().ok_or(format!("{argument} needs a value"));
+        match argument.as_str() {
+            "--json" => options.json = true,
+            "--threads" => options.threads = value()?.parse().map_err(|error| format!("--threads: {error}"))?,
+            "--dtype" => {
+                let name = value()?;
+                options.dtype = DType::from_name(&name).ok_or(format!("--dtype {name}: unknown"))?;
+            }
+            "--isa" => {
+                let name = value()?;
+                let names = ["portable", "avx2", "avx512", "bf16"];
+                let index = names.iter().position(|&known| known == name).ok_or(format!("--isa {name}: unknown"))?;
+                options.isa = Some(Isa::ALL[index]);
+            }
+            other => return Err(format!("{other}: unknown")),
+        }
+    }
+    Ok(options)
+}
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let options = options()?;
+    let mut figures = Vec::new();
+    let read = memory_read(options.threads);
+    figures.push(Figure::new("memory read, huge pages", read, "GB/s"));
+
+    let started = std::time::Instant::now();
+    let mut model = Model::new(options.threads, options.isa, options.dtype)?;
+    let bytes = model.weight_bytes() as f64;
+    figures.push(Figure::new("packing the whole model", started.elapsed().as_secs_f64() * 1e3, "ms"));
+
+    let seconds = median_seconds(20, || model.weights_only(1));
+    figures.push(Figure::new("weights of one token, 1 row", seconds * 1e3, "ms"));
+    figures.push(Figure::new("weights of one token, 1 row", bytes / seconds / 1e9, "GB/s"));
+    for rows in [4, 16] {
+        let seconds = median_seconds(10, || model.weights_only(rows));
+        figures.push(Figure::new(format!("weights of one step, {rows} rows"), bytes / seconds / 1e9, "GB/s"));
+    }
+    let seconds = median_seconds(3, || model.layers_only(512));
+    let operations = 2.0 * 512.0 * model.layer_parameters() as f64;
+    figures.push(Figure::new("all layers' products, 512 rows", operations / seconds / 1e9, "GFLOP/s"));
+
+    for context in [128, 1024] {
+        model.begin(1, context)?;
+        let seconds = median_seconds(50, || model.attention_only()) / LAYERS as f64;
+        figures.push(Figure::new(format!("attention, 1 row, context {context}"), seconds * 1e6, "us"));
+    }
+    model.begin(512, 512)?;
+    let seconds = median_seconds(5, || model.attention_only()) / LAYERS as f64;
+    figures.push(Figure::new("attention, 512 rows", seconds * 1e6, "us"));
+    let seconds = median_seconds(20, || model.activation_only(Activation::Silu));
+    figures.push(Figure::new("silu, 512 rows", seconds * 1e6, "us"));
+
+    model.begin(1, 160)?;
+    let seconds = median_seconds(30, || model.step());
+    figures.push(Figure::new("decode step, context 160", 1.0 / seconds, "tokens/s"));
+    model.begin(1, 1024)?;
+    let seconds = median_seconds(30, || model.step());
+    figures.push(Figure::new("decode step, context 1024", 1.0 / seconds, "tokens/s"));
+    model.begin(512, 512)?;
+    let seconds = median_seconds(5, || model.step());
+    figures.push(Figure::new("prefill step, 512 tokens", 512.0 / seconds, "tokens/s"));
+    let seconds = median_seconds(30, || model.sample_only());
+    figures.push(Figure::new("sampling, greedy", seconds * 1e6, "us"));
+
+    let mut out = std::io::stdout().lock();
+    if options.json {
+        writeln!(out, "{{\"device\":\"{}\",\"figures\":[", model.description())?;
+        for (index, figure) in figures.iter().enumerate() {
+            writeln!(out, "{}{}", figure.json(), if index + 1 < figures.len() { "," } else { "" })?;
+        }
+        writeln!(out, "]}}")?;
+    } else {
+        writeln!(out, "{}, {}", model.description(), options.dtype)?;
+        for figure in &figures {
+            writeln!(out, "{figure}")?;
+        }
+    }
+    Ok(())
+}

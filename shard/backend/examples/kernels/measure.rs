@@ -1,0 +1,94 @@
+//! Medians, their table, and the plain loop to compare with.
+
+use std::fmt;
+use std::time::Instant;
+
+/// One measured figure.
+pub(crate) struct Figure {
+    name: String,
+    value: f64,
+    unit: &'static str,
+}
+
+impl Figure {
+    pub(crate) fn new(name: impl Into<String>, value: f64, unit: &'static str) -> Self {
+        Figure { name: name.into(), value, unit }
+    }
+
+    /// As a JSON object.
+    pub(crate) fn json(&self) -> String {
+        format!("{{\"name\":\"{}\",\"value\":{},\"unit\":\"{}\"}}", self.name, self.value, self.unit)
+    }
+}
+
+impl fmt::Display for Figure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:<36} {:>10.1} {}", self.name, self.value, self.unit)
+    }
+}
+
+/// The median time of `runs` calls, after two that do not count.
+pub(crate) fn median_seconds(runs: usize, mut call: impl FnMut()) -> f64 {
+    let mut times: Vec<f64> = (0..runs + 2)
+        .map(|_| {
+            let start = Instant::now();
+            call();
+            start.elapsed().as_secs_f64()
+        })
+        .skip(2)
+        .collect();
+    times.sort_by(f64::total_cmp);
+    times[runs / 2]
+}
+
+/// Bytes each thread reads: far more than any cache.
+const READ_BYTES: usize = 256 << 20;
+const HUGE_PAGE: usize = 2 << 20;
+
+/// GB/s of `threads` threads that each add up memory of their own on huge pages.
+pub(crate) fn memory_read(threads: usize) -> f64 {
+    let memories: Vec<Vec<u64>> = (0..threads)
+        .map(|_| {
+            let mut memory: Vec<u64> = Vec::with_capacity((READ_BYTES + HUGE_PAGE) / 8);
+            let start = memory.as_ptr().addr().next_multiple_of(HUGE_PAGE);
+            // SAFETY: the range lies within the vector's memory, which stays mapped; the call only advises.
+            unsafe { libc::madvise(start as *mut libc::c_void, READ_BYTES, libc::MADV_HUGEPAGE) };
+            memory.resize((READ_BYTES + HUGE_PAGE) / 8, 1);
+            memory
+        })
+        .collect();
+    let seconds = median_seconds(7, || {
+        std::thread::scope(|scope| {
+            for memory in &memories {
+                scope.spawn(|| std::hint::black_box(sum(memory)));
+            }
+        });
+    });
+    (threads * memories[0].len() * 8) as f64 / seconds / 1e9
+}
+
+fn sum(memory: &[u64]) -> u64 {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx2") {
+        // SAFETY: the processor has AVX2.
+        return unsafe { sum_avx2(memory) };
+    }
+    plain_sum(memory)
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn sum_avx2(memory: &[u64]) -> u64 {
+    plain_sum(memory)
+}
+
+#[inline(always)]
+fn plain_sum(memory: &[u64]) -> u64 {
+    let mut sums = [0u64; 32];
+    for chunk in memory.as_chunks::<32>().0 {
+        for (sum, &x) in sums.iter_mut().zip(chunk) {
+            *sum = sum.wrapping_add(x);
+        }
+    }
+    sums.iter().fold(0, |a, &b| a.wrapping_add(b))
+}

@@ -1,0 +1,216 @@
+//! A transformer of SmolLM2-135M's shapes with random weights.
+
+use std::borrow::Cow;
+
+use backend::collectives::Single;
+use backend::cpu::{CpuBackend, CpuBuffer, CpuKvCache, CpuOptions, CpuRope, CpuVector, Isa, PackedLinear};
+use backend::sampling::{SamplingParams, SamplingRow};
+use backend::{
+    Activation, AttentionShape, Backend, BackendError, DType, HostMatrix, KvLayout, RopeFrequencies, RopeStyle, StepInput,
+};
+
+pub(crate) const LAYERS: usize = 30;
+const HIDDEN: usize = 576;
+const INTERMEDIATE: usize = 1536;
+const VOCAB: usize = 49_152;
+const MAX_TOKENS: usize = 512;
+const MAX_CONTEXT: usize = 1024;
+const SHAPE: AttentionShape =
+    AttentionShape { num_heads: 9, num_kv_heads: 3, head_dim: 64, scale: 0.125, window: None, soft_cap: None };
+
+struct Layer {
+    qkv: PackedLinear,
+    output: PackedLinear,
+    gate_up: PackedLinear,
+    down: PackedLinear,
+}
+
+struct Buffers {
+    hidden: CpuBuffer,
+    normed: CpuBuffer,
+    qkv: CpuBuffer,
+    attended: CpuBuffer,
+    gate_up: CpuBuffer,
+    activated: CpuBuffer,
+    last: CpuBuffer,
+    logits: CpuBuffer,
+}
+
+pub(crate) struct Model {
+    backend: CpuBackend,
+    layers: Vec<Layer>,
+    head: PackedLinear,
+    norm: CpuVector,
+    rope: CpuRope,
+    cache: CpuKvCache,
+    buffers: Buffers,
+    last_token: u32,
+}
+
+/// A matrix of small random numbers, as `dtype`.
+fn random_matrix(rows: usize, cols: usize, dtype: DType) -> HostMatrix<'static> {
+    let mut state = (rows * cols) as u32;
+    let mut next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        ((state >> 8) as f32 / (1 << 24) as f32 - 0.5) * 0.1
+    };
+    let count = rows * cols;
+    let bytes: Vec<u8> = match dtype {
+        DType::F32 => (0..count).flat_map(|_| next().to_le_bytes()).collect(),
+        DType::F16 => (0..count).flat_map(|_| half::f16::from_f32(next()).to_le_bytes()).collect(),
+        DType::BF16 => (0..count).flat_map(|_| half::bf16::from_f32(next()).to_le_bytes()).collect(),
+    };
+    HostMatrix { dtype, rows, cols, row_stride: cols, bytes: Cow::Owned(bytes) }
+}
+
+impl Model {
+    pub(crate) fn new(threads: usize, isa: Option<Isa>, dtype: DType) -> Result<Self, BackendError> {
+        let backend = CpuBackend::new(CpuOptions { threads, isa }, Box::new(Single))?;
+        let [qkv, output, gate_up, down] = [
+            (SHAPE.qkv_width(), HIDDEN),
+            (HIDDEN, HIDDEN),
+            (2 * INTERMEDIATE, HIDDEN),
+            (HIDDEN, INTERMEDIATE),
+        ]
+        .map(|(rows, cols)| random_matrix(rows, cols, dtype));
+        let pack = |matrix: &HostMatrix<'static>| backend.linear(std::slice::from_ref(matrix), dtype);
+        let layer =
+            || Ok(Layer { qkv: pack(&qkv)?, output: pack(&output)?, gate_up: pack(&gate_up)?, down: pack(&down)? });
+        let layers = (0..LAYERS).map(|_| layer()).collect::<Result<Vec<_>, BackendError>>()?;
+        let head = pack(&random_matrix(VOCAB, HIDDEN, dtype))?;
+        let inv_freq = (0..32u8).map(|i| 10_000f32.powf(-f32::from(i) / 32.0)).collect();
+        let rope = backend.rope(RopeFrequencies { inv_freq, scale: 1.0, style: RopeStyle::Half })?;
+        let layout = KvLayout { num_layers: LAYERS, num_kv_heads: 3, head_dim: 64, block_size: 16, dtype };
+        let cache = backend.kv_cache(layout, MAX_CONTEXT / 16 + 1)?;
+        let buffer = |width| backend.buffer(MAX_TOKENS, width);
+        let buffers = Buffers {
+            hidden: buffer(HIDDEN)?,
+            normed: buffer(HIDDEN)?,
+            qkv: buffer(SHAPE.qkv_width())?,
+            attended: buffer(HIDDEN)?,
+            gate_up: buffer(2 * INTERMEDIATE)?,
+            activated: buffer(INTERMEDIATE)?,
+            last: backend.buffer(16, HIDDEN)?,
+            logits: backend.buffer(16, VOCAB)?,
+        };
+        let norm = backend.vector(vec![1.0; HIDDEN])?;
+        Ok(Model { backend, layers, head, norm, rope, cache, buffers, last_token: 0 })
+    }
+
+    pub(crate) fn description(&self) -> String {
+        self.backend.device().description
+    }
+
+    pub(crate) fn weight_bytes(&self) -> usize {
+        let bytes = |weight| self.backend.linear_bytes(weight);
+        let layer = &self.layers[0];
+        LAYERS * (bytes(&layer.qkv) + bytes(&layer.output) + bytes(&layer.gate_up) + bytes(&layer.down))
+            + bytes(&self.head)
+    }
+
+    pub(crate) fn layer_parameters(&self) -> usize {
+        LAYERS * HIDDEN * (SHAPE.qkv_width() + HIDDEN + 3 * INTERMEDIATE)
+    }
+
+    /// The last `tokens` tokens of a sequence of `context`.
+    pub(crate) fn begin(&mut self, tokens: usize, context: usize) -> Result<(), BackendError> {
+        let positions = (context - tokens) as u32..context as u32;
+        self.last_token = tokens as u32 - 1;
+        let blocks = context.div_ceil(16);
+        self.backend.begin_step(&StepInput {
+            input_ids: positions.clone().collect(),
+            position_ids: positions.clone().collect(),
+            slot_mapping: positions.map(|position| position + 16).collect(),
+            cu_seqlens_q: vec![0, tokens as u32],
+            context_lens: vec![context as u32],
+            block_tables: (1..=blocks as u32).collect(),
+            max_blocks: blocks,
+            logits_rows: vec![self.last_token],
+        })?;
+        self.buffers.hidden.resize(tokens);
+        self.buffers.qkv.resize(tokens);
+        self.buffers.gate_up.resize(tokens);
+        Ok(())
+    }
+
+    /// All products of a step, the output layer for each row.
+    pub(crate) fn weights_only(&mut self, rows: usize) {
+        self.layers_only(rows);
+        let buffers = &mut self.buffers;
+        buffers.last.resize(rows);
+        self.backend.matmul(&buffers.last, &self.head, None, &mut buffers.logits).expect("a CPU product cannot fail");
+    }
+
+    /// All products of the layers.
+    pub(crate) fn layers_only(&mut self, rows: usize) {
+        let (backend, b) = (&mut self.backend, &mut self.buffers);
+        b.hidden.resize(rows);
+        b.activated.resize(rows);
+        for layer in &self.layers {
+            backend.matmul(&b.hidden, &layer.qkv, None, &mut b.qkv).expect("a CPU product cannot fail");
+            backend.matmul(&b.hidden, &layer.output, None, &mut b.normed).expect("a CPU product cannot fail");
+            backend.matmul(&b.hidden, &layer.gate_up, None, &mut b.gate_up).expect("a CPU product cannot fail");
+            backend.matmul(&b.activated, &layer.down, None, &mut b.normed).expect("a CPU product cannot fail");
+        }
+    }
+
+    /// Attention of all layers.
+    pub(crate) fn attention_only(&mut self) {
+        let b = &mut self.buffers;
+        for layer in 0..LAYERS {
+            self.backend.attention(&b.qkv, &SHAPE, layer, &self.cache, &mut b.attended).expect("the step fits");
+        }
+    }
+
+    /// One gated activation.
+    pub(crate) fn activation_only(&mut self, activation: Activation) {
+        let b = &mut self.buffers;
+        self.backend.gated_activation(&b.gate_up, activation, &mut b.activated).expect("it cannot fail");
+    }
+
+    /// A whole forward pass, with the output layer for the last token and a greedy choice.
+    pub(crate) fn step(&mut self) {
+        self.forward().expect("the step fits");
+        self.sample_only();
+    }
+
+    fn forward(&mut self) -> Result<(), BackendError> {
+        let (backend, b) = (&mut self.backend, &mut self.buffers);
+        let norm = (&self.norm, 1e-5);
+        backend.embed(&self.head, 0, &mut b.hidden)?;
+        backend.rms_norm(&b.hidden, &self.norm, 1e-5, &mut b.normed)?;
+        for (index, layer) in self.layers.iter().enumerate() {
+            backend.matmul(&b.normed, &layer.qkv, None, &mut b.qkv)?;
+            backend.rope_and_store_kv(&mut b.qkv, Some(&self.rope), &SHAPE, index, &mut self.cache)?;
+            backend.attention(&b.qkv, &SHAPE, index, &self.cache, &mut b.attended)?;
+            backend.matmul(&b.attended, &layer.output, None, &mut b.normed)?;
+            backend.all_reduce(&mut b.normed)?;
+            // The product is also the norm's input: its result goes to the attention's buffer, free by now.
+            backend.add_rms_norm(&mut b.hidden, &b.normed, norm, &mut b.attended)?;
+            backend.matmul(&b.attended, &layer.gate_up, None, &mut b.gate_up)?;
+            backend.gated_activation(&b.gate_up, Activation::Silu, &mut b.activated)?;
+            backend.matmul(&b.activated, &layer.down, None, &mut b.attended)?;
+            backend.all_reduce(&mut b.attended)?;
+            backend.add_rms_norm(&mut b.hidden, &b.attended, norm, &mut b.normed)?;
+        }
+        backend.gather_rows(&b.normed, &[self.last_token], &mut b.last)?;
+        backend.matmul(&b.last, &self.head, None, &mut b.logits)
+    }
+
+    /// A greedy choice from the last logits.
+    pub(crate) fn sample_only(&mut self) {
+        let params = SamplingParams {
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            typical_p: 1.0,
+            do_sample: false,
+            seed: 0,
+            repetition_penalty: 1.0,
+            frequency_penalty: 0.0,
+        };
+        self.buffers.logits.resize(1);
+        let rows = [SamplingRow { params: &params, history: &[], top_n: 0 }];
+        self.backend.sample(&mut self.buffers.logits, &rows).expect("sampling cannot fail");
+    }
+}
