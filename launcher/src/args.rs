@@ -224,7 +224,7 @@ pub struct ServingArgs {
     pub cors_allow_origin: Vec<String>,
 
     /// Key that requests must carry as `Authorization: Bearer KEY`.
-    #[arg(long, env)]
+    #[arg(long, env, hide_env_values = true)]
     pub api_key: Option<Redacted>,
 
     /// Seconds the running requests get to finish after a SIGTERM before the router is killed.
@@ -236,7 +236,7 @@ pub struct ServingArgs {
     pub ngrok: bool,
 
     /// Token for `--ngrok`.
-    #[arg(long, env)]
+    #[arg(long, env, hide_env_values = true)]
     pub ngrok_authtoken: Option<Redacted>,
 
     /// Edge for `--ngrok`.

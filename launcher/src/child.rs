@@ -53,7 +53,7 @@ impl Handle {
 pub struct Exit {
     /// Which child.
     pub child: ChildId,
-    /// One line: exit code or signal, what that means, and the last line it wrote.
+    /// Exit code or signal, and what that means; one line.
     pub reason: String,
     /// It ended because another rank had ended, or because it was told to.
     pub is_consequence: bool,
@@ -61,6 +61,24 @@ pub struct Exit {
     pub is_orderly: bool,
     /// Its last lines, oldest first.
     pub last_words: Vec<String>,
+}
+
+impl Exit {
+    /// The reason and the last line the child wrote.
+    pub fn in_one_line(&self) -> String {
+        match self.last_words.last() {
+            Some(last) => format!("{}; its last words: {last}", self.reason),
+            None => self.reason.clone(),
+        }
+    }
+
+    /// The reason and all its last words, one below the other.
+    pub fn report(&self) -> String {
+        if self.last_words.is_empty() {
+            return format!("{}; it wrote nothing", self.reason);
+        }
+        format!("{}; its last words:\n    {}", self.reason, self.last_words.join("\n    "))
+    }
 }
 
 /// Starts `program` and watches it; its `Exit` goes to `exits`.
@@ -211,18 +229,15 @@ fn describe(child: ChildId, status: io::Result<ExitStatus>, was_told: bool, last
         Ok(status) => (explain(*status, was_told), status.code(), status.signal()),
         Err(error) => (format!("is lost: {error}"), None, None),
     };
-    let mut reason = format!("{child} {how}");
-    if let Some(last) = last_words.last() {
-        reason.push_str(&format!("; its last words: {last}"));
-    }
     let is_orderly = was_told && (code == Some(0) || signal.is_some());
     let is_consequence = is_orderly || code == Some(i32::from(ExitCode::PeerLost));
-    Exit { child, reason, is_consequence, is_orderly, last_words }
+    Exit { child, reason: format!("{child} {how}"), is_consequence, is_orderly, last_words }
 }
 
 /// The exit status as a clause.
 fn explain(status: ExitStatus, was_told: bool) -> String {
     match (status.code(), status.signal()) {
+        (Some(0), _) if !was_told => "exited with code 0 although nobody asked it to end".to_owned(),
         (Some(101), _) => "exited with code 101 (it panicked)".to_owned(),
         (Some(code), _) => match ExitCode::from_code(code) {
             Some(known) => format!("exited with code {code} ({})", known.meaning()),
@@ -254,9 +269,14 @@ mod tests {
     #[test]
     fn reasons_name_child_cause_and_last_words() {
         assert_eq!(
-            exit(10 << 8, false).reason,
+            exit(10 << 8, false).in_one_line(),
             "shard rank 1 exited with code 10 (the model is missing, damaged or not supported); its last words: no such \
              file"
+        );
+        assert!(
+            exit(0, false)
+                .report()
+                .ends_with("nobody asked it to end; its last words:\n    loading\n    no such file")
         );
         assert!(exit(9, false).reason.contains("SIGKILL (the kernel"));
         assert!(!exit(9, true).reason.contains("kernel"));

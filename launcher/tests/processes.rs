@@ -158,6 +158,7 @@ fn serves_then_drains_router_first_and_exits_0() {
     let service = Service::start(&["--num-shard", "2"], &[]);
     service.wait_until_serving();
     let took = start.elapsed();
+    service.wait_for("shard's ledger", |service| service.read("stdout").contains("Start-up of shard"));
     service.signal(Signal::SIGTERM);
     let dir = service.dir.path().to_path_buf();
     service.wait_for("ends", |service| service.read("ends").lines().count() == 3);

@@ -3,8 +3,7 @@
 mod machine;
 
 use std::collections::HashMap;
-use std::io::PipeReader;
-use std::io::PipeWriter;
+use std::io::{PipeReader, PipeWriter};
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
@@ -83,7 +82,7 @@ pub async fn supervise(launch: Launch) -> Result<(), Failure> {
         if state.phase != before {
             tracing::info!("{before:?} -> {:?}", state.phase);
         }
-        supervisor.act(actions).await;
+        supervisor.act(actions);
     }
     state.outcome
 }
@@ -140,22 +139,21 @@ impl Supervisor {
         if exit.is_orderly {
             tracing::info!("{} terminated", exit.child);
         } else {
-            let words = exit.last_words.join("\n    ");
-            let reason = exit.reason.split("; its last words").next().unwrap_or_default();
+            let report = exit.report();
             match exit.child {
-                ChildId::Shard(rank) => tracing::error!(rank, "{reason}; its last words:\n    {words}"),
-                ChildId::Router => tracing::error!("{reason}; its last words:\n    {words}"),
+                ChildId::Shard(rank) => tracing::error!(rank, "{report}"),
+                ChildId::Router => tracing::error!("{report}"),
             }
         }
-        Event::Ended { child: exit.child, reason: exit.reason, is_consequence: exit.is_consequence }
+        Event::Ended { child: exit.child, reason: exit.in_one_line(), is_consequence: exit.is_consequence }
     }
 
-    async fn act(&mut self, actions: Vec<Action>) {
+    fn act(&mut self, actions: Vec<Action>) {
         for action in actions {
             match action {
                 Action::SpawnShards => self.spawn_shards(),
                 Action::SpawnRouter => self.spawn_router(),
-                Action::Announce => self.announce().await,
+                Action::Announce => self.announce(),
                 Action::AwaitCause => self.await_cause(),
                 Action::Terminate(child, grace) => self.terminate(child, grace),
                 Action::Kill(child) => {
@@ -231,7 +229,7 @@ impl Supervisor {
         let _ = self.events.send(Event::SpawnFailed { child, reason });
     }
 
-    async fn announce(&mut self) {
+    fn announce(&mut self) {
         self.launch.ledger.end_phase("router", Instant::now());
         let Some(prepared) = &self.prepared else { return };
         let (ledger, bind) = (&self.launch.ledger, prepared.plan.bind);
