@@ -1,4 +1,15 @@
 //! Quartet: one shard, the process that owns one device and one rank of a model.
 //!
-//! - `engine`: one plain thread with the model, the KV cache and the batches.
+//! - [`args`] → [`settings`]: what was typed, and what it means.
+//! - [`startup`]: from settings to a shard that serves.
+//! - [`server`]: both gRPC services over the Unix socket; messages ↔ engine types, nothing else.
+//! - [`engine`]: one plain thread with the model, the KV cache and the batches.
+//! - [`lifeline`]: ends this process with its launcher. [`error`]: why it ends, and with which exit code.
+
+pub mod args;
 pub mod engine;
+pub mod error;
+pub mod lifeline;
+pub mod server;
+pub mod settings;
+pub mod startup;

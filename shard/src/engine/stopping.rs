@@ -45,11 +45,6 @@ impl Stopping {
         self.generated
     }
 
-    /// The most tokens this request may get.
-    pub(super) fn max_new_tokens(&self) -> u32 {
-        self.params.max_new_tokens
-    }
-
     /// Whether the text of the tokens decides anything.
     pub(super) fn needs_text(&self) -> bool {
         !self.params.stop_sequences.is_empty()

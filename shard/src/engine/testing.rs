@@ -317,7 +317,7 @@ impl Fixture {
         Self { vocabulary: byte_vocabulary(&["<end>"]), pool: BlockPool::new(16), model: model_info() }
     }
 
-    pub(crate) fn try_sequence(&self, request: NewRequest) -> Result<Sequence, String> {
+    pub(in crate::engine) fn try_sequence(&self, request: NewRequest) -> Result<Sequence, String> {
         let context = SequenceContext {
             vocabulary: &self.vocabulary,
             pool: &self.pool,
@@ -327,7 +327,7 @@ impl Fixture {
         Sequence::new(request, &context)
     }
 
-    pub(crate) fn sequence(&self, request: NewRequest) -> Sequence {
+    pub(in crate::engine) fn sequence(&self, request: NewRequest) -> Sequence {
         self.try_sequence(request).unwrap()
     }
 }

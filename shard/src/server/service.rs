@@ -1,0 +1,118 @@
+//! `generate.v3`: each call becomes a command of the engine and waits for its reply.
+
+use std::time::Instant;
+
+use proto::v3::text_generation_service_server::TextGenerationService;
+use proto::v3::{
+    ClearCacheRequest, ClearCacheResponse, DecodeRequest, DecodeResponse, FilterBatchRequest,
+    FilterBatchResponse, HealthRequest, HealthResponse, InfoRequest, InfoResponse, PrefillRequest,
+    PrefillResponse, ServiceDiscoveryRequest, ServiceDiscoveryResponse, WarmupRequest, WarmupResponse,
+};
+use tokio::sync::oneshot;
+use tonic::{Request, Response, Status};
+
+use super::convert;
+use crate::engine::{Command, EngineHandle, Reply};
+
+/// The generation service.
+pub(super) struct GenerationService {
+    engine: EngineHandle,
+    urls: Vec<String>,
+}
+
+impl GenerationService {
+    pub(super) fn new(engine: EngineHandle, urls: Vec<String>) -> Self {
+        Self { engine, urls }
+    }
+
+    /// Hands the command over at once and waits for the reply. A caller that goes away changes nothing: all ranks must
+    /// carry out the same commands.
+    async fn call<T: Send + 'static>(
+        &self,
+        command: impl FnOnce(Reply<T>) -> Command + Send,
+    ) -> Result<T, Status> {
+        let (sender, receiver) = oneshot::channel();
+        let reply: Reply<T> = Box::new(move |answer| {
+            // The caller has gone.
+            let _ = sender.send(answer);
+        });
+        self.engine.send(command(reply));
+        match receiver.await {
+            Ok(answer) => answer.map_err(refusal),
+            Err(_) => Err(refusal("the engine of this shard has ended".to_string())),
+        }
+    }
+}
+
+/// Upstream's shards answer every failure with this status.
+fn refusal(problem: String) -> Status {
+    tracing::error!("{problem}");
+    Status::internal(problem)
+}
+
+fn missing(field: &str) -> Status {
+    refusal(format!("{field} is missing in the request, expected one"))
+}
+
+#[tonic::async_trait]
+impl TextGenerationService for GenerationService {
+    async fn info(&self, _request: Request<InfoRequest>) -> Result<Response<InfoResponse>, Status> {
+        Ok(Response::new(convert::info(self.engine.model_info())))
+    }
+
+    async fn service_discovery(
+        &self,
+        _request: Request<ServiceDiscoveryRequest>,
+    ) -> Result<Response<ServiceDiscoveryResponse>, Status> {
+        Ok(Response::new(ServiceDiscoveryResponse { urls: self.urls.clone() }))
+    }
+
+    async fn clear_cache(
+        &self,
+        request: Request<ClearCacheRequest>,
+    ) -> Result<Response<ClearCacheResponse>, Status> {
+        let batch_id = request.into_inner().id;
+        self.call(|reply| Command::ClearCache { batch_id, reply }).await?;
+        Ok(Response::new(ClearCacheResponse {}))
+    }
+
+    async fn filter_batch(
+        &self,
+        request: Request<FilterBatchRequest>,
+    ) -> Result<Response<FilterBatchResponse>, Status> {
+        let FilterBatchRequest { batch_id, request_ids } = request.into_inner();
+        let batch = self.call(|reply| Command::FilterBatch { batch_id, request_ids, reply }).await?;
+        Ok(Response::new(FilterBatchResponse { batch: Some(convert::cached_batch(batch)) }))
+    }
+
+    async fn warmup(&self, request: Request<WarmupRequest>) -> Result<Response<WarmupResponse>, Status> {
+        let request = convert::warmup_request(request.into_inner()).map_err(refusal)?;
+        let limits = self.call(|reply| Command::Warmup { request, reply }).await?;
+        Ok(Response::new(convert::warmup_response(limits)))
+    }
+
+    async fn prefill(&self, request: Request<PrefillRequest>) -> Result<Response<PrefillResponse>, Status> {
+        let received = Instant::now();
+        let PrefillRequest { batch, cached_batch } = request.into_inner();
+        let batch = convert::new_batch(batch.ok_or_else(|| missing("batch"))?).map_err(refusal)?;
+        let cached_batch = cached_batch.map(|batch| batch.id);
+        let step = self.call(|reply| Command::Prefill { batch, cached_batch, received, reply }).await?;
+        Ok(Response::new(convert::prefill_response(step)))
+    }
+
+    async fn decode(&self, request: Request<DecodeRequest>) -> Result<Response<DecodeResponse>, Status> {
+        let received = Instant::now();
+        let batch_ids = request.into_inner().batches.into_iter().map(|batch| batch.id).collect();
+        let step = self.call(|reply| Command::Decode { batch_ids, received, reply }).await?;
+        Ok(Response::new(convert::decode_response(step)))
+    }
+
+    /// Never waits for a long prefill: the engine says beforehand when it has failed, and a step that hangs shows in the
+    /// counters of the control service.
+    async fn health(&self, _request: Request<HealthRequest>) -> Result<Response<HealthResponse>, Status> {
+        if self.engine.liveness().has_failed() {
+            return Err(refusal("the engine of this shard has failed".to_string()));
+        }
+        Ok(Response::new(HealthResponse {}))
+    }
+}

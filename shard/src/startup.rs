@@ -1,0 +1,192 @@
+//! From settings to a shard that serves.
+
+use std::path::Path;
+use std::sync::{Arc, OnceLock};
+use std::time::{Duration, Instant};
+
+use backend::collectives::shm::{self, Rendezvous};
+use backend::collectives::{Communicator, Single};
+use backend::cpu::{CpuBackend, CpuOptions};
+use hub::{HubError, ModelFiles};
+use models::{CausalLm, LoadOptions};
+use process::ExitCode;
+
+use crate::engine::{Engine, EngineOptions, Vocabulary};
+use crate::error::ShardError;
+use crate::lifeline;
+use crate::server::{self, BoundSocket, Identity, SocketFile};
+use crate::settings::{DownloadSettings, ServeSettings};
+
+/// Tokens of a KV block; what upstream's paged attention uses.
+const BLOCK_SIZE: usize = 16;
+
+/// How long a rank waits for another, at the start and in every step. Ranks get each call within milliseconds of one
+/// another, so this is the time after which a hanging rank counts as lost.
+const PEER_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// Where the time of the start went.
+struct Ledger {
+    phases: Vec<(String, Duration)>,
+    phase_started: Instant,
+}
+
+impl Ledger {
+    fn new(process_started: Instant) -> Self {
+        Self { phases: Vec::new(), phase_started: process_started }
+    }
+
+    /// Ends the phase that began when the previous one ended.
+    fn end_phase(&mut self, name: &str) {
+        let now = Instant::now();
+        self.phases.push((name.to_string(), now - self.phase_started));
+        self.phase_started = now;
+    }
+
+    fn log(&self) {
+        let phases: Vec<String> =
+            self.phases.iter().map(|(name, duration)| format!("{name} {duration:.1?}")).collect();
+        let total: Duration = self.phases.iter().map(|(_, duration)| *duration).sum();
+        tracing::info!("started in {total:.1?}: {}", phases.join(", "));
+    }
+}
+
+/// Loads the model and serves it until asked to stop.
+///
+/// # Errors
+/// Whatever prevents or ends that.
+pub fn serve(settings: &ServeSettings, process_started: Instant) -> Result<(), ShardError> {
+    let mut ledger = Ledger::new(process_started);
+    let socket_file = watch_lifeline(settings)?;
+    let socket_path = settings.socket(settings.rank);
+    ledger.end_phase("arguments");
+    let files = hub::locate(&settings.model, &settings.hub)?;
+    ledger.end_phase("locate files");
+    let communicator = join_ranks(settings, &files)?;
+    ledger.end_phase("rendezvous");
+    let options = CpuOptions { threads: settings.threads, isa: None };
+    let backend = CpuBackend::new(options, communicator)?;
+    ledger.end_phase("backend");
+
+    let load_options = LoadOptions {
+        dtype: settings.dtype,
+        block_size: BLOCK_SIZE,
+        threads: settings.threads,
+        ..LoadOptions::default()
+    };
+    // The tokenizer takes as long as a small model's weights, and neither needs the other.
+    let (model, text) = std::thread::scope(|scope| {
+        let text = scope.spawn(|| load_text(&files));
+        let model = models::load(backend, &files, &load_options);
+        (model, text.join())
+    });
+    let model: Box<dyn CausalLm> = Box::new(model?);
+    ledger.end_phase("weights");
+    let text = text.map_err(|_| ShardError::EnginePanicked("while it read the tokenizer".to_string()))??;
+    ledger.end_phase("tokenizer");
+
+    let engine = Engine::new(model, text.vocabulary, engine_options(settings, text.model_max_length));
+    tracing::info!("{} on {}", settings.model.model_id, engine.model_info().device.description);
+    let socket = BoundSocket::bind(&socket_path)?;
+    // Nobody else sets it.
+    let _ = socket_file.set(socket.file().clone());
+    ledger.end_phase("bind socket");
+    ledger.log();
+    server::run(socket, engine, identity(settings, ledger.phases))
+}
+
+/// Downloads a model unless it is on this disk.
+///
+/// # Errors
+/// The Hub's or the disk's.
+pub fn download(settings: &DownloadSettings) -> Result<(), ShardError> {
+    let files = hub::fetch(&settings.model, &settings.hub)?;
+    tracing::info!("Files are in {}", files.root.display());
+    Ok(())
+}
+
+/// Ends this process when the launcher is gone. Answers where the socket is to be noted, so that it is removed then.
+fn watch_lifeline(settings: &ServeSettings) -> Result<Arc<OnceLock<SocketFile>>, ShardError> {
+    let socket_file = Arc::new(OnceLock::<SocketFile>::new());
+    if let Some(fd) = settings.lifeline_fd {
+        let socket_file = Arc::clone(&socket_file);
+        lifeline::watch(fd, move || {
+            tracing::error!("the launcher is gone, stopping");
+            if let Some(file) = socket_file.get() {
+                file.remove();
+            }
+            std::process::exit(i32::from(ExitCode::ParentGone));
+        })?;
+    }
+    Ok(socket_file)
+}
+
+fn join_ranks(settings: &ServeSettings, files: &ModelFiles) -> Result<Box<dyn Communicator>, ShardError> {
+    if settings.world_size == 1 {
+        return Ok(Box::new(Single));
+    }
+    let fingerprint = format!(
+        "quartet {} model {} dtype {}",
+        env!("CARGO_PKG_VERSION"),
+        files.fingerprint()?,
+        settings.dtype.map_or("auto", backend::DType::name)
+    );
+    let communicator = shm::join(&Rendezvous {
+        socket: settings.rendezvous_socket(),
+        rank: settings.rank,
+        world_size: settings.world_size,
+        fingerprint,
+        timeout: PEER_TIMEOUT,
+    })?;
+    Ok(Box::new(communicator))
+}
+
+/// What is known of a model besides its weights.
+struct Text {
+    vocabulary: Vocabulary,
+    model_max_length: Option<usize>,
+}
+
+fn load_text(files: &ModelFiles) -> Result<Text, HubError> {
+    let tokenizer = files.tokenizer()?;
+    let tokenizer_config = files.tokenizer_config()?;
+    let mut eos_token_ids = files.generation_config()?.eos_token_ids;
+    // Upstream's rule: a list says it all; a single id may be the base model's, while the tokenizer knows the one that
+    // ends a chat turn.
+    if eos_token_ids.len() < 2 {
+        let token = tokenizer_config.eos_token.as_deref();
+        let id = token.and_then(|token| tokenizer.token_to_id(token));
+        eos_token_ids.extend(id.filter(|id| !eos_token_ids.contains(id)));
+    }
+    Ok(Text {
+        vocabulary: Vocabulary::new(tokenizer, eos_token_ids),
+        model_max_length: tokenizer_config.model_max_length.and_then(|length| usize::try_from(length).ok()),
+    })
+}
+
+fn engine_options(settings: &ServeSettings, model_max_length: Option<usize>) -> EngineOptions {
+    EngineOptions {
+        rank: settings.rank,
+        world_size: settings.world_size,
+        request_logprobs: settings.request_logprobs,
+        memory_fraction: settings.memory_fraction,
+        model_max_length,
+        max_input_tokens: settings.max_input_tokens,
+        max_total_tokens: settings.max_total_tokens,
+        run_ahead: true,
+    }
+}
+
+fn identity(settings: &ServeSettings, startup: Vec<(String, Duration)>) -> Identity {
+    Identity {
+        instance_id: settings.instance_id.clone(),
+        rank: settings.rank,
+        sockets: (0..settings.world_size).map(|rank| absolute(&settings.socket(rank))).collect(),
+        model_id: settings.model.model_id.clone(),
+        startup,
+    }
+}
+
+/// Whoever discovers the sockets may have another working directory.
+fn absolute(path: &Path) -> std::path::PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_path_buf())
+}
