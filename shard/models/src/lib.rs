@@ -13,6 +13,8 @@ mod layers;
 mod load;
 pub mod spec;
 pub mod tensor_parallel;
+#[cfg(test)]
+mod testing;
 mod weights;
 
 pub use causal_lm::{CausalLm, ModelInfo};

@@ -53,10 +53,19 @@ impl<'a> ConfigReader<'a> {
         self.checked(key, value, MAX_SIZE)
     }
 
-    /// The size of a head, `default` when absent.
+    /// The size of a head whose elements a rotation pairs, `default` when absent.
     pub(super) fn head_dim(&mut self, default: usize) -> usize {
-        let value = self.read(self.config.usize("head_dim")).unwrap_or(default);
-        self.checked("head_dim", value, MAX_HEAD_DIM)
+        let head_dim = match self.read(self.config.usize("head_dim")) {
+            Some(head_dim) => head_dim,
+            // What follows from a mistake is no second one.
+            None if !self.mistakes.is_empty() => return 2,
+            None => default,
+        };
+        if head_dim % 2 == 0 && (2..=MAX_HEAD_DIM).contains(&head_dim) {
+            return head_dim;
+        }
+        self.wrong(format!("head_dim: found {head_dim}, expected an even number up to {MAX_HEAD_DIM}"));
+        2
     }
 
     /// The number of layers.

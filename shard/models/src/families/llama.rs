@@ -63,9 +63,6 @@ fn attention(reader: &mut ConfigReader<'_>, hidden_size: usize) -> impl Fn(&str)
         ));
     }
     let head_dim = reader.head_dim((hidden_size / num_heads).max(1));
-    if head_dim % 2 != 0 {
-        reader.wrong(format!("head_dim: found {head_dim}, expected an even number for rotary positions"));
-    }
     if reader.number_or("partial_rotary_factor", 1.0) != 1.0 {
         reader.wrong("partial_rotary_factor: found another value than 1, which llama does not have");
     }
