@@ -1,6 +1,7 @@
 //! How fast the CPU kernels are at SmolLM2-135M's shapes, beside a plain loop that only reads memory.
 //!
-//! `cargo run --release -p backend --example kernels -- [--json] [--threads N] [--dtype bfloat16] [--isa portable|avx2|avx512|bf16]`.
+//! `cargo run --release -p backend --example kernels -- [--json] [--threads N] [--dtype bfloat16] [--isa portable|avx2|avx512|bf16]
+//! [--cpu-time]`; the last counts the processor time of the first thread, for `--threads 1` on a busy machine.
 //! Every figure is the median of several runs. Figures of a machine that does something else meanwhile are worthless.
 
 mod measure;
@@ -29,7 +30,10 @@ fn options() -> Result<Options, String> {
         let mut value = || arguments.next().ok_or(format!("{argument} needs a value"));
         match argument.as_str() {
             "--json" => options.json = true,
-            "--threads" => options.threads = value()?.parse().map_err(|error| format!("--threads: {error}"))?,
+            "--cpu-time" => measure::COUNTS_CPU_TIME.store(true, std::sync::atomic::Ordering::Relaxed),
+            "--threads" => {
+                options.threads = value()?.parse().map_err(|error| format!("--threads: {error}"))?
+            }
             "--dtype" => {
                 let name = value()?;
                 options.dtype = DType::from_name(&name).ok_or(format!("--dtype {name}: unknown"))?;
@@ -37,7 +41,8 @@ fn options() -> Result<Options, String> {
             "--isa" => {
                 let name = value()?;
                 let names = ["portable", "avx2", "avx512", "bf16"];
-                let index = names.iter().position(|&known| known == name).ok_or(format!("--isa {name}: unknown"))?;
+                let index =
+                    names.iter().position(|&known| known == name).ok_or(format!("--isa {name}: unknown"))?;
                 options.isa = Some(Isa::ALL[index]);
             }
             other => return Err(format!("{other}: unknown")),

@@ -6,7 +6,8 @@ use backend::collectives::Single;
 use backend::cpu::{CpuBackend, CpuBuffer, CpuKvCache, CpuOptions, CpuRope, CpuVector, Isa, PackedLinear};
 use backend::sampling::{SamplingParams, SamplingRow};
 use backend::{
-    Activation, AttentionShape, Backend, BackendError, DType, HostMatrix, KvLayout, RopeFrequencies, RopeStyle, StepInput,
+    Activation, AttentionShape, Backend, BackendError, DType, HostMatrix, KvLayout, RopeFrequencies,
+    RopeStyle, StepInput,
 };
 
 pub(crate) const LAYERS: usize = 30;
@@ -15,8 +16,14 @@ const INTERMEDIATE: usize = 1536;
 const VOCAB: usize = 49_152;
 const MAX_TOKENS: usize = 512;
 const MAX_CONTEXT: usize = 1024;
-const SHAPE: AttentionShape =
-    AttentionShape { num_heads: 9, num_kv_heads: 3, head_dim: 64, scale: 0.125, window: None, soft_cap: None };
+const SHAPE: AttentionShape = AttentionShape {
+    num_heads: 9,
+    num_kv_heads: 3,
+    head_dim: 64,
+    scale: 0.125,
+    window: None,
+    soft_cap: None,
+};
 
 struct Layer {
     qkv: PackedLinear,
@@ -74,8 +81,14 @@ impl Model {
         ]
         .map(|(rows, cols)| random_matrix(rows, cols, dtype));
         let pack = |matrix: &HostMatrix<'static>| backend.linear(std::slice::from_ref(matrix), dtype);
-        let layer =
-            || Ok(Layer { qkv: pack(&qkv)?, output: pack(&output)?, gate_up: pack(&gate_up)?, down: pack(&down)? });
+        let layer = || {
+            Ok(Layer {
+                qkv: pack(&qkv)?,
+                output: pack(&output)?,
+                gate_up: pack(&gate_up)?,
+                down: pack(&down)?,
+            })
+        };
         let layers = (0..LAYERS).map(|_| layer()).collect::<Result<Vec<_>, BackendError>>()?;
         let head = pack(&random_matrix(VOCAB, HIDDEN, dtype))?;
         let inv_freq = (0..32u8).map(|i| 10_000f32.powf(-f32::from(i) / 32.0)).collect();
@@ -138,7 +151,9 @@ impl Model {
         self.layers_only(rows);
         let buffers = &mut self.buffers;
         buffers.last.resize(rows);
-        self.backend.matmul(&buffers.last, &self.head, None, &mut buffers.logits).expect("a CPU product cannot fail");
+        self.backend
+            .matmul(&buffers.last, &self.head, None, &mut buffers.logits)
+            .expect("a CPU product cannot fail");
     }
 
     /// All products of the layers.
@@ -149,8 +164,12 @@ impl Model {
         for layer in &self.layers {
             backend.matmul(&b.hidden, &layer.qkv, None, &mut b.qkv).expect("a CPU product cannot fail");
             backend.matmul(&b.hidden, &layer.output, None, &mut b.normed).expect("a CPU product cannot fail");
-            backend.matmul(&b.hidden, &layer.gate_up, None, &mut b.gate_up).expect("a CPU product cannot fail");
-            backend.matmul(&b.activated, &layer.down, None, &mut b.normed).expect("a CPU product cannot fail");
+            backend
+                .matmul(&b.hidden, &layer.gate_up, None, &mut b.gate_up)
+                .expect("a CPU product cannot fail");
+            backend
+                .matmul(&b.activated, &layer.down, None, &mut b.normed)
+                .expect("a CPU product cannot fail");
         }
     }
 
@@ -158,7 +177,9 @@ impl Model {
     pub(crate) fn attention_only(&mut self) {
         let b = &mut self.buffers;
         for layer in 0..LAYERS {
-            self.backend.attention(&b.qkv, &SHAPE, layer, &self.cache, &mut b.attended).expect("the step fits");
+            self.backend
+                .attention(&b.qkv, &SHAPE, layer, &self.cache, &mut b.attended)
+                .expect("the step fits");
         }
     }
 

@@ -3,15 +3,15 @@
 //! Sixteen outputs make a panel. Within it a step is one input's sixteen weights, for bf16 two inputs' sixteen pairs:
 //! `[panel][step][16][step_inputs]`. Outputs are padded to 16, inputs to a step, with zeros.
 
+use super::arena::{Arena, Region};
 use super::kernels::{LANES, TypedKernels};
-use super::memory::Memory;
 use super::threads::{SharedMut, Threads, part};
 use crate::{BackendError, DType, HostMatrix};
 
 /// A packed linear layer.
 #[derive(Debug)]
 pub struct PackedLinear {
-    pub(super) memory: Memory,
+    pub(super) memory: Region,
     pub(super) dtype: DType,
     pub(super) out_features: usize,
     pub(super) in_features: usize,
@@ -26,17 +26,15 @@ impl PackedLinear {
         parts: &[HostMatrix<'_>],
         dtype: DType,
         kernels: &TypedKernels,
-        threads: &mut Threads,
+        (threads, arena): (&mut Threads, &mut Arena),
     ) -> Result<Self, BackendError> {
         let in_features = check(parts)?;
         let out_features = parts.iter().map(|part| part.rows).sum::<usize>();
         let steps = in_features.div_ceil(kernels.step_inputs);
         let panels = out_features.div_ceil(LANES);
         let panel_bytes = steps * kernels.step_bytes;
-        let memory = Memory::zeroed(
-            panels * panel_bytes,
-            &format!("a weight of {out_features} x {in_features} {dtype}"),
-        )?;
+        let memory = arena
+            .region(panels * panel_bytes, &format!("a weight of {out_features} x {in_features} {dtype}"))?;
         let mut packed = PackedLinear {
             memory,
             dtype,

@@ -81,7 +81,7 @@ pub(super) fn matmul(
             barrier.wait();
         }
         let args = MatmulArgs {
-            weights: weight.memory.as_ptr(),
+            weights: weight.memory.as_slice::<u8>().as_ptr(),
             panels: part(panels, index, threads_count),
             steps: weight.steps,
             // SAFETY: within the workspace.

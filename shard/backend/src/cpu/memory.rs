@@ -30,7 +30,9 @@ impl Memory {
     /// Maps `len` bytes for `what`.
     pub(super) fn zeroed(len: usize, what: &str) -> Result<Self, BackendError> {
         let is_huge = len >= HUGE_PAGE;
-        let mapped_len = len.saturating_add(if is_huge { HUGE_PAGE } else { 0 }).max(1);
+        // Whole huge pages, so that the last bytes lie on one too, and one more to align the first.
+        let advised = if is_huge { len.checked_next_multiple_of(HUGE_PAGE).unwrap_or(len) } else { 0 };
+        let mapped_len = if is_huge { advised.saturating_add(HUGE_PAGE) } else { len.max(1) };
         let out_of_memory = || BackendError::OutOfMemory {
             what: what.to_owned(),
             needed_bytes: len,
@@ -46,11 +48,11 @@ impl Memory {
                 .cast::<u8>();
         let padding =
             if is_huge { mapping.addr().get().next_multiple_of(HUGE_PAGE) - mapping.addr().get() } else { 0 };
-        // SAFETY: `padding` is below HUGE_PAGE, by which the mapping is longer than `len`.
+        // SAFETY: `padding` is below HUGE_PAGE, by which the mapping is longer than `advised`, which is at least `len`.
         let start = unsafe { mapping.add(padding) };
         if is_huge {
             // SAFETY: the range lies in the mapping made above. A refusal (no such feature) only costs speed.
-            let _ = unsafe { madvise(start.cast(), len, MmapAdvise::MADV_HUGEPAGE) };
+            let _ = unsafe { madvise(start.cast(), advised, MmapAdvise::MADV_HUGEPAGE) };
         }
         Ok(Memory { start, len, mapping, mapped_len })
     }

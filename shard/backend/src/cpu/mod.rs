@@ -7,6 +7,7 @@
 //! Decoding is a race to read the weights once: they lie packed on huge pages, in the order in which they are read.
 //! Activations are f32 throughout; beside bf16 weights they are split into two bf16, which keeps 16 bits of mantissa.
 
+mod arena;
 mod attention;
 mod buffer;
 mod isa;
@@ -50,8 +51,9 @@ pub struct CpuVector(Vec<f32>);
 pub struct CpuBackend {
     description: String,
     kernels: &'static kernels::Kernels,
-    // A cell, since packing a weight uses the threads but changes nothing.
+    // Cells, since packing a weight uses threads and arena but changes nothing that is seen.
     threads: RefCell<threads::Threads>,
+    arena: RefCell<arena::Arena>,
     communicator: Box<dyn Communicator>,
     step: StepInput,
     /// Number of the step, from 1.
@@ -82,6 +84,7 @@ impl CpuBackend {
             description: format!("{}, {isa} kernels, {} thread{s}", processor_name(), options.threads),
             kernels,
             threads: RefCell::new(threads::Threads::start(options.threads)?),
+            arena: RefCell::default(),
             communicator,
             step: StepInput::default(),
             step_number: 0,

@@ -58,7 +58,8 @@ impl Backend for CpuBackend {
     }
 
     fn linear(&self, parts: &[HostMatrix<'_>], dtype: DType) -> Result<PackedLinear, BackendError> {
-        PackedLinear::pack(parts, dtype, self.kernels.typed(dtype), &mut self.threads.borrow_mut())
+        let tools = (&mut *self.threads.borrow_mut(), &mut *self.arena.borrow_mut());
+        PackedLinear::pack(parts, dtype, self.kernels.typed(dtype), tools)
     }
 
     fn vector(&self, values: Vec<f32>) -> Result<CpuVector, BackendError> {

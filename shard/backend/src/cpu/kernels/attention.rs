@@ -75,7 +75,9 @@ pub(super) unsafe fn attention<S: Simd, W: Weight<S>>(args: AttentionArgs<'_>) {
         match padded_tile(args.rows.len()) {
             1 => rows::<S, W, 1>(args),
             2 => rows::<S, W, 2>(args),
+            3 => rows::<S, W, 3>(args),
             4 => rows::<S, W, 4>(args),
+            6 if S::MAX_TILE >= 6 => rows::<S, W, 6>(args),
             8 if S::MAX_TILE >= 8 => rows::<S, W, 8>(args),
             16 if S::MAX_TILE >= 16 => rows::<S, W, 16>(args),
             _ if S::MAX_TILE >= 24 => rows::<S, W, 24>(args),
@@ -117,7 +119,7 @@ unsafe fn rows<S: Simd, W: Weight<S>, const T: usize>(args: AttentionArgs<'_>) {
                 let keys = cache.key_group::<S, W>(group, head_dim);
                 let found = match T {
                     1 | 2 => tile::<S, W, T, 4>(keys, queries.as_ptr().cast(), head_dim),
-                    4 => tile::<S, W, T, 2>(keys, queries.as_ptr().cast(), head_dim),
+                    3 | 4 => tile::<S, W, T, 2>(keys, queries.as_ptr().cast(), head_dim),
                     _ => tile::<S, W, T, 1>(keys, queries.as_ptr().cast(), head_dim),
                 };
                 for (t, &score) in found.iter().enumerate() {

@@ -21,9 +21,11 @@ macro_rules! lanes {
     )*};
 }
 
-#[inline(always)]
-fn two(a: V, b: V, f: impl Fn(__m256, __m256) -> __m256) -> V {
-    [f(a[0], b[0]), f(a[1], b[1])]
+/// `f` on both halves. No closures anywhere here: one that is not inlined would lack the instruction set.
+macro_rules! halves {
+    ($f:ident, $a:expr, $b:expr) => {
+        [$f($a[0], $b[0]), $f($a[1], $b[1])]
+    };
 }
 
 impl Simd for Avx2 {
@@ -34,43 +36,43 @@ impl Simd for Avx2 {
         fn splat(x: f32) -> V { [_mm256_set1_ps(x); 2] }
         fn load(from: *const f32) -> V { [_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))] }
         fn load_bf16(from: *const u16) -> V {
-            let wide = |p: *const u16| {
-                _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())), 16))
-            };
-            [wide(from), wide(from.add(8))]
+            let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
+            let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.add(8).cast()));
+            [_mm256_castsi256_ps(_mm256_slli_epi32::<16>(low)), _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high))]
         }
         fn load_f16(from: *const u16) -> V {
             [_mm256_cvtph_ps(_mm_loadu_si128(from.cast())), _mm256_cvtph_ps(_mm_loadu_si128(from.add(8).cast()))]
         }
         fn load_bf16_pairs(from: *const u32) -> (V, V) {
-            let raw = [_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(8).cast())];
-            let upper = _mm256_set1_epi32(0xFFFF_0000u32.cast_signed());
+            let [a, b] = [_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(8).cast())];
+            let upper = _mm256_castsi256_ps(_mm256_set1_epi32(0xFFFF_0000u32.cast_signed()));
+            let first = [_mm256_slli_epi32::<16>(a), _mm256_slli_epi32::<16>(b)];
+            let second = [_mm256_castsi256_ps(a), _mm256_castsi256_ps(b)];
             (
-                raw.map(|x| _mm256_castsi256_ps(_mm256_slli_epi32(x, 16))),
-                raw.map(|x| _mm256_castsi256_ps(_mm256_and_si256(x, upper))),
+                [_mm256_castsi256_ps(first[0]), _mm256_castsi256_ps(first[1])],
+                halves!(_mm256_and_ps, second, [upper; 2]),
             )
         }
         fn store(to: *mut f32, v: V) {
             _mm256_storeu_ps(to, v[0]);
             _mm256_storeu_ps(to.add(8), v[1]);
         }
-        fn add(a: V, b: V) -> V { two(a, b, |a, b| _mm256_add_ps(a, b)) }
-        fn sub(a: V, b: V) -> V { two(a, b, |a, b| _mm256_sub_ps(a, b)) }
-        fn mul(a: V, b: V) -> V { two(a, b, |a, b| _mm256_mul_ps(a, b)) }
-        fn div(a: V, b: V) -> V { two(a, b, |a, b| _mm256_div_ps(a, b)) }
+        fn add(a: V, b: V) -> V { halves!(_mm256_add_ps, a, b) }
+        fn sub(a: V, b: V) -> V { halves!(_mm256_sub_ps, a, b) }
+        fn mul(a: V, b: V) -> V { halves!(_mm256_mul_ps, a, b) }
+        fn div(a: V, b: V) -> V { halves!(_mm256_div_ps, a, b) }
         fn fma(a: V, b: V, c: V) -> V { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
-        fn max(a: V, b: V) -> V { two(a, b, |a, b| _mm256_max_ps(a, b)) }
-        fn min(a: V, b: V) -> V { two(a, b, |a, b| _mm256_min_ps(a, b)) }
+        fn max(a: V, b: V) -> V { halves!(_mm256_max_ps, a, b) }
+        fn min(a: V, b: V) -> V { halves!(_mm256_min_ps, a, b) }
         fn select_lt(a: V, b: V, x: V, y: V) -> V {
-            let pick = |i: usize| _mm256_blendv_ps(y[i], x[i], _mm256_cmp_ps::<_CMP_LT_OQ>(a[i], b[i]));
-            [pick(0), pick(1)]
+            let less = [_mm256_cmp_ps::<_CMP_LT_OQ>(a[0], b[0]), _mm256_cmp_ps::<_CMP_LT_OQ>(a[1], b[1])];
+            [_mm256_blendv_ps(y[0], x[0], less[0]), _mm256_blendv_ps(y[1], x[1], less[1])]
         }
         fn pow2_shifted(v: V) -> V {
             let bias = _mm256_set1_epi32(127);
-            v.map(|x| {
-                let n = _mm256_add_epi32(_mm256_castps_si256(x), bias);
-                _mm256_castsi256_ps(_mm256_slli_epi32(n, 23))
-            })
+            let low = _mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_castps_si256(v[0]), bias));
+            let high = _mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_castps_si256(v[1]), bias));
+            [_mm256_castsi256_ps(low), _mm256_castsi256_ps(high)]
         }
         fn sum(v: V) -> f32 {
             let mut lanes = [0.0f32; 8];

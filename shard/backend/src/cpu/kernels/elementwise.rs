@@ -3,17 +3,22 @@
 use super::simd::{LANES, Simd, erf, exp, load_partial, store_partial, tanh};
 use crate::Activation;
 
-/// Calls `f(offset, lanes)` for each vector of a row; the last may have fewer than 16 lanes.
-#[inline(always)]
-fn vectors(width: usize, mut f: impl FnMut(usize, usize)) {
-    let mut offset = 0;
-    while offset + LANES <= width {
-        f(offset, LANES);
-        offset += LANES;
-    }
-    if offset < width {
-        f(offset, width - offset);
-    }
+/// Runs the body for each vector of a row, with its offset and lanes; the last may have fewer than 16. Not a function with
+/// a closure: a closure that is not inlined would lack the instruction set, and each operation in it become a call.
+macro_rules! vectors {
+    ($width:expr, |$at:ident, $lanes:ident| $body:block) => {
+        let width = $width;
+        let mut $at = 0;
+        while $at + LANES <= width {
+            let $lanes = LANES;
+            $body
+            $at += LANES;
+        }
+        if $at < width {
+            let $lanes = width - $at;
+            $body
+        }
+    };
 }
 
 #[inline(always)]
@@ -45,12 +50,12 @@ pub(super) unsafe fn rms_norm<S: Simd>(x: &[f32], weight: &[f32], eps: f32, out:
     // SAFETY: arithmetic, and loads bounded by `load` and `store`.
     unsafe {
         let mut squares = S::splat(0.0);
-        vectors(x.len(), |at, n| {
+        vectors!(x.len(), |at, n| {
             let v = load::<S>(x, at, n);
             squares = S::fma(v, v, squares);
         });
         let factor = S::splat(1.0 / (S::sum(squares) / x.len() as f32 + eps).sqrt());
-        vectors(x.len(), |at, n| {
+        vectors!(x.len(), |at, n| {
             let v = S::mul(load::<S>(x, at, n), factor);
             store::<S>(out, at, n, S::mul(v, load::<S>(weight, at, n)));
         });
@@ -63,7 +68,7 @@ pub(super) unsafe fn rms_norm<S: Simd>(x: &[f32], weight: &[f32], eps: f32, out:
 /// The processor has the instruction set.
 #[inline(always)]
 pub(super) unsafe fn add<S: Simd>(x: &mut [f32], y: &[f32]) {
-    vectors(x.len(), |at, n| {
+    vectors!(x.len(), |at, n| {
         // SAFETY: arithmetic only.
         let sum = unsafe { S::add(load::<S>(x, at, n), load::<S>(y, at, n)) };
         store::<S>(x, at, n, sum);
@@ -82,7 +87,7 @@ pub(super) unsafe fn gated<S: Simd>(gate_up: &[f32], activation: Activation, out
         let zero = S::splat(0.0);
         let half = S::splat(0.5);
         let one = S::splat(1.0);
-        vectors(out.len(), |at, n| {
+        vectors!(out.len(), |at, n| {
             let x = load::<S>(gate, at, n);
             let activated = match activation {
                 Activation::Silu => S::div(x, S::add(one, exp::<S>(S::sub(zero, x)))),

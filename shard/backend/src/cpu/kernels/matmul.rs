@@ -96,9 +96,9 @@ impl<S: Simd> Weight<S> for Bf16Pairs {
 /// The number of tokens a tile of `n` is padded to.
 pub(in crate::cpu) const fn padded_tile(n: usize) -> usize {
     match n {
-        0..=2 => n,
-        3..=4 => 4,
-        5..=8 => 8,
+        0..=4 | 6 => n,
+        5 => 6,
+        7..=8 => 8,
         9..=16 => 16,
         _ => 24,
     }
@@ -176,7 +176,9 @@ pub(super) unsafe fn panels<S: Simd, W: Weight<S>>(args: &MatmulArgs<'_>) {
                 match padded_tile(count) {
                     1 => place.store::<S, 1>(tile::<S, W, 1, 8>(w, x, args.steps)),
                     2 => place.store::<S, 2>(tile::<S, W, 2, 4>(w, x, args.steps)),
+                    3 => place.store::<S, 3>(tile::<S, W, 3, 2>(w, x, args.steps)),
                     4 => place.store::<S, 4>(tile::<S, W, 4, 2>(w, x, args.steps)),
+                    6 if S::MAX_TILE >= 6 => place.store::<S, 6>(tile::<S, W, 6, 1>(w, x, args.steps)),
                     8 if S::MAX_TILE >= 8 => place.store::<S, 8>(tile::<S, W, 8, 1>(w, x, args.steps)),
                     16 if S::MAX_TILE >= 16 => place.store::<S, 16>(tile::<S, W, 16, 1>(w, x, args.steps)),
                     _ if S::MAX_TILE >= 24 => place.store::<S, 24>(tile::<S, W, 24, 1>(w, x, args.steps)),
