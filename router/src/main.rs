@@ -7,7 +7,9 @@ use process::{ExitCode, Program, SignalStream};
 use router::RouterError;
 use router::args::Args;
 use router::config::RouterConfig;
+use router::startup::Started;
 use tokio::runtime::{Builder, Runtime};
+use tokio::sync::oneshot;
 
 /// More HTTP threads than this only get in one another's way: one serves tens of thousands of tokens a second.
 const MAX_HTTP_THREADS: usize = 16;
@@ -43,17 +45,28 @@ fn run(args: Args) -> Result<(), RouterError> {
                 return Ok(());
             }
         };
-        started
-            .serve(async move {
-                let signal = signals.next().await;
-                tracing::info!("{signal}: no new connections, running requests are finished");
-            })
-            .await
+        serve(started, signals).await
     });
     // What still runs on them is of no use to anybody now.
     scheduler.shutdown_background();
     http.shutdown_background();
     served
+}
+
+/// Serves until a signal, then until the last request is answered; a second signal ends it at once.
+async fn serve(started: Started, mut signals: SignalStream) -> Result<(), RouterError> {
+    let (stop, stopped) = oneshot::channel::<()>();
+    let told_twice = async move {
+        let signal = signals.next().await;
+        tracing::info!("{signal}: no new connections, running requests are finished");
+        drop(stop);
+        let signal = signals.next().await;
+        tracing::warn!("{signal} again: running requests are dropped");
+    };
+    tokio::select! {
+        served = started.serve(async move { drop(stopped.await) }) => served,
+        () = told_twice => Ok(()),
+    }
 }
 
 fn runtime(name: &str, num_threads: usize) -> Result<Runtime, RouterError> {

@@ -24,7 +24,7 @@ pub struct GenerateStream {
 }
 
 impl GenerateStream {
-    pub(super) fn new(
+    pub(crate) fn new(
         scheduled: Scheduled,
         input_length: u32,
         arrived: Instant,

@@ -62,7 +62,7 @@ pub(super) fn respond<W: EventWriter>(
     streams: Result<Vec<GenerateStream>, InferError>,
     writer: W,
 ) -> Response {
-    let mut response = Body::from_stream(SseBody::new(streams, writer)).into_response();
+    let mut response = Body::from_stream(SseBody::new(streams, writer, KEEP_ALIVE)).into_response();
     let response_headers = response.headers_mut();
     response_headers.extend(headers);
     response_headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
@@ -75,19 +75,22 @@ struct SseBody<W> {
     streams: Vec<Option<GenerateStream>>,
     failed: Option<InferError>,
     writer: W,
+    /// How long silence may last.
+    max_silence: Duration,
     keep_alive: Pin<Box<Sleep>>,
     last_sent: Instant,
     is_finished: bool,
 }
 
 impl<W: EventWriter> SseBody<W> {
-    fn new(streams: Result<Vec<GenerateStream>, InferError>, writer: W) -> Self {
+    fn new(streams: Result<Vec<GenerateStream>, InferError>, writer: W, max_silence: Duration) -> Self {
         let (streams, failed) = match streams {
             Ok(streams) => (streams.into_iter().map(Some).collect(), None),
             Err(error) => (Vec::new(), Some(error)),
         };
-        let keep_alive = Box::pin(tokio::time::sleep(KEEP_ALIVE));
-        Self { streams, failed, writer, keep_alive, last_sent: Instant::now(), is_finished: false }
+        let keep_alive = Box::pin(tokio::time::sleep(max_silence));
+        let last_sent = Instant::now();
+        Self { streams, failed, writer, max_silence, keep_alive, last_sent, is_finished: false }
     }
 
     /// Writes one event of every stream that has one; whether any had.
@@ -114,11 +117,11 @@ impl<W: EventWriter> SseBody<W> {
         loop {
             std::task::ready!(self.keep_alive.as_mut().poll(context));
             let now = Instant::now();
-            let is_due = now >= self.last_sent + KEEP_ALIVE;
+            let is_due = now >= self.last_sent + self.max_silence;
             if is_due {
                 self.last_sent = now;
             }
-            self.keep_alive.as_mut().reset(self.last_sent + KEEP_ALIVE);
+            self.keep_alive.as_mut().reset(self.last_sent + self.max_silence);
             if is_due {
                 return Poll::Ready(());
             }
@@ -157,5 +160,90 @@ impl<W: EventWriter> Stream for SseBody<W> {
         }
         std::task::ready!(this.poll_keep_alive(context));
         Poll::Ready(Some(Ok(Bytes::from_static(b":\n\n"))))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use futures::StreamExt;
+    use tokio::sync::{Semaphore, mpsc};
+
+    use super::*;
+    use crate::metrics::{BucketLimits, Metrics};
+    use crate::scheduler::{GeneratedToken, Scheduled, SchedulerError};
+
+    /// `[index]` for a token, `!` for an error, `.` at the end.
+    struct Marks;
+
+    impl EventWriter for Marks {
+        fn write(&mut self, index: usize, event: Result<Event, InferError>, out: &mut Vec<u8>) {
+            match event {
+                Ok(_) => out.extend_from_slice(format!("[{index}]").as_bytes()),
+                Err(_) => out.push(b'!'),
+            }
+        }
+
+        fn finish(&mut self, out: &mut Vec<u8>) {
+            out.push(b'.');
+        }
+    }
+
+    type Sender = mpsc::UnboundedSender<Result<Event, SchedulerError>>;
+
+    async fn stream() -> (Sender, GenerateStream) {
+        let (sender, events) = mpsc::unbounded_channel();
+        let limits = BucketLimits { max_input_tokens: 1, max_total_tokens: 2 };
+        let metrics = Arc::new(Metrics::new(limits).unwrap());
+        let permit = Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap();
+        let arrived = std::time::Instant::now();
+        (sender, GenerateStream::new(Scheduled { events }, 1, arrived, permit, metrics))
+    }
+
+    fn token() -> Result<Event, SchedulerError> {
+        Ok(Event::Token(GeneratedToken::default()))
+    }
+
+    async fn next(body: &mut SseBody<Marks>) -> Option<String> {
+        let bytes = body.next().await?.unwrap();
+        Some(String::from_utf8(bytes.to_vec()).unwrap())
+    }
+
+    #[tokio::test]
+    async fn what_is_there_goes_out_in_one_buffer_interleaved() {
+        let ((first, a), (second, b)) = (stream().await, stream().await);
+        let mut body = SseBody::new(Ok(vec![a, b]), Marks, KEEP_ALIVE);
+        for sender in [&first, &first, &second] {
+            sender.send(token()).unwrap();
+        }
+        assert_eq!(next(&mut body).await.unwrap(), "[0][1][0]");
+        second.send(token()).unwrap();
+        drop((first, second));
+        assert_eq!(next(&mut body).await.unwrap(), "![1]!.", "no last token is an error");
+        assert_eq!(next(&mut body).await, None);
+    }
+
+    #[tokio::test]
+    async fn silence_is_broken_by_a_comment_and_tokens_put_it_off() {
+        let (sender, stream) = stream().await;
+        let silence = Duration::from_millis(60);
+        let mut body = SseBody::new(Ok(vec![stream]), Marks, silence);
+        tokio::time::sleep(silence / 2).await;
+        sender.send(token()).unwrap();
+        assert_eq!(next(&mut body).await.unwrap(), "[0]");
+        let started = Instant::now();
+        assert_eq!(next(&mut body).await.unwrap(), ":\n\n");
+        assert!(started.elapsed() >= silence - Duration::from_millis(2), "{:?}", started.elapsed());
+        let started = Instant::now();
+        assert_eq!(next(&mut body).await.unwrap(), ":\n\n");
+        assert!(started.elapsed() >= silence - Duration::from_millis(2), "{:?}", started.elapsed());
+    }
+
+    #[tokio::test]
+    async fn a_refusal_is_one_event_and_the_end() {
+        let mut body = SseBody::new(Err(InferError::Overloaded), Marks, KEEP_ALIVE);
+        assert_eq!(next(&mut body).await.unwrap(), "!.");
+        assert_eq!(next(&mut body).await, None);
     }
 }
