@@ -58,6 +58,8 @@ pub struct CpuBackend {
     step: StepInput,
     /// Number of the step, from 1.
     step_number: u64,
+    /// The step, blocks and block size that attention last found to fit.
+    checked: Cell<(u64, usize, usize)>,
     num_ropes: Cell<usize>,
     rope_tables: Vec<rope::RopeTable>,
     workspace: matmul::Workspace,
@@ -88,6 +90,7 @@ impl CpuBackend {
             communicator,
             step: StepInput::default(),
             step_number: 0,
+            checked: Cell::default(),
             num_ropes: Cell::new(0),
             rope_tables: Vec::new(),
             workspace: matmul::Workspace::new()?,

@@ -372,23 +372,10 @@ impl CpuBackend {
             qkv.rows(),
             qkv.width()
         );
-        let refuse = |reason: String| Err(BackendError::Device { operation: "attention".to_owned(), reason });
-        let slots = cache.num_blocks() * layout.block_size;
-        if let Some(slot) = self.step.slot_mapping.iter().find(|&&slot| slot as usize >= slots) {
-            return refuse(format!("slot {slot} in a cache of {slots}"));
-        }
-        for (seq, &context) in self.step.context_lens.iter().enumerate() {
-            let needed = (context as usize).div_ceil(layout.block_size);
-            let table = self.step.block_table(seq);
-            let Some(used) = table.get(..needed) else {
-                return refuse(format!(
-                    "sequence {seq} of {context} tokens has a table of {} blocks",
-                    table.len()
-                ));
-            };
-            if let Some(block) = used.iter().find(|&&block| block as usize >= cache.num_blocks()) {
-                return refuse(format!("block {block} in a cache of {}", cache.num_blocks()));
-            }
+        let fits = (self.step_number, cache.num_blocks(), layout.block_size);
+        if self.checked.get() != fits {
+            step_check::check_cache(&self.step, cache.num_blocks(), layout.block_size)?;
+            self.checked.set(fits);
         }
         Ok(())
     }

@@ -38,3 +38,30 @@ pub(super) fn check(step: &StepInput) -> Result<(), BackendError> {
     }
     Ok(())
 }
+
+/// That slots and block tables lie within a cache: the attention kernels rely on it.
+pub(super) fn check_cache(
+    step: &StepInput,
+    num_blocks: usize,
+    block_size: usize,
+) -> Result<(), BackendError> {
+    let refuse = |reason: String| Err(BackendError::Device { operation: "attention".to_owned(), reason });
+    let slots = num_blocks * block_size;
+    if let Some(slot) = step.slot_mapping.iter().find(|&&slot| slot as usize >= slots) {
+        return refuse(format!("slot {slot} in a cache of {slots}"));
+    }
+    for (seq, &context) in step.context_lens.iter().enumerate() {
+        let needed = (context as usize).div_ceil(block_size);
+        let table = step.block_table(seq);
+        let Some(used) = table.get(..needed) else {
+            return refuse(format!(
+                "sequence {seq} of {context} tokens has a table of {} blocks",
+                table.len()
+            ));
+        };
+        if let Some(block) = used.iter().find(|&&block| block as usize >= num_blocks) {
+            return refuse(format!("block {block} in a cache of {num_blocks}"));
+        }
+    }
+    Ok(())
+}

@@ -230,6 +230,15 @@ impl<T> SharedMut<T> {
         self.0
     }
 
+    /// The elements of `range`, to read.
+    ///
+    /// # Safety
+    /// Within the slice it was made of, which is still borrowed, and no thread writes these elements now.
+    pub(super) unsafe fn read<'a>(self, range: Range<usize>) -> &'a [T] {
+        // SAFETY: as the caller says.
+        unsafe { std::slice::from_raw_parts(self.0.add(range.start), range.len()) }
+    }
+
     /// The elements of `range`.
     ///
     /// # Safety

@@ -151,7 +151,7 @@ fn agrees<B: Backend>(backend: &mut B) {
             DType::F16,
         ),
     ] {
-        let (found, blocks) = sequences(&mut random, &[70, 17, 300, 1], shape.qkv_width());
+        let (found, blocks) = sequences(&mut random, &[70, 17, 600, 1], shape.qkv_width());
         let [a, b, c, d] = &found[..] else { unreachable!() };
         let layout = KvLayout {
             num_layers: 2,
@@ -162,10 +162,10 @@ fn agrees<B: Backend>(backend: &mut B) {
         };
         let mut cache = backend.kv_cache(layout, blocks).unwrap();
         check(backend, &mut cache, &[(a, 0, 63), (b, 0, 15), (c, 0, 129)], &shape, dtype);
-        check(backend, &mut cache, &[(b, 15, 16), (c, 129, 298), (d, 0, 1), (a, 63, 66)], &shape, dtype);
-        check(backend, &mut cache, &[(a, 66, 67), (b, 16, 17), (c, 298, 299)], &shape, dtype);
-        check(backend, &mut cache, &[(c, 299, 300)], &shape, dtype);
-        assert_eq!((a.context, c.context), (70, 300));
+        check(backend, &mut cache, &[(b, 15, 16), (c, 129, 598), (d, 0, 1), (a, 63, 66)], &shape, dtype);
+        check(backend, &mut cache, &[(a, 66, 67), (b, 16, 17), (c, 598, 599)], &shape, dtype);
+        check(backend, &mut cache, &[(c, 599, 600)], &shape, dtype);
+        assert_eq!((a.context, c.context), (70, 600));
     }
 }
 

@@ -51,12 +51,28 @@ pub(in crate::cpu) struct AttentionArgs<'a> {
     /// At most `MAX_TILE` rows.
     pub(in crate::cpu) rows: &'a [QueryRow],
     pub(in crate::cpu) cache: KeysValues<'a>,
+    /// The part of the keys to look at; starts at a multiple of 16.
+    pub(in crate::cpu) keys: std::ops::Range<usize>,
     /// All packed queries, keys and values of the step.
     pub(in crate::cpu) qkv: &'a [f32],
-    /// All results; this tile writes its rows' heads only.
-    pub(in crate::cpu) out: *mut f32,
+    /// Where results go.
+    pub(in crate::cpu) target: Target<'a>,
     /// At least [`scratch_len`] elements.
     pub(in crate::cpu) scratch: &'a mut [f32],
+}
+
+/// Where the results of a tile go.
+pub(in crate::cpu) enum Target<'a> {
+    /// All results of the step; the tile writes its rows' heads only.
+    Out(*mut f32),
+    /// Results over a part of the keys, to be merged: for each row [`partial_len`] elements, the maximum of the scores, the
+    /// sum of their exponentials relative to it, and the values weighted by those.
+    Partial(&'a mut [f32]),
+}
+
+/// Elements of one row of [`Target::Partial`].
+pub(in crate::cpu) const fn partial_len(head_dim: usize) -> usize {
+    2 + head_dim
 }
 
 /// Scratch of a tile: queries `[head_dim][24]`, sums `[24][padded head_dim]`, scores `[24][KEY_TILE]`.
@@ -92,7 +108,7 @@ pub(super) unsafe fn attention<S: Simd, W: Weight<S>>(args: AttentionArgs<'_>) {
 /// As for [`attention`].
 #[inline(always)]
 unsafe fn rows<S: Simd, W: Weight<S>, const T: usize>(args: AttentionArgs<'_>) {
-    let AttentionArgs { config, rows, cache, qkv, out, scratch } = args;
+    let AttentionArgs { config, rows, cache, keys, qkv, target, scratch } = args;
     let head_dim = config.head_dim;
     let padded_dim = head_dim.next_multiple_of(LANES);
     let (queries, rest) = scratch.split_at_mut(24 * head_dim);
@@ -106,8 +122,8 @@ unsafe fn rows<S: Simd, W: Weight<S>, const T: usize>(args: AttentionArgs<'_>) {
     }
     sums[..T * padded_dim].fill(0.0);
     let mut softmax = Softmax::<T> { maximum: [f32::NEG_INFINITY; T], total: [0.0; T] };
-    let first_key = rows.iter().map(|row| row.first_key).min().unwrap_or(0);
-    let end_key = rows.iter().map(|row| row.end_key).max().unwrap_or(0);
+    let first_key = rows.iter().map(|row| row.first_key).min().unwrap_or(0).max(keys.start);
+    let end_key = rows.iter().map(|row| row.end_key).max().unwrap_or(0).min(keys.end);
 
     let mut start = first_key / LANES * LANES;
     while start < end_key {
@@ -135,12 +151,39 @@ unsafe fn rows<S: Simd, W: Weight<S>, const T: usize>(args: AttentionArgs<'_>) {
         }
         start += KEY_TILE;
     }
-    for (t, row) in rows.iter().enumerate() {
-        let factor = 1.0 / softmax.total[t];
-        for (d, &sum) in sums[t * padded_dim..][..head_dim].iter().enumerate() {
-            // SAFETY: the row's result lies within `out` and is this tile's alone.
-            unsafe { out.add(row.out + d).write(sum * factor) };
+    let sums = sums.chunks_exact(padded_dim).map(|sums| &sums[..head_dim]);
+    match target {
+        Target::Out(out) => {
+            for ((row, sums), total) in rows.iter().zip(sums).zip(softmax.total) {
+                for (d, &sum) in sums.iter().enumerate() {
+                    // SAFETY: the row's result lies within `out` and is this tile's alone.
+                    unsafe { out.add(row.out + d).write(sum / total) };
+                }
+            }
         }
+        Target::Partial(partial) => {
+            let partial = partial.chunks_exact_mut(partial_len(head_dim));
+            for (((partial, sums), total), maximum) in
+                partial.zip(sums).zip(softmax.total).zip(softmax.maximum)
+            {
+                partial[..2].copy_from_slice(&[maximum, total]);
+                partial[2..].copy_from_slice(sums);
+            }
+        }
+    }
+}
+
+/// Merges one row's results over `parts` parts of the keys. A part's row begins `stride` elements after the one before.
+pub(in crate::cpu) fn merge(partial: &[f32], parts: usize, stride: usize, out: &mut [f32]) {
+    let (maximum, sum) = (|part: usize| partial[part * stride], |part: usize| partial[part * stride + 1]);
+    let highest = (0..parts).fold(f32::NEG_INFINITY, |highest, part| highest.max(maximum(part)));
+    // A part of which the row sees nothing has a maximum of minus infinity, so a weight of 0.
+    let weight = |part: usize| (maximum(part) - highest).exp();
+    let total: f32 = (0..parts).map(|part| weight(part) * sum(part)).sum();
+    out.fill(0.0);
+    for part in 0..parts {
+        let factor = weight(part) / total;
+        out.iter_mut().zip(&partial[part * stride + 2..]).for_each(|(value, &sum)| *value += sum * factor);
     }
 }
 

@@ -10,7 +10,9 @@ mod matmul;
 mod portable;
 mod simd;
 
-pub(super) use attention::{AttentionArgs, AttentionConfig, KeysValues, QueryRow, scratch_len};
+pub(super) use attention::{
+    AttentionArgs, AttentionConfig, KeysValues, QueryRow, Target, merge, partial_len, scratch_len,
+};
 pub(super) use matmul::{MatmulArgs, PackArgs, padded_tile};
 pub(super) use simd::LANES;
 
