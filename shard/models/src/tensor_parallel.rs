@@ -137,7 +137,7 @@ mod tests {
                     let part = split_tiles(len, "columns", rank, world_size).unwrap();
                     assert_eq!(part.start, next, "{len} on {world_size}");
                     assert!(!part.is_empty(), "{len} on {world_size}, rank {rank}");
-                    assert!(part.end == len || len < TILE * world_size || part.end % TILE == 0);
+                    assert!(part.end == len || len < TILE * world_size || part.end.is_multiple_of(TILE));
                     next = part.end;
                 }
                 assert_eq!(next, len);

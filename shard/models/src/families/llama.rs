@@ -57,7 +57,7 @@ pub(super) fn spec(config: &ModelConfig) -> Result<DecoderSpec, ModelError> {
 fn attention(reader: &mut ConfigReader<'_>, hidden_size: usize) -> impl Fn(&str) -> AttentionSpec + use<> {
     let num_heads = reader.size("num_attention_heads");
     let num_kv_heads = reader.size_or("num_key_value_heads", num_heads);
-    if num_heads % num_kv_heads != 0 {
+    if !num_heads.is_multiple_of(num_kv_heads) {
         reader.wrong(format!(
             "num_key_value_heads: found {num_kv_heads}, expected a divisor of num_attention_heads, {num_heads}"
         ));

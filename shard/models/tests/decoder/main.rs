@@ -1,5 +1,7 @@
 //! The executor on the CPU backend against a plain reference, on a model small enough to compute by hand.
 
+#![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
+
 mod fixture;
 mod reference;
 #[path = "../../src/testing.rs"]
@@ -23,10 +25,10 @@ const NUM_BLOCKS: usize = 64;
 /// How far logits of about 1 may be from the reference, by the type of weights and KV cache; measured worst in brackets.
 fn tolerance(weights: DType, cache: DType) -> f64 {
     match (weights, cache) {
-        (DType::F32, DType::F32) => 2e-5,
+        (DType::F32, DType::F32) => 1e-5, // [2.4e-6]
         // bf16 kernels keep 16 bits of the activations' mantissa, an f16 cache 11.
-        (DType::BF16, DType::F32) => 1e-3,
-        _ => 4e-3,
+        (DType::BF16, DType::F32) => 1e-4, // [4.6e-5]
+        _ => 4e-3,                         // [2.2e-3]
     }
 }
 
