@@ -178,7 +178,7 @@ fn pack_bf16_panel(rows: &[(&HostMatrix<'_>, usize)], panel: &mut [u8]) {
             *place = u32::from_le_bytes([raw[0], raw[1], raw[2], raw[3]]);
         }
     }
-    if sources[0].len() % 4 != 0 {
+    if !sources[0].len().is_multiple_of(4) {
         for (place, source) in panel[pairs * LANES..].iter_mut().zip(&sources) {
             *place = u32::from(u16::from_le_bytes([source[pairs * 4], source[pairs * 4 + 1]]));
         }

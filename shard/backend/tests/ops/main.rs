@@ -1,6 +1,8 @@
 //! Every operation on every backend against plain f64 arithmetic: one generic test body an operation, so that another
 //! backend joins by one line in `cases::on_every_backend`. Sizes are awkward on purpose, inputs random from fixed seeds.
 
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking, in its helpers too")]
+
 mod activation;
 mod attention;
 mod cases;

@@ -320,6 +320,10 @@ unsafe fn values<S: Simd, W: Weight<S>, const T: usize>(
 /// # Safety
 /// As for [`values`].
 #[inline(always)]
+#[expect(
+    clippy::needless_range_loop,
+    reason = "plain indices with constant bounds are unrolled into registers"
+)]
 unsafe fn value_columns<S: Simd, W: Weight<S>, const T: usize, const P: usize>(
     cache: &KeysValues<'_>,
     keys: std::ops::Range<usize>,

@@ -196,6 +196,10 @@ pub(super) unsafe fn panels<S: Simd, W: Weight<S>>(args: &MatmulArgs<'_>) {
 /// # Safety
 /// `w` is valid for `steps * STEP_BYTES` bytes, `x` for `steps * T * STEP_INPUTS` elements.
 #[inline(always)]
+#[expect(
+    clippy::needless_range_loop,
+    reason = "plain indices with constant bounds are unrolled into registers"
+)]
 pub(super) unsafe fn tile<S: Simd, W: Weight<S>, const T: usize, const U: usize>(
     w: *const u8,
     x: *const u32,
@@ -247,6 +251,10 @@ impl Place<'_> {
     /// # Safety
     /// As for [`panels`].
     #[inline(always)]
+    #[expect(
+        clippy::needless_range_loop,
+        reason = "plain indices with constant bounds are unrolled into registers"
+    )]
     unsafe fn store<S: Simd, const T: usize>(&self, values: [S::V; T]) {
         let column = self.panel * LANES;
         let lanes = (self.args.out_width - column).min(LANES);
