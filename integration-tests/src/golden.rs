@@ -27,7 +27,8 @@ pub struct Case {
     pub prompt: Option<String>,
     /// Its ids.
     pub input_ids: Vec<u32>,
-    /// Log-probability of each prompt token; the first has none.
+    /// Log-probability of each prompt token; the first has none. Empty where the reference does not say.
+    #[serde(default)]
     pub prefill: Vec<Option<f64>>,
     /// The continuation.
     pub generated_ids: Vec<u32>,
@@ -80,12 +81,21 @@ pub fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures").join(name)
 }
 
-/// Reads reference outputs, one JSON object a line.
+/// Reads reference outputs: one JSON object a line, or a `.json` file with a list called `prompts`.
 ///
 /// # Errors
 /// When the file is missing or malformed.
 pub fn cases(path: &Path) -> Result<Vec<Case>> {
     let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+    let is_list = path.extension().is_some_and(|extension| extension == "json");
+    if is_list {
+        #[derive(Deserialize)]
+        struct List {
+            prompts: Vec<Case>,
+        }
+        let list: List = serde_json::from_str(&text).with_context(|| path.display().to_string())?;
+        return Ok(list.prompts);
+    }
     let cases: Vec<Case> = text
         .lines()
         .map(|line| serde_json::from_str(line).with_context(|| format!("{}: {line:.80}", path.display())))

@@ -2,10 +2,12 @@
 //!
 //! - [`Server`]: a launcher with its shards and router on a free port, in a folder of its own, ended in `Drop`.
 //! - [`http`]: a client of a few lines, so that the tests see the bytes the router wrote.
+//! - [`conformance`]: every way of asking for the same thing gives the reference's tokens.
 //! - [`golden`]: reference outputs and the one table of tolerances.
 //! - [`process_tree`]: which processes live, for the tests that kill some.
 
 pub mod args;
+pub mod conformance;
 pub mod golden;
 pub mod http;
 pub mod process_tree;

@@ -1,56 +1,16 @@
 //! The tokens are the reference's: on 1, 2 and 3 ranks, alone and 8 at a time, streamed and not.
 
-use integration_tests::golden::{BFLOAT16, Case, FLOAT32, Token, Tolerance, cases, fixture, tokens_of};
+use integration_tests::conformance::{check_server, request};
+use integration_tests::golden::{BFLOAT16, FLOAT32, Tolerance, cases, fixture, tokens_of};
 use integration_tests::{Server, args, http};
-use serde_json::{Value, json};
-
-fn request(case: &Case) -> Value {
-    json!({
-        "inputs": case.prompt.as_ref().expect("every case here has a text"),
-        "parameters": {"max_new_tokens": case.generated_ids.len(), "details": true, "do_sample": false},
-    })
-}
-
-fn unstreamed(port: u16, case: &Case) -> Vec<Token> {
-    let response = http::post(port, "/generate", &request(case)).unwrap();
-    assert_eq!(response.status, 200, "{}", response.body);
-    tokens_of(&response.json().unwrap()).unwrap()
-}
-
-fn streamed(port: u16, case: &Case) -> Vec<Token> {
-    let events = http::stream(port, "/generate_stream", &request(case)).unwrap().collect_events().unwrap();
-    let parse = |event: &String| {
-        let event: Value = serde_json::from_str(event).unwrap();
-        serde_json::from_value(event["token"].clone()).unwrap_or_else(|error| panic!("{error} in {event}"))
-    };
-    events.iter().map(parse).collect()
-}
-
-/// Every way of asking for the same thing gives the reference's tokens.
-fn check_server(port: u16, cases: &[Case], tolerance: Tolerance) {
-    for case in cases {
-        case.check(&unstreamed(port, case), tolerance).unwrap();
-        case.check(&streamed(port, case), tolerance).unwrap();
-    }
-    // Eight at a time: all cases at once, some of them streamed, so that prefills meet running batches.
-    for round in 0..2 {
-        std::thread::scope(|scope| {
-            for (index, case) in cases.iter().cycle().take(8).enumerate() {
-                scope.spawn(move || {
-                    let ask = if (index + round) % 2 == 0 { unstreamed } else { streamed };
-                    case.check(&ask(port, case), tolerance).unwrap();
-                });
-            }
-        });
-    }
-}
+use serde_json::json;
 
 fn check_ranks(model: std::path::PathBuf, golden: &str, tolerance: Tolerance) {
     let cases = cases(&fixture(golden)).unwrap();
     for ranks in ["1", "2", "3"] {
         let server = Server::of(&model).args(["--num-shard", ranks]).start().unwrap();
         assert_eq!(server.children("shard").len().to_string(), ranks);
-        check_server(server.port(), &cases, tolerance);
+        check_server(server.port(), &cases, tolerance).unwrap();
     }
 }
 
