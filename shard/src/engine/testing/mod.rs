@@ -1,5 +1,7 @@
 //! A model that can be computed by hand, a tokenizer of bytes, and requests for the tests.
 
+mod byte_tokenizer;
+
 use std::str::FromStr;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
@@ -8,46 +10,20 @@ use std::time::Instant;
 use backend::sampling::{Sampled, SamplingParams, SamplingRow};
 use backend::{BackendError, DType, DeviceInfo, MemoryInfo, StepInput};
 use models::{CausalLm, ModelError, ModelInfo};
-use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer;
 
 use super::block_pool::BlockPool;
 use super::sequence::{Sequence, SequenceContext};
 use super::*;
+use byte_tokenizer::byte_tokenizer;
 
 /// Tokens of the test vocabulary: every byte, then the special tokens.
 pub(crate) const EOS: u32 = 256;
 const VOCAB_SIZE: usize = 257;
 
-/// A byte-level BPE tokenizer without merges: token id = byte, special tokens from 256 on.
+/// Token id = byte, special tokens from 256 on.
 pub(crate) fn byte_vocabulary(special: &[&str]) -> Vocabulary {
-    let mut vocab = Map::new();
-    let mut stand_in = 256u32;
-    for byte in 0..=255u32 {
-        // GPT-2's table: printable Latin-1 characters stand for themselves, other bytes for characters from 256 on.
-        let printable =
-            (0x21..=0x7e).contains(&byte) || (0xa1..=0xac).contains(&byte) || (0xae..=0xff).contains(&byte);
-        let code = if printable { byte } else { stand_in };
-        stand_in += u32::from(!printable);
-        vocab.insert(char::from_u32(code).unwrap().to_string(), json!(byte));
-    }
-    let added: Vec<Value> = special
-        .iter()
-        .enumerate()
-        .map(|(index, content)| {
-            json!({"id": 256 + index, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
-                   "normalized": false, "special": true})
-        })
-        .collect();
-    let byte_level =
-        json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
-    let tokenizer = json!({
-        "version": "1.0", "truncation": null, "padding": null, "added_tokens": added, "normalizer": null,
-        "pre_tokenizer": byte_level, "post_processor": null, "decoder": byte_level,
-        "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
-                  "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "vocab": vocab, "merges": []},
-    });
-    Vocabulary::new(Tokenizer::from_str(&tokenizer.to_string()).unwrap(), vec![EOS])
+    Vocabulary::new(Tokenizer::from_str(&byte_tokenizer(special).to_string()).unwrap(), vec![EOS])
 }
 
 pub(crate) fn model_info() -> ModelInfo {
