@@ -3,7 +3,7 @@
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
 use models::{ModelError, ModelInfo};
@@ -82,10 +82,7 @@ pub fn spawn(
 fn run(mut engine: Engine, commands: &Receiver<Command>) -> EngineExit {
     loop {
         let command = if engine.has_failed() {
-            match commands.recv_timeout(FAILURE_PATIENCE) {
-                Ok(command) => Some(command),
-                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => None,
-            }
+            commands.recv_timeout(FAILURE_PATIENCE).ok()
         } else {
             commands.recv().ok()
         };

@@ -25,10 +25,10 @@ fn expected_ids(request: &NewRequest, count: usize) -> Vec<u32> {
 fn prefill_and_decode_give_the_models_tokens() {
     let mut harness = Harness::new(options(), 32);
     let requests = vec![request(4, 5), request(9, 20)];
-    let expected: Vec<_> = requests.iter().map(|request| expected_ids(request, 4)).collect();
+    let (first, second) = (expected_ids(&requests[0], 4), expected_ids(&requests[1], 4));
     let mut step = harness.prefill(7, requests, None).unwrap();
-    for position in 0..4 {
-        assert_eq!(ids(&step), [(4, expected[0][position]), (9, expected[1][position])]);
+    for (position, (first, second)) in first.into_iter().zip(second).enumerate() {
+        assert_eq!(ids(&step), [(4, first), (9, second)]);
         let is_last = position == 3;
         assert_eq!(step.batch.is_none(), is_last);
         assert_eq!(step.generations[0].generated_text.is_some(), is_last);
