@@ -32,6 +32,7 @@ impl<B: Backend> Linear<B> {
             .map(|part| loader.source.matrix(&part.linear.weight, part.rows.clone(), 0..in_features))
             .collect::<Result<Vec<_>, _>>()?;
         let weight = loader.backend.linear(&matrices, loader.dtype)?;
+        matrices.into_iter().for_each(|matrix| loader.source.recycle(matrix));
         let mut bias = Vec::new();
         for part in parts {
             match &part.linear.bias {
@@ -52,7 +53,8 @@ impl<B: Backend> Linear<B> {
         columns: Range<usize>,
     ) -> Result<Self, ModelError> {
         let matrix = loader.source.matrix(&linear.weight, 0..out_features, columns)?;
-        let weight = loader.backend.linear(&[matrix], loader.dtype)?;
+        let weight = loader.backend.linear(std::slice::from_ref(&matrix), loader.dtype)?;
+        loader.source.recycle(matrix);
         let bias = match &linear.bias {
             Some(name) if loader.rank == 0 => Some(loader.source.vector(name, 0..out_features)?),
             _ => None,

@@ -12,6 +12,7 @@ use hub::gguf::GgmlType;
 
 use super::dequantize::{self, BLOCK};
 use super::gguf_names::{Projection, hugging_face_name, permuted};
+use super::spare_buffers::SpareBuffers;
 use super::{TensorMeta, WeightSource, is_within, rows_and_cols, unusable};
 use crate::ModelError;
 
@@ -23,6 +24,7 @@ pub(super) struct GgufWeights {
     file: Arc<GgufFile>,
     tensors: HashMap<String, Tensor>,
     threads: usize,
+    spare: SpareBuffers,
 }
 
 struct Tensor {
@@ -100,7 +102,7 @@ impl GgufWeights {
             }
             tensors.insert(name, entry);
         }
-        Ok(Self { file, tensors, threads: threads.max(1) })
+        Ok(Self { file, tensors, threads: threads.max(1), spare: SpareBuffers::default() })
     }
 }
 
@@ -147,12 +149,19 @@ impl WeightSource for GgufWeights {
                 if tensor.shape.len() == 2 || tensor.order == RowOrder::Plain =>
             {
                 let blocks = Blocks { bytes, block_bytes, decode, order: tensor.order };
-                Ok(blocks.dequantize(&Window { rows, cols, num_cols }, self.threads))
+                let out = self.spare.take(rows.len() * cols.len() * DType::BF16.size_bytes());
+                Ok(blocks.dequantize(&Window { rows, cols, num_cols }, self.threads, out))
             }
             _ => Err(unusable(format!(
                 "tensor {name} of shape {:?} is stored as {}, expected F32, F16, BF16, or for matrices Q4_0, Q4_1, Q8_0",
                 tensor.shape, tensor.ggml_type
             ))),
+        }
+    }
+
+    fn recycle(&self, matrix: HostMatrix<'_>) {
+        if let Cow::Owned(bytes) = matrix.bytes {
+            self.spare.give(bytes);
         }
     }
 }
@@ -204,10 +213,10 @@ struct Blocks<'a> {
 }
 
 impl Blocks<'_> {
-    fn dequantize(&self, window: &Window, threads: usize) -> HostMatrix<'static> {
+    /// `out` has the size of the window.
+    fn dequantize(&self, window: &Window, threads: usize, mut out: Vec<u8>) -> HostMatrix<'static> {
         let (num_rows, num_cols) = (window.rows.len(), window.cols.len());
         let row_bytes = num_cols * DType::BF16.size_bytes();
-        let mut out = vec![0_u8; num_rows * row_bytes];
         let threads = threads.min((num_rows * num_cols).div_ceil(MIN_ELEMENTS_PER_THREAD)).max(1);
         let rows_per_thread = num_rows.div_ceil(threads).max(1);
         std::thread::scope(|scope| {

@@ -5,6 +5,7 @@ mod dequantize;
 mod gguf;
 mod gguf_names;
 mod safetensors;
+mod spare_buffers;
 
 use std::ops::Range;
 
@@ -43,6 +44,10 @@ pub(crate) trait WeightSource: Send + Sync {
         rows: Range<usize>,
         cols: Range<usize>,
     ) -> Result<HostMatrix<'_>, ModelError>;
+
+    /// Takes back a matrix that is no longer needed, so that its memory serves the next one: fresh memory is cleared by
+    /// the system first, which costs more than dequantizing.
+    fn recycle(&self, _matrix: HostMatrix<'_>) {}
 
     /// The elements `range` of a vector.
     ///
