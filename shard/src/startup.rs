@@ -59,6 +59,19 @@ pub fn serve(settings: &ServeSettings, process_started: Instant) -> Result<(), S
     let socket_file = watch_lifeline(settings)?;
     let socket_path = settings.socket(settings.rank);
     ledger.end_phase("arguments");
+    let engine = load_engine(settings, &mut ledger)?;
+    tracing::info!("{} on {}", settings.model.model_id, engine.model_info().device.description);
+    let socket = BoundSocket::bind(&socket_path)?;
+    // Nobody else sets it.
+    let _ = socket_file.set(socket.file().clone());
+    ledger.end_phase("bind socket");
+    ledger.log();
+    server::run(socket, engine, identity(settings, ledger.phases))
+}
+
+/// Finds the model, meets the other ranks and loads this one's part. The files are closed again when it returns: packed
+/// weights need them no more, and a mapped file counts as this process's memory.
+fn load_engine(settings: &ServeSettings, ledger: &mut Ledger) -> Result<Engine, ShardError> {
     let files = hub::locate(&settings.model, &settings.hub)?;
     ledger.end_phase("locate files");
     let communicator = join_ranks(settings, &files)?;
@@ -84,14 +97,7 @@ pub fn serve(settings: &ServeSettings, process_started: Instant) -> Result<(), S
     let text = text.map_err(|_| ShardError::EnginePanicked("while it read the tokenizer".to_string()))??;
     ledger.end_phase("tokenizer");
 
-    let engine = Engine::new(model, text.vocabulary, engine_options(settings, text.model_max_length));
-    tracing::info!("{} on {}", settings.model.model_id, engine.model_info().device.description);
-    let socket = BoundSocket::bind(&socket_path)?;
-    // Nobody else sets it.
-    let _ = socket_file.set(socket.file().clone());
-    ledger.end_phase("bind socket");
-    ledger.log();
-    server::run(socket, engine, identity(settings, ledger.phases))
+    Ok(Engine::new(model, text.vocabulary, engine_options(settings, text.model_max_length)))
 }
 
 /// Downloads a model unless it is on this disk.
