@@ -5,7 +5,10 @@
 #[derive(Debug, thiserror::Error)]
 pub enum BackendError {
     /// An allocation did not fit.
-    #[error("not enough memory for {what}: needs {needed_bytes} bytes, {available_bytes} are available")]
+    #[error(
+        "not enough memory for {what}: needs {needed_bytes} bytes, {available_bytes} bytes are free; raise the limit \
+         (the container's memory, `ulimit -v`), use more ranks (--num-shard on more devices), or a smaller model"
+    )]
     OutOfMemory {
         /// What was to be allocated.
         what: String,

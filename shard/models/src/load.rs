@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use backend::{AttentionShape, Backend, DType, KvLayout};
+use backend::{AttentionShape, Backend, BackendError, DType, KvLayout};
 use hub::ModelFiles;
 
 use crate::decoder::{Decoder, Layer, Mixer, Residual};
@@ -61,6 +61,8 @@ pub(crate) fn assemble<B: Backend>(
     options: &LoadOptions,
 ) -> Result<Decoder<B>, ModelError> {
     let dtype = options.dtype.unwrap_or_else(|| backend.default_dtype(prevailing_dtype(spec, source)));
+    let (_, world_size) = backend.rank_and_world();
+    check_memory(weight_bytes(source, dtype) / world_size, backend.memory()?.available_bytes)?;
     let max_step_tokens = backend.max_step_tokens().max(1);
     let max_rows_sampled = options.max_rows_sampled.max(1);
     let mut loader = Loader::new(&backend, source, dtype, max_step_tokens);
@@ -109,6 +111,25 @@ pub(crate) fn assemble<B: Backend>(
     })
 }
 
+/// What all tensors take once they are packed in `dtype`.
+fn weight_bytes(source: &dyn WeightSource, dtype: DType) -> usize {
+    let elements = |name: &str| source.meta(name).map_or(0, |meta| meta.shape.iter().product());
+    source.names().into_iter().map(elements).sum::<usize>().saturating_mul(dtype.size_bytes())
+}
+
+/// Pages are only taken when they are written, so a model that does not fit would end in the system's killer rather than
+/// in an error: it is refused before the first write.
+fn check_memory(needed_bytes: usize, available_bytes: usize) -> Result<(), BackendError> {
+    if needed_bytes <= available_bytes {
+        return Ok(());
+    }
+    Err(BackendError::OutOfMemory {
+        what: "the weights of this rank".to_owned(),
+        needed_bytes,
+        available_bytes,
+    })
+}
+
 fn load_layers<B: Backend>(
     loader: &mut Loader<'_, B>,
     spec: &DecoderSpec,
@@ -153,4 +174,16 @@ fn kv_layout<B: Backend>(
         block_size: options.block_size,
         dtype: options.kv_dtype.unwrap_or(kv_default),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_that_do_not_fit_are_refused_with_both_sizes() {
+        assert!(check_memory(100, 100).is_ok());
+        let message = check_memory(101, 100).unwrap_err().to_string();
+        assert!(message.contains("needs 101 bytes, 100 bytes are free"), "{message}");
+    }
 }
