@@ -12,6 +12,9 @@ pub use client::ShardClient;
 pub use error::ClientError;
 pub use sharded_client::{ShardInfo, ShardedClient, StepResult, StepTimings};
 
+/// Both services' descriptors, for server reflection.
+pub const FILE_DESCRIPTOR_SET: &[u8] = tonic::include_file_descriptor_set!("descriptors");
+
 /// `generate.v3`, TGI's protocol.
 pub mod v3 {
     #![allow(missing_docs, unreachable_pub, clippy::all, reason = "generated code")]

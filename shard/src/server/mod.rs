@@ -17,6 +17,7 @@ use proto::v3::text_generation_service_server::TextGenerationServiceServer;
 use tokio::sync::oneshot;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
+use tonic_reflection::server::v1alpha::{ServerReflection, ServerReflectionServer};
 
 use crate::engine::{self, Engine, EngineExit};
 use crate::error::ShardError;
@@ -61,7 +62,9 @@ async fn serve(socket: BoundSocket, engine: Engine, identity: Identity) -> Resul
 
     let (stop, stopped) = oneshot::channel::<()>();
     let generation = GenerationService::new(handle.clone(), identity.urls());
+    let reflection = reflection()?;
     let server = Server::builder()
+        .add_service(reflection)
         .add_service(
             TextGenerationServiceServer::new(generation).max_decoding_message_size(MAX_MESSAGE_BYTES),
         )
@@ -88,6 +91,15 @@ async fn serve(socket: BoundSocket, engine: Engine, identity: Identity) -> Resul
     // Answers that are ready, such as the one that tells of the engine's failure, still go out.
     let _ = tokio::time::timeout(STOP_PATIENCE, &mut server).await;
     outcome
+}
+
+/// Lets tools such as grpcurl ask which services there are. `v1alpha` is what upstream's shards answer to; tools that
+/// know `v1` fall back to it.
+fn reflection() -> Result<ServerReflectionServer<impl ServerReflection>, ShardError> {
+    tonic_reflection::server::Builder::configure()
+        .register_encoded_file_descriptor_set(proto::FILE_DESCRIPTOR_SET)
+        .build_v1alpha()
+        .map_err(|error| system("cannot describe the services")(std::io::Error::other(error)))
 }
 
 fn engine_outcome(exit: Result<EngineExit, oneshot::error::RecvError>) -> Result<(), ShardError> {

@@ -207,3 +207,25 @@ async fn a_panic_is_reported_and_ends_the_shard() {
     let ended = shard.ended.recv_timeout(Duration::from_secs(5)).unwrap().unwrap_err();
     assert_eq!(ended.to_string(), "the engine panicked: scripted panic");
 }
+
+#[tokio::test]
+async fn reflection_lists_both_services() {
+    use tonic_reflection::pb::v1alpha::ServerReflectionRequest;
+    use tonic_reflection::pb::v1alpha::server_reflection_client::ServerReflectionClient;
+    use tonic_reflection::pb::v1alpha::server_reflection_request::MessageRequest;
+    use tonic_reflection::pb::v1alpha::server_reflection_response::MessageResponse;
+
+    let shard = TestShard::start(|_| {});
+    let channel = tonic::transport::Endpoint::try_from(format!("unix:{}", shard.path.display())).unwrap();
+    let mut client = ServerReflectionClient::new(channel.connect().await.unwrap());
+    let request = ServerReflectionRequest {
+        host: String::new(),
+        message_request: Some(MessageRequest::ListServices(String::new())),
+    };
+    let answers = client.server_reflection_info(tokio_stream::iter([request])).await.unwrap();
+    let answer = answers.into_inner().message().await.unwrap().unwrap().message_response;
+    let Some(MessageResponse::ListServicesResponse(list)) = answer else { panic!("{answer:?}") };
+    let names: Vec<&str> = list.service.iter().map(|service| service.name.as_str()).collect();
+    assert!(names.contains(&"generate.v3.TextGenerationService"), "{names:?}");
+    assert!(names.contains(&"quartet.v1.ShardControl"), "{names:?}");
+}
