@@ -65,7 +65,7 @@ fn check_at_once(port: u16, group: &[&Case], round: usize, tolerance: Tolerance)
             .iter()
             .enumerate()
             .map(|(index, case)| {
-                let ask = if (index + round) % 2 == 0 { unstreamed } else { streamed };
+                let ask = if (index + round).is_multiple_of(2) { unstreamed } else { streamed };
                 scope.spawn(move || case.check(&ask(port, case)?, tolerance))
             })
             .collect();

@@ -1,5 +1,7 @@
 //! What is wrong gets one clear line or the right HTTP error, and the server stays up or exits with its code.
 
+#![allow(clippy::unwrap_used, reason = "a test's helpers fail the test by panicking, as the test does")]
+
 use std::fs;
 use std::path::Path;
 

@@ -1,5 +1,7 @@
 //! Processes: nothing is left behind, nothing hangs, every end has its documented exit code.
 
+#![allow(clippy::unwrap_used, reason = "a test's helpers fail the test by panicking, as the test does")]
+
 use std::time::Duration;
 
 use integration_tests::golden::fixture;

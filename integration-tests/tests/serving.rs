@@ -1,5 +1,7 @@
 //! The router in front of real shards: chat, metrics, overload, clients that leave, the benchmark beside it.
 
+#![allow(clippy::unwrap_used, reason = "a test's helpers fail the test by panicking, as the test does")]
+
 use std::process::Command;
 use std::time::{Duration, Instant};
 

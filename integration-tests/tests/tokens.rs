@@ -1,5 +1,7 @@
 //! The tokens are the reference's: on 1, 2 and 3 ranks, alone and 8 at a time, streamed and not.
 
+#![allow(clippy::unwrap_used, reason = "a test's helpers fail the test by panicking, as the test does")]
+
 use integration_tests::conformance::{check_server, request};
 use integration_tests::golden::{BFLOAT16, FLOAT32, Tolerance, cases, fixture, tokens_of};
 use integration_tests::{Server, args, http};

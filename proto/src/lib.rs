@@ -17,12 +17,26 @@ pub const FILE_DESCRIPTOR_SET: &[u8] = tonic::include_file_descriptor_set!("desc
 
 /// `generate.v3`, TGI's protocol.
 pub mod v3 {
-    #![allow(missing_docs, unreachable_pub, clippy::all, reason = "generated code")]
+    #![allow(
+        missing_docs,
+        unreachable_pub,
+        clippy::all,
+        clippy::pedantic,
+        clippy::restriction,
+        reason = "generated code"
+    )]
     tonic::include_proto!("generate.v3");
 }
 
 /// `quartet.v1`, our additions.
 pub mod control {
-    #![allow(missing_docs, unreachable_pub, clippy::all, reason = "generated code")]
+    #![allow(
+        missing_docs,
+        unreachable_pub,
+        clippy::all,
+        clippy::pedantic,
+        clippy::restriction,
+        reason = "generated code"
+    )]
     tonic::include_proto!("quartet.v1");
 }
