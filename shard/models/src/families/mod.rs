@@ -1,8 +1,12 @@
 //! From a `config.json` to a [`DecoderSpec`]: one file per family, and the table that finds it.
 
 mod config_reader;
+mod dense;
 mod llama;
+mod mistral;
+mod qwen2;
 mod rope;
+mod window;
 
 use hub::ModelConfig;
 
@@ -19,10 +23,12 @@ struct Family {
     build: fn(&ModelConfig) -> Result<DecoderSpec, ModelError>,
 }
 
-/// Every family there is. A relative that would run but compute something else (Mistral's window, Qwen2's biases) is not
-/// an alias: it has its own line or none.
-const FAMILIES: &[Family] =
-    &[Family { model_type: "llama", architecture: "LlamaForCausalLM", build: llama::spec }];
+/// Every family there is. A relative that would run but compute something else is not an alias: it has its own line or none.
+const FAMILIES: &[Family] = &[
+    Family { model_type: "llama", architecture: "LlamaForCausalLM", build: llama::spec },
+    Family { model_type: "mistral", architecture: "MistralForCausalLM", build: mistral::spec },
+    Family { model_type: "qwen2", architecture: "Qwen2ForCausalLM", build: qwen2::spec },
+];
 
 /// The architecture that `config` describes.
 ///
@@ -59,5 +65,7 @@ fn find(config: &ModelConfig) -> Result<&'static Family, ModelError> {
     })
 }
 
+#[cfg(test)]
+mod relatives_tests;
 #[cfg(test)]
 mod tests;

@@ -1,0 +1,156 @@
+//! The decoder that most families vary: pre-norm layers of rotary grouped-query attention and a gated feed-forward, with
+//! the tensor names of transformers' Llama.
+
+use backend::Activation;
+
+use super::config_reader::ConfigReader;
+use super::rope;
+use crate::spec::{
+    AttentionSpec, DecoderSpec, LayerSpec, LinearSpec, LmHeadSpec, MixerSpec, MlpSpec, NormKind, NormSpec,
+    ResidualSpec,
+};
+
+/// What a family decides, or takes for granted where config.json is silent.
+pub(super) struct Dense {
+    /// Queries, keys and values have biases.
+    pub(super) qkv_bias: bool,
+    /// The attention's projection out has a bias.
+    pub(super) o_bias: bool,
+    /// The feed-forward's projections have biases.
+    pub(super) mlp_bias: bool,
+    /// Elements of a head; none: `hidden_size / num_attention_heads`.
+    pub(super) head_dim: Option<usize>,
+    /// On the gate.
+    pub(super) activation: Activation,
+    /// Whether the logits come from the embedding.
+    pub(super) is_tied: bool,
+    /// Longest sequence.
+    pub(super) max_position_embeddings: usize,
+}
+
+impl Dense {
+    /// As Llama has it: biases, activation and tying as config.json says.
+    pub(super) fn llama(reader: &mut ConfigReader<'_>) -> Self {
+        let attention_bias = reader.flag_or("attention_bias", false);
+        Self {
+            qkv_bias: attention_bias,
+            o_bias: attention_bias,
+            mlp_bias: reader.flag_or("mlp_bias", false),
+            head_dim: None,
+            activation: activation(reader, "hidden_act", Activation::Silu),
+            is_tied: false,
+            max_position_embeddings: 2048,
+        }
+    }
+
+    /// Reads the rest. Families change the result where they differ.
+    pub(super) fn spec(&self, reader: &mut ConfigReader<'_>) -> DecoderSpec {
+        let hidden_size = reader.size("hidden_size");
+        let eps = reader.number_or("rms_norm_eps", 1e-6) as f32;
+        let attention = self.attention(reader, hidden_size);
+        let intermediate_size = reader.size("intermediate_size");
+        let layers = (0..reader.num_layers("num_hidden_layers")).map(|index| {
+            let prefix = format!("model.layers.{index}");
+            let mlp = |name: &str| LinearSpec::new(&format!("{prefix}.mlp.{name}"), self.mlp_bias);
+            LayerSpec {
+                residual: ResidualSpec::PreNorm {
+                    mixer_norm: rms_norm(&format!("{prefix}.input_layernorm"), eps),
+                    mlp_norm: rms_norm(&format!("{prefix}.post_attention_layernorm"), eps),
+                },
+                mixer: MixerSpec::Attention(attention(&prefix)),
+                mlp: MlpSpec::Gated {
+                    intermediate_size,
+                    activation: self.activation,
+                    gate_proj: mlp("gate_proj"),
+                    up_proj: mlp("up_proj"),
+                    down_proj: mlp("down_proj"),
+                },
+            }
+        });
+        let layers = layers.collect();
+        let is_tied = reader.flag_or("tie_word_embeddings", self.is_tied);
+        DecoderSpec {
+            vocab_size: reader.size("vocab_size"),
+            hidden_size,
+            max_position_embeddings: reader.size_or("max_position_embeddings", self.max_position_embeddings),
+            embed_tokens: "model.embed_tokens.weight".to_owned(),
+            layers,
+            norm: rms_norm("model.norm", eps),
+            lm_head: if is_tied {
+                LmHeadSpec::Tied
+            } else {
+                LmHeadSpec::Own(LinearSpec::new("lm_head", false))
+            },
+        }
+    }
+
+    /// Reads the attention once; the result gives each layer its own tensor names.
+    fn attention(
+        &self,
+        reader: &mut ConfigReader<'_>,
+        hidden_size: usize,
+    ) -> impl Fn(&str) -> AttentionSpec + use<> {
+        let num_heads = reader.size("num_attention_heads");
+        let num_kv_heads = reader.size_or("num_key_value_heads", num_heads);
+        if !num_heads.is_multiple_of(num_kv_heads) {
+            reader.wrong(format!(
+                "num_key_value_heads: found {num_kv_heads}, expected a divisor of num_attention_heads, {num_heads}"
+            ));
+        }
+        let head_dim = reader.head_dim(self.head_dim.unwrap_or((hidden_size / num_heads).max(1)));
+        if reader.number_or("partial_rotary_factor", 1.0) != 1.0 {
+            reader.wrong(
+                "partial_rotary_factor: found another value than 1, which this architecture does not have",
+            );
+        }
+        let rope = rope::frequencies(reader, head_dim);
+        let (qkv_bias, o_bias) = (self.qkv_bias, self.o_bias);
+        move |prefix| {
+            let linear =
+                |name: &str, has_bias| LinearSpec::new(&format!("{prefix}.self_attn.{name}"), has_bias);
+            AttentionSpec {
+                num_heads,
+                num_kv_heads,
+                head_dim,
+                scale: 1.0 / (head_dim as f32).sqrt(),
+                rope: Some(rope.clone()),
+                window: None,
+                soft_cap: None,
+                q_proj: linear("q_proj", qkv_bias),
+                k_proj: linear("k_proj", qkv_bias),
+                v_proj: linear("v_proj", qkv_bias),
+                o_proj: linear("o_proj", o_bias),
+            }
+        }
+    }
+}
+
+/// The attentions of all layers, to be changed.
+pub(super) fn attentions(spec: &mut DecoderSpec) -> impl Iterator<Item = &mut AttentionSpec> {
+    spec.layers.iter_mut().map(|layer| {
+        let MixerSpec::Attention(attention) = &mut layer.mixer;
+        attention
+    })
+}
+
+/// RMSNorm with the weight `PREFIX.weight`.
+pub(super) fn rms_norm(prefix: &str, eps: f32) -> NormSpec {
+    NormSpec { kind: NormKind::Rms, weight: format!("{prefix}.weight"), eps }
+}
+
+/// The activation that `key` names.
+pub(super) fn activation(reader: &mut ConfigReader<'_>, key: &str, default: Activation) -> Activation {
+    match reader.config().str(key) {
+        None => default,
+        Some("silu" | "swish") => Activation::Silu,
+        Some("gelu") => Activation::Gelu,
+        Some("gelu_new" | "gelu_pytorch_tanh") => Activation::GeluTanh,
+        Some("relu") => Activation::Relu,
+        Some(other) => {
+            reader.wrong(format!(
+                "{key}: found {other:?}, expected silu, gelu, gelu_new, gelu_pytorch_tanh or relu"
+            ));
+            default
+        }
+    }
+}
