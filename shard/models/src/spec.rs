@@ -17,12 +17,18 @@ pub struct DecoderSpec {
     pub max_position_embeddings: usize,
     /// Name of the embedding, `[vocab_size, hidden_size]`.
     pub embed_tokens: String,
+    /// Factor on the embedding where it enters the residual stream, usually 1.
+    pub embedding_multiplier: f32,
     /// In the order they run.
     pub layers: Vec<LayerSpec>,
     /// Applied to the residual stream before the logits.
     pub norm: NormSpec,
     /// Where the logits come from.
     pub lm_head: LmHeadSpec,
+    /// Factor on the logits, usually 1.
+    pub logits_multiplier: f32,
+    /// Logits become `soft_cap * tanh(logit / soft_cap)`, after the factor.
+    pub logits_soft_cap: Option<f32>,
 }
 
 /// One layer.
@@ -39,22 +45,35 @@ pub struct LayerSpec {
 /// The place of the norms and additions of a layer.
 #[derive(Debug, Clone, PartialEq)]
 pub enum ResidualSpec {
-    /// `x += mixer(mixer_norm(x)); x += mlp(mlp_norm(x))`.
-    PreNorm {
-        /// Before the mixer.
-        mixer_norm: NormSpec,
-        /// Before the feed-forward.
-        mlp_norm: NormSpec,
+    /// One after the other: `x += multiplier * post_norm(f(norm(x)))`, with the mixer for `f`, then the feed-forward.
+    Sequential {
+        /// Around the mixer.
+        mixer: BranchSpec,
+        /// Around the feed-forward.
+        mlp: BranchSpec,
     },
 }
 
-/// A normalisation over the residual stream's width.
+/// What surrounds a mixer or feed-forward.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BranchSpec {
+    /// Of what goes in.
+    pub norm: NormSpec,
+    /// Of what comes out, where there is one.
+    pub post_norm: Option<NormSpec>,
+    /// Factor on what is added to the residual stream, usually 1.
+    pub multiplier: f32,
+}
+
+/// A normalisation over the residual stream's width, or over a head's.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NormSpec {
     /// Which.
     pub kind: NormKind,
-    /// Name of the weight, `[hidden_size]`.
+    /// Name of the weight, `[hidden_size]` or `[head_dim]`.
     pub weight: String,
+    /// Added to the weight: 1 where the file holds the difference from 1, else 0.
+    pub weight_offset: f32,
     /// Added under the root.
     pub eps: f32,
 }
@@ -84,6 +103,10 @@ pub struct AttentionSpec {
     pub head_dim: usize,
     /// Factor on the scores.
     pub scale: f32,
+    /// Over each query head, before the rotation.
+    pub q_norm: Option<NormSpec>,
+    /// Over each key head, before the rotation.
+    pub k_norm: Option<NormSpec>,
     /// Rotary embedding of queries and keys; none: positions are not rotary.
     pub rope: Option<RopeFrequencies>,
     /// A token sees itself and the `window - 1` before it; none: all.
@@ -159,8 +182,10 @@ impl DecoderSpec {
         let mut list = TensorList::default();
         list.add(&self.embed_tokens, &[self.vocab_size, hidden]);
         for layer in &self.layers {
-            let ResidualSpec::PreNorm { mixer_norm, mlp_norm } = &layer.residual;
-            list.add(&mixer_norm.weight, &[hidden]);
+            let ResidualSpec::Sequential { mixer, mlp } = &layer.residual;
+            for norm in [Some(&mixer.norm), mixer.post_norm.as_ref()].into_iter().flatten() {
+                list.add(&norm.weight, &[hidden]);
+            }
             let MixerSpec::Attention(attention) = &layer.mixer;
             let queries = attention.num_heads * attention.head_dim;
             let keys = attention.num_kv_heads * attention.head_dim;
@@ -168,7 +193,12 @@ impl DecoderSpec {
             list.linear(&attention.k_proj, keys, hidden);
             list.linear(&attention.v_proj, keys, hidden);
             list.linear(&attention.o_proj, hidden, queries);
-            list.add(&mlp_norm.weight, &[hidden]);
+            for norm in [&attention.q_norm, &attention.k_norm].into_iter().flatten() {
+                list.add(&norm.weight, &[attention.head_dim]);
+            }
+            for norm in [Some(&mlp.norm), mlp.post_norm.as_ref()].into_iter().flatten() {
+                list.add(&norm.weight, &[hidden]);
+            }
             let MlpSpec::Gated { intermediate_size, gate_proj, up_proj, down_proj, .. } = &layer.mlp;
             list.linear(gate_proj, *intermediate_size, hidden);
             list.linear(up_proj, *intermediate_size, hidden);

@@ -32,6 +32,31 @@ fn agrees<B: Backend>(backend: &mut B) {
     }
 }
 
+fn heads_agree<B: Backend>(backend: &mut B) {
+    let mut random = Random(14);
+    for (rows, head_dim, width, columns) in
+        [(1, 64, 320, 0..192), (17, 20, 100, 60..100), (65, 128, 640, 128..512), (3, 6, 20, 2..14)]
+    {
+        let (x, weight) = (random.vector(rows * width), random.vector(head_dim));
+        let norm = backend.vector(weight.clone()).unwrap();
+        let mut found = upload(backend, &x, width);
+        backend.rms_norm_heads(&mut found, columns.clone(), &norm, 1e-6).unwrap();
+        let mut expected: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
+        for (row, x) in expected.chunks_mut(width).zip(x.chunks(width)) {
+            let heads = x[columns.clone()].chunks(head_dim);
+            for (out, head) in row[columns.clone()].chunks_mut(head_dim).zip(heads) {
+                out.copy_from_slice(&reference(head, &weight, 1e-6));
+            }
+        }
+        assert_close("rms_norm_heads", &backend.read(&found).unwrap(), &expected, &expected, NORM);
+    }
+}
+
+#[test]
+fn heads_are_normalised_one_by_one() {
+    on_every_backend!(heads_agree);
+}
+
 #[test]
 fn norms_agree_with_plain_sums() {
     on_every_backend!(agrees);

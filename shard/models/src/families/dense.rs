@@ -6,8 +6,8 @@ use backend::Activation;
 use super::config_reader::ConfigReader;
 use super::rope;
 use crate::spec::{
-    AttentionSpec, DecoderSpec, LayerSpec, LinearSpec, LmHeadSpec, MixerSpec, MlpSpec, NormKind, NormSpec,
-    ResidualSpec,
+    AttentionSpec, BranchSpec, DecoderSpec, LayerSpec, LinearSpec, LmHeadSpec, MixerSpec, MlpSpec, NormKind,
+    NormSpec, ResidualSpec,
 };
 
 /// What a family decides, or takes for granted where config.json is silent.
@@ -53,9 +53,9 @@ impl Dense {
             let prefix = format!("model.layers.{index}");
             let mlp = |name: &str| LinearSpec::new(&format!("{prefix}.mlp.{name}"), self.mlp_bias);
             LayerSpec {
-                residual: ResidualSpec::PreNorm {
-                    mixer_norm: rms_norm(&format!("{prefix}.input_layernorm"), eps),
-                    mlp_norm: rms_norm(&format!("{prefix}.post_attention_layernorm"), eps),
+                residual: ResidualSpec::Sequential {
+                    mixer: branch(rms_norm(&format!("{prefix}.input_layernorm"), eps)),
+                    mlp: branch(rms_norm(&format!("{prefix}.post_attention_layernorm"), eps)),
                 },
                 mixer: MixerSpec::Attention(attention(&prefix)),
                 mlp: MlpSpec::Gated {
@@ -74,6 +74,7 @@ impl Dense {
             hidden_size,
             max_position_embeddings: reader.size_or("max_position_embeddings", self.max_position_embeddings),
             embed_tokens: "model.embed_tokens.weight".to_owned(),
+            embedding_multiplier: 1.0,
             layers,
             norm: rms_norm("model.norm", eps),
             lm_head: if is_tied {
@@ -81,6 +82,8 @@ impl Dense {
             } else {
                 LmHeadSpec::Own(LinearSpec::new("lm_head", false))
             },
+            logits_multiplier: 1.0,
+            logits_soft_cap: None,
         }
     }
 
@@ -113,6 +116,8 @@ impl Dense {
                 num_kv_heads,
                 head_dim,
                 scale: 1.0 / (head_dim as f32).sqrt(),
+                q_norm: None,
+                k_norm: None,
                 rope: Some(rope.clone()),
                 window: None,
                 soft_cap: None,
@@ -133,9 +138,23 @@ pub(super) fn attentions(spec: &mut DecoderSpec) -> impl Iterator<Item = &mut At
     })
 }
 
+/// A branch with a norm before it.
+fn branch(norm: NormSpec) -> BranchSpec {
+    BranchSpec { norm, post_norm: None, multiplier: 1.0 }
+}
+
+/// Adds norms over query and key heads, with the tensor names of Qwen3.
+pub(super) fn add_head_norms(spec: &mut DecoderSpec) {
+    let eps = spec.norm.eps;
+    for (index, attention) in attentions(spec).enumerate() {
+        let norm = |name: &str| Some(rms_norm(&format!("model.layers.{index}.self_attn.{name}"), eps));
+        (attention.q_norm, attention.k_norm) = (norm("q_norm"), norm("k_norm"));
+    }
+}
+
 /// RMSNorm with the weight `PREFIX.weight`.
 pub(super) fn rms_norm(prefix: &str, eps: f32) -> NormSpec {
-    NormSpec { kind: NormKind::Rms, weight: format!("{prefix}.weight"), eps }
+    NormSpec { kind: NormKind::Rms, weight: format!("{prefix}.weight"), weight_offset: 0.0, eps }
 }
 
 /// The activation that `key` names.

@@ -5,6 +5,7 @@ mod dense;
 mod llama;
 mod mistral;
 mod qwen2;
+mod qwen3;
 mod rope;
 mod window;
 
@@ -28,6 +29,7 @@ const FAMILIES: &[Family] = &[
     Family { model_type: "llama", architecture: "LlamaForCausalLM", build: llama::spec },
     Family { model_type: "mistral", architecture: "MistralForCausalLM", build: mistral::spec },
     Family { model_type: "qwen2", architecture: "Qwen2ForCausalLM", build: qwen2::spec },
+    Family { model_type: "qwen3", architecture: "Qwen3ForCausalLM", build: qwen3::spec },
 ];
 
 /// The architecture that `config` describes.

@@ -50,3 +50,19 @@ fn qwen2_has_biases_on_queries_keys_and_values() {
     let error = refusal(qwen2(typed));
     assert!(error.contains("layer_types: expected") && error.lines().count() == 1, "{error}");
 }
+
+#[test]
+fn qwen3_has_norms_over_heads() {
+    let qwen3 = |changes| named("qwen3", "Qwen3ForCausalLM", changes);
+    let found = spec(qwen3(json!({"attention_bias": true})));
+    let layer = attention(&found, 1);
+    assert_eq!((layer.head_dim, layer.scale), (128, 128_f32.sqrt().recip()), "the library's default");
+    let norm = layer.k_norm.as_ref().unwrap();
+    assert_eq!((norm.weight.as_str(), norm.eps), ("model.layers.1.self_attn.k_norm.weight", 1e-5));
+    assert!(layer.o_proj.bias.is_some());
+    let tensors = found.tensors();
+    let q_norm = tensors.iter().find(|tensor| tensor.name == "model.layers.0.self_attn.q_norm.weight");
+    assert_eq!(q_norm.unwrap().shape, [128]);
+    let error = refusal(qwen3(json!({"head_dim": 31})));
+    assert_eq!(error, "config.json: head_dim: found 31, expected an even number up to 4096");
+}

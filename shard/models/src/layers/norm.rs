@@ -1,12 +1,14 @@
 //! Normalisations.
 
+use std::ops::Range;
+
 use backend::Backend;
 
 use super::Loader;
 use crate::ModelError;
 use crate::spec::{NormKind, NormSpec};
 
-/// A normalisation over the width of the residual stream; every rank has all of it.
+/// A normalisation over the width of the residual stream or of a head; every rank has all of it.
 pub(crate) struct Norm<B: Backend> {
     kind: NormKind,
     weight: B::Vector,
@@ -20,7 +22,8 @@ impl<B: Backend> Norm<B> {
         spec: &NormSpec,
         width: usize,
     ) -> Result<Self, ModelError> {
-        let weight = loader.source.vector(&spec.weight, 0..width)?;
+        let mut weight = loader.source.vector(&spec.weight, 0..width)?;
+        weight.iter_mut().for_each(|weight| *weight += spec.weight_offset);
         loader.weight_bytes += size_of_val(weight.as_slice());
         Ok(Self { kind: spec.kind, weight: loader.backend.vector(weight)?, eps: spec.eps })
     }
@@ -34,6 +37,18 @@ impl<B: Backend> Norm<B> {
     ) -> Result<(), ModelError> {
         match self.kind {
             NormKind::Rms => Ok(backend.rms_norm(x, &self.weight, self.eps, out)?),
+        }
+    }
+
+    /// Normalises each head in the columns `columns` of `x` by itself.
+    pub(super) fn forward_heads(
+        &self,
+        backend: &mut B,
+        x: &mut B::Buffer,
+        columns: Range<usize>,
+    ) -> Result<(), ModelError> {
+        match self.kind {
+            NormKind::Rms => Ok(backend.rms_norm_heads(x, columns, &self.weight, self.eps)?),
         }
     }
 
