@@ -86,6 +86,15 @@ impl<'a> ConfigReader<'a> {
         default
     }
 
+    /// A positive number, where null says that there is none; `default` when absent.
+    pub(super) fn nullable_number(&mut self, key: &str, default: Option<f64>) -> Option<f64> {
+        match self.config.raw.get(key) {
+            None => default,
+            Some(value) if value.is_null() => None,
+            Some(_) => Some(self.number_or(key, 1.0)),
+        }
+    }
+
     /// A switch.
     pub(super) fn flag_or(&mut self, key: &str, default: bool) -> bool {
         self.read(self.config.bool(key)).unwrap_or(default)

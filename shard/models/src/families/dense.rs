@@ -1,7 +1,7 @@
 //! The decoder that most families vary: pre-norm layers of rotary grouped-query attention and a gated feed-forward, with
 //! the tensor names of transformers' Llama.
 
-use backend::Activation;
+use backend::{Activation, RopeFrequencies};
 
 use super::config_reader::ConfigReader;
 use super::rope;
@@ -18,6 +18,8 @@ pub(super) struct Dense {
     pub(super) o_bias: bool,
     /// The feed-forward's projections have biases.
     pub(super) mlp_bias: bool,
+    /// Reads the rotary embedding of heads of so many elements.
+    pub(super) rope: fn(&mut ConfigReader<'_>, usize) -> RopeFrequencies,
     /// Elements of a head; none: `hidden_size / num_attention_heads`.
     pub(super) head_dim: Option<usize>,
     /// On the gate.
@@ -36,6 +38,7 @@ impl Dense {
             qkv_bias: attention_bias,
             o_bias: attention_bias,
             mlp_bias: reader.flag_or("mlp_bias", false),
+            rope: rope::frequencies,
             head_dim: None,
             activation: activation(reader, "hidden_act", Activation::Silu),
             is_tied: false,
@@ -106,7 +109,7 @@ impl Dense {
                 "partial_rotary_factor: found another value than 1, which this architecture does not have",
             );
         }
-        let rope = rope::frequencies(reader, head_dim);
+        let rope = (self.rope)(reader, head_dim);
         let (qkv_bias, o_bias) = (self.qkv_bias, self.o_bias);
         move |prefix| {
             let linear =
@@ -150,6 +153,26 @@ pub(super) fn add_head_norms(spec: &mut DecoderSpec) {
         let norm = |name: &str| Some(rms_norm(&format!("model.layers.{index}.self_attn.{name}"), eps));
         (attention.q_norm, attention.k_norm) = (norm("q_norm"), norm("k_norm"));
     }
+}
+
+/// The branches of all layers, to be changed.
+pub(super) fn branches(spec: &mut DecoderSpec) -> impl Iterator<Item = &mut BranchSpec> {
+    spec.layers.iter_mut().flat_map(|layer| {
+        let ResidualSpec::Sequential { mixer, mlp } = &mut layer.residual;
+        [mixer, mlp]
+    })
+}
+
+/// Every norm there is, to be changed.
+pub(super) fn norms(spec: &mut DecoderSpec) -> impl Iterator<Item = &mut NormSpec> {
+    let of_layers = spec.layers.iter_mut().flat_map(|layer| {
+        let ResidualSpec::Sequential { mixer, mlp } = &mut layer.residual;
+        let MixerSpec::Attention(attention) = &mut layer.mixer;
+        let optional =
+            [&mut mixer.post_norm, &mut mlp.post_norm, &mut attention.q_norm, &mut attention.k_norm];
+        optional.into_iter().flatten().chain([&mut mixer.norm, &mut mlp.norm])
+    });
+    of_layers.chain([&mut spec.norm])
 }
 
 /// RMSNorm with the weight `PREFIX.weight`.

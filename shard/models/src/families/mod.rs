@@ -2,6 +2,8 @@
 
 mod config_reader;
 mod dense;
+mod gemma;
+mod granite;
 mod llama;
 mod mistral;
 mod qwen2;
@@ -26,6 +28,10 @@ struct Family {
 
 /// Every family there is. A relative that would run but compute something else is not an alias: it has its own line or none.
 const FAMILIES: &[Family] = &[
+    Family { model_type: "gemma", architecture: "GemmaForCausalLM", build: gemma::gemma },
+    Family { model_type: "gemma2", architecture: "Gemma2ForCausalLM", build: gemma::gemma2 },
+    Family { model_type: "gemma3_text", architecture: "Gemma3ForCausalLM", build: gemma::gemma3_text },
+    Family { model_type: "granite", architecture: "GraniteForCausalLM", build: granite::spec },
     Family { model_type: "llama", architecture: "LlamaForCausalLM", build: llama::spec },
     Family { model_type: "mistral", architecture: "MistralForCausalLM", build: mistral::spec },
     Family { model_type: "qwen2", architecture: "Qwen2ForCausalLM", build: qwen2::spec },

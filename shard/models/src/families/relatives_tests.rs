@@ -1,10 +1,11 @@
 //! Where the relatives of Llama differ from it.
 
+use backend::Activation;
 use serde_json::{Value, json};
 
 use super::tests::{refusal, spec};
 use super::*;
-use crate::spec::{AttentionSpec, LinearSpec, MixerSpec};
+use crate::spec::{AttentionSpec, LinearSpec, LmHeadSpec, MixerSpec, MlpSpec, ResidualSpec};
 
 /// The changes that make the tests' llama a `model_type`.
 fn named(model_type: &str, architecture: &str, mut changes: Value) -> Value {
@@ -65,4 +66,105 @@ fn qwen3_has_norms_over_heads() {
     assert_eq!(q_norm.unwrap().shape, [128]);
     let error = refusal(qwen3(json!({"head_dim": 31})));
     assert_eq!(error, "config.json: head_dim: found 31, expected an even number up to 4096");
+}
+
+#[test]
+fn granite_has_factors() {
+    let granite = |changes| named("granite", "GraniteForCausalLM", changes);
+    let factors = json!({
+        "embedding_multiplier": 12.0, "logits_scaling": 8.0, "attention_multiplier": 0.25, "residual_multiplier": 0.22,
+    });
+    let found = spec(granite(factors));
+    assert_eq!((found.embedding_multiplier, found.logits_multiplier), (12.0, 0.125));
+    assert_eq!(attention(&found, 1).scale, 0.25);
+    let ResidualSpec::Sequential { mixer, mlp } = &found.layers[1].residual;
+    assert_eq!((mixer.multiplier, mlp.multiplier), (0.22, 0.22));
+    let bare = spec(granite(json!({})));
+    assert_eq!((bare.embedding_multiplier, attention(&bare, 0).scale), (1.0, 1.0), "the library's defaults");
+    let error = refusal(granite(json!({"logits_scaling": 0})));
+    assert_eq!(error, "config.json: logits_scaling: found 0, expected a positive number");
+}
+
+#[test]
+fn gemma_shifts_norms_and_scales_the_embedding() {
+    let gemma = |changes| named("gemma", "GemmaForCausalLM", changes);
+    let found = spec(gemma(json!({"hidden_act": "gelu"})));
+    assert_eq!((found.embedding_multiplier, found.norm.weight_offset), (8.0, 1.0));
+    assert_eq!((attention(&found, 0).head_dim, &found.lm_head), (256, &LmHeadSpec::Tied));
+    let ResidualSpec::Sequential { mixer, mlp } = &found.layers[1].residual;
+    assert_eq!((mixer.norm.weight_offset, mlp.norm.weight_offset), (1.0, 1.0));
+    assert_eq!((&mixer.post_norm, found.logits_soft_cap), (&None, None));
+    let MlpSpec::Gated { activation, .. } = &found.layers[0].mlp;
+    assert_eq!(*activation, Activation::GeluTanh);
+    let error = refusal(gemma(json!({"hidden_activation": "mish"})));
+    assert!(
+        error.starts_with("config.json: hidden_activation: found \"mish\"") && error.lines().count() == 1
+    );
+}
+
+#[test]
+fn gemma2_alternates_windows_and_caps() {
+    let gemma2 = |changes| named("gemma2", "Gemma2ForCausalLM", changes);
+    let found =
+        spec(gemma2(json!({"sliding_window": 16, "query_pre_attn_scalar": 16, "num_hidden_layers": 3})));
+    assert_eq!(windows(&found), [Some(16), None, Some(16)]);
+    assert_eq!((attention(&found, 1).scale, attention(&found, 1).soft_cap), (0.25, Some(50.0)));
+    assert_eq!(found.logits_soft_cap, Some(30.0));
+    let ResidualSpec::Sequential { mixer, mlp } = &found.layers[2].residual;
+    let post_norm = mixer.post_norm.as_ref().unwrap();
+    assert_eq!(post_norm.weight, "model.layers.2.post_attention_layernorm.weight");
+    assert_eq!(mlp.norm.weight, "model.layers.2.pre_feedforward_layernorm.weight");
+    assert_eq!((post_norm.weight_offset, mlp.post_norm.as_ref().unwrap().weight_offset), (1.0, 1.0));
+    let uncapped = spec(gemma2(json!({"attn_logit_softcapping": null, "final_logit_softcapping": null})));
+    assert_eq!((attention(&uncapped, 0).soft_cap, uncapped.logits_soft_cap), (None, None));
+    let error = refusal(gemma2(json!({"final_logit_softcapping": -1})));
+    assert_eq!(error, "config.json: final_logit_softcapping: found -1, expected a positive number");
+}
+
+#[test]
+fn gemma3_turns_sliding_layers_at_their_own_rate() {
+    let gemma3 = |changes| named("gemma3_text", "Gemma3ForCausalLM", changes);
+    let found = spec(gemma3(json!({
+        "sliding_window": 16, "sliding_window_pattern": 2, "rope_local_base_freq": 100.0, "rope_theta": 10000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "head_dim": 4,
+    })));
+    assert_eq!(windows(&found), [Some(16), None]);
+    let rates = |spec: &DecoderSpec, layer| attention(spec, layer).rope.clone().unwrap().inv_freq;
+    assert_eq!(rates(&found, 0), [1.0, 0.1]);
+    assert_eq!(rates(&found, 1), [0.125, 0.00125]);
+    assert_eq!(attention(&found, 0).q_norm.as_ref().unwrap().weight_offset, 1.0);
+    assert_eq!(found.logits_soft_cap, None);
+    let newer = json!({
+        "head_dim": 4, "layer_types": ["full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    });
+    let newer = spec(gemma3(newer));
+    assert_eq!((rates(&newer, 0), rates(&newer, 1)), (rates(&found, 1), rates(&found, 0)));
+    let error = refusal(gemma3(json!({"use_bidirectional_attention": true})));
+    assert!(error.starts_with("config.json: use_bidirectional_attention: found true"), "{error}");
+}
+
+#[test]
+fn parameters_per_kind_of_layer_are_not_passed_over() {
+    let error = refusal(json!({"rope_parameters": {"full_attention": {"rope_type": "default"}}}));
+    assert!(error.contains("found one object per kind of layer") && error.lines().count() == 1, "{error}");
+}
+
+#[test]
+fn yarn_keeps_fast_pairs_and_divides_slow_ones() {
+    let yarn = json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128});
+    let rope = |scaling: Value| attention(&spec(json!({"rope_scaling": scaling})), 0).rope.clone().unwrap();
+    let (plain, scaled) = (rope(json!(null)), rope(yarn.clone()));
+    assert_eq!(scaled.inv_freq[0], plain.inv_freq[0]);
+    assert_eq!(scaled.inv_freq[7], plain.inv_freq[7] / 4.0);
+    assert!((scaled.scale - (0.1 * 4f32.ln() + 1.0)).abs() < 1e-6, "{}", scaled.scale);
+    let mut told = yarn;
+    told["attention_factor"] = json!(1.5);
+    assert_eq!(rope(told.clone()).scale, 1.5);
+    told["factor"] = json!("four");
+    let error = refusal(json!({"rope_scaling": told}));
+    assert_eq!(error, "config.json: rope_scaling: factor is \"four\", expected a positive number");
 }
