@@ -4,6 +4,8 @@
 //! here has exactly the variants the executor runs; a new kind of layer is a new variant, never a question for a
 //! family's name.
 
+use std::ops::Range;
+
 use backend::{Activation, RopeFrequencies};
 
 /// A decoder-only transformer. All sizes are those of the whole model, before it is split over ranks.
@@ -144,16 +146,48 @@ pub enum MlpSpec {
 /// Tensor names of a linear layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LinearSpec {
-    /// `[out_features, in_features]`.
+    /// `[out_features, in_features]`, or of more rows when it is fused with others.
     pub weight: String,
     /// `[out_features]`, where there is one.
     pub bias: Option<String>,
+    /// Which rows of a fused tensor these are; none: all of one of its own.
+    pub fused: Option<FusedRows>,
+}
+
+/// The place of a projection in a tensor that holds several, stacked along their rows. Together they are the whole tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FusedRows {
+    /// Its first row.
+    pub first: usize,
+    /// Rows of the tensor.
+    pub total: usize,
 }
 
 impl LinearSpec {
     /// `PREFIX.weight`, and `PREFIX.bias` when `has_bias`.
     pub fn new(prefix: &str, has_bias: bool) -> Self {
-        Self { weight: format!("{prefix}.weight"), bias: has_bias.then(|| format!("{prefix}.bias")) }
+        Self {
+            weight: format!("{prefix}.weight"),
+            bias: has_bias.then(|| format!("{prefix}.bias")),
+            fused: None,
+        }
+    }
+
+    /// Projections of `sizes` outputs that are one tensor, one after the other.
+    pub fn fused<const N: usize>(prefix: &str, has_bias: bool, sizes: [usize; N]) -> [Self; N] {
+        let total = sizes.iter().sum();
+        let mut next = 0;
+        sizes.map(|size| {
+            let first = next;
+            next += size;
+            Self { fused: Some(FusedRows { first, total }), ..Self::new(prefix, has_bias) }
+        })
+    }
+
+    /// Where the outputs `rows` are in the tensor.
+    pub(crate) fn rows(&self, rows: Range<usize>) -> Range<usize> {
+        let first = self.fused.map_or(0, |fused| fused.first);
+        first + rows.start..first + rows.end
     }
 }
 
@@ -221,6 +255,12 @@ impl TensorList {
     }
 
     fn linear(&mut self, linear: &LinearSpec, out_features: usize, in_features: usize) {
+        let out_features = match linear.fused {
+            // The first part stands for the whole tensor.
+            Some(FusedRows { first, .. }) if first > 0 => return,
+            Some(FusedRows { total, .. }) => total,
+            None => out_features,
+        };
         self.add(&linear.weight, &[out_features, in_features]);
         if let Some(bias) = &linear.bias {
             self.add(bias, &[out_features]);

@@ -104,11 +104,6 @@ impl Dense {
             ));
         }
         let head_dim = reader.head_dim(self.head_dim.unwrap_or((hidden_size / num_heads).max(1)));
-        if reader.number_or("partial_rotary_factor", 1.0) != 1.0 {
-            reader.wrong(
-                "partial_rotary_factor: found another value than 1, which this architecture does not have",
-            );
-        }
         let rope = (self.rope)(reader, head_dim);
         let (qkv_bias, o_bias) = (self.qkv_bias, self.o_bias);
         move |prefix| {

@@ -6,6 +6,7 @@ mod gemma;
 mod granite;
 mod llama;
 mod mistral;
+mod phi3;
 mod qwen2;
 mod qwen3;
 mod rope;
@@ -34,6 +35,7 @@ const FAMILIES: &[Family] = &[
     Family { model_type: "granite", architecture: "GraniteForCausalLM", build: granite::spec },
     Family { model_type: "llama", architecture: "LlamaForCausalLM", build: llama::spec },
     Family { model_type: "mistral", architecture: "MistralForCausalLM", build: mistral::spec },
+    Family { model_type: "phi3", architecture: "Phi3ForCausalLM", build: phi3::spec },
     Family { model_type: "qwen2", architecture: "Qwen2ForCausalLM", build: qwen2::spec },
     Family { model_type: "qwen3", architecture: "Qwen3ForCausalLM", build: qwen3::spec },
 ];

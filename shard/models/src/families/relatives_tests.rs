@@ -168,3 +168,28 @@ fn yarn_keeps_fast_pairs_and_divides_slow_ones() {
     let error = refusal(json!({"rope_scaling": told}));
     assert_eq!(error, "config.json: rope_scaling: factor is \"four\", expected a positive number");
 }
+
+#[test]
+fn phi3_fuses_projections_and_turns_a_part_of_each_head() {
+    let phi3 = |changes| named("phi3", "Phi3ForCausalLM", changes);
+    let found = spec(phi3(json!({"partial_rotary_factor": 0.75, "sliding_window": 16})));
+    let layer = attention(&found, 1);
+    assert_eq!(layer.v_proj.weight, "model.layers.1.self_attn.qkv_proj.weight");
+    assert_eq!(layer.v_proj.rows(0..32), 96..128);
+    assert_eq!(layer.rope.as_ref().unwrap().inv_freq.len(), 6);
+    assert_eq!(windows(&found), [Some(16), Some(16)]);
+    assert_eq!(windows(&spec(phi3(json!({})))), [None, None]);
+    let tensors = found.tensors();
+    let shapes = |name: &str| -> Vec<_> {
+        tensors.iter().filter(|tensor| tensor.name == name).map(|tensor| tensor.shape.clone()).collect()
+    };
+    assert_eq!(shapes("model.layers.0.self_attn.qkv_proj.weight"), [[128, 64]], "once, as a whole");
+    assert_eq!(shapes("model.layers.0.mlp.gate_up_proj.weight"), [[256, 64]]);
+    let error = refusal(phi3(json!({"partial_rotary_factor": 1.5})));
+    assert!(error.starts_with("config.json: partial_rotary_factor: found 1.5") && error.lines().count() == 1);
+    let error = refusal(phi3(json!({"rope_scaling": {"type": "longrope"}})));
+    assert!(
+        error.contains("found type \"longrope\", which comes later") && error.lines().count() == 1,
+        "{error}"
+    );
+}

@@ -10,6 +10,7 @@ const DEFAULT_THETA: f64 = 10_000.0;
 /// Scalings that exist but are not computed here yet.
 const LATER: [&str; 4] = ["dynamic", "longrope", "su", "mrope"];
 const EXPECTED: &str = "expected default, linear, llama3 or yarn";
+const NESTED: &str = "rope_parameters: found one object per kind of layer, expected one for all layers";
 
 /// The frequencies of heads of `head_dim` elements, from `rope_theta` and `rope_scaling`. Mistakes go to `reader`.
 pub(super) fn frequencies(reader: &mut ConfigReader<'_>, head_dim: usize) -> RopeFrequencies {
@@ -23,11 +24,36 @@ pub(super) fn frequencies_or(
     default_theta: f64,
 ) -> RopeFrequencies {
     if nested(reader).is_some() {
-        reader.wrong("rope_parameters: found one object per kind of layer, expected one for all layers");
+        reader.wrong(NESTED);
     }
+    if reader.number_or("partial_rotary_factor", 1.0) != 1.0 {
+        reader.wrong(
+            "partial_rotary_factor: found another value than 1, which this architecture does not have",
+        );
+    }
+    rotary(reader, head_dim, default_theta)
+}
+
+/// The frequencies of the first `partial_rotary_factor` of a head; the rest is not turned.
+pub(super) fn partial(reader: &mut ConfigReader<'_>, head_dim: usize) -> RopeFrequencies {
+    if nested(reader).is_some() {
+        reader.wrong(NESTED);
+    }
+    let factor = reader.number_or("partial_rotary_factor", 1.0);
+    let rotary_dim = (head_dim as f64 * factor) as usize;
+    if factor > 1.0 || rotary_dim < 2 || rotary_dim % 2 == 1 {
+        reader.wrong(format!(
+            "partial_rotary_factor: found {factor}, expected an even number of a head's {head_dim} elements"
+        ));
+        return unscaled(DEFAULT_THETA, 2);
+    }
+    rotary(reader, rotary_dim, DEFAULT_THETA)
+}
+
+fn rotary(reader: &mut ConfigReader<'_>, rotary_dim: usize, default_theta: f64) -> RopeFrequencies {
     let theta = reader.number_or("rope_theta", default_theta);
-    let scaling = Scaling::read(reader, (theta, head_dim));
-    scaling.frequencies(theta, head_dim)
+    let scaling = Scaling::read(reader, (theta, rotary_dim));
+    scaling.frequencies(theta, rotary_dim)
 }
 
 /// The frequencies of one kind of layers where `rope_parameters` has an object for each, as transformers 5 writes it; none

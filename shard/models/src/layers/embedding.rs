@@ -20,7 +20,7 @@ impl<B: Backend> Embedding<B> {
     /// Loads both; a tied table is packed once.
     pub(crate) fn load(loader: &mut Loader<'_, B>, spec: &DecoderSpec) -> Result<Self, ModelError> {
         let rows = split_tiles(spec.vocab_size, "rows of the vocabulary", loader.rank, loader.world_size)?;
-        let table = LinearSpec { weight: spec.embed_tokens.clone(), bias: None };
+        let table = LinearSpec { weight: spec.embed_tokens.clone(), bias: None, fused: None };
         let mut load = |linear: &LinearSpec| {
             let part = ColumnPart { linear, rows: rows.clone() };
             Linear::merged_column_parallel(loader, &[part], spec.hidden_size)
