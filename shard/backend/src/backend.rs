@@ -152,6 +152,23 @@ pub trait Backend: Send + Sized + 'static {
         norm: (&Self::Vector, f32),
         out: &mut Self::Buffer,
     ) -> Result<(), BackendError>;
+    /// LayerNorm (arXiv:1607.06450): `out = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias`, row by row, with the
+    /// variance over all elements.
+    fn layer_norm(
+        &mut self,
+        x: &Self::Buffer,
+        weight_and_bias: (&Self::Vector, &Self::Vector),
+        eps: f32,
+        out: &mut Self::Buffer,
+    ) -> Result<(), BackendError>;
+    /// `residual += delta; out = layer_norm(residual)`.
+    fn add_layer_norm(
+        &mut self,
+        residual: &mut Self::Buffer,
+        delta: &Self::Buffer,
+        norm: (&Self::Vector, &Self::Vector, f32),
+        out: &mut Self::Buffer,
+    ) -> Result<(), BackendError>;
     /// RMSNorm of each head in place: the columns `columns` of every row of `x` are heads as wide as the weight, and each is
     /// normalised by itself.
     fn rms_norm_heads(

@@ -74,6 +74,8 @@ pub struct NormSpec {
     pub kind: NormKind,
     /// Name of the weight, `[hidden_size]` or `[head_dim]`.
     pub weight: String,
+    /// Name of the bias, as wide, where there is one; only LayerNorm has it.
+    pub bias: Option<String>,
     /// Added to the weight: 1 where the file holds the difference from 1, else 0.
     pub weight_offset: f32,
     /// Added under the root.
@@ -85,6 +87,8 @@ pub struct NormSpec {
 pub enum NormKind {
     /// RMSNorm (arXiv:1910.07467).
     Rms,
+    /// LayerNorm (arXiv:1607.06450); not for heads.
+    Layer,
 }
 
 /// What mixes information between tokens.
@@ -218,7 +222,7 @@ impl DecoderSpec {
         for layer in &self.layers {
             let ResidualSpec::Sequential { mixer, mlp } = &layer.residual;
             for norm in [Some(&mixer.norm), mixer.post_norm.as_ref()].into_iter().flatten() {
-                list.add(&norm.weight, &[hidden]);
+                list.norm(norm, hidden);
             }
             let MixerSpec::Attention(attention) = &layer.mixer;
             let queries = attention.num_heads * attention.head_dim;
@@ -228,17 +232,17 @@ impl DecoderSpec {
             list.linear(&attention.v_proj, keys, hidden);
             list.linear(&attention.o_proj, hidden, queries);
             for norm in [&attention.q_norm, &attention.k_norm].into_iter().flatten() {
-                list.add(&norm.weight, &[attention.head_dim]);
+                list.norm(norm, attention.head_dim);
             }
             for norm in [Some(&mlp.norm), mlp.post_norm.as_ref()].into_iter().flatten() {
-                list.add(&norm.weight, &[hidden]);
+                list.norm(norm, hidden);
             }
             let MlpSpec::Gated { intermediate_size, gate_proj, up_proj, down_proj, .. } = &layer.mlp;
             list.linear(gate_proj, *intermediate_size, hidden);
             list.linear(up_proj, *intermediate_size, hidden);
             list.linear(down_proj, hidden, *intermediate_size);
         }
-        list.add(&self.norm.weight, &[hidden]);
+        list.norm(&self.norm, hidden);
         if let LmHeadSpec::Own(lm_head) = &self.lm_head {
             list.linear(lm_head, self.vocab_size, hidden);
         }
@@ -252,6 +256,13 @@ struct TensorList(Vec<ExpectedTensor>);
 impl TensorList {
     fn add(&mut self, name: &str, shape: &[usize]) {
         self.0.push(ExpectedTensor { name: name.to_owned(), shape: shape.to_vec() });
+    }
+
+    fn norm(&mut self, norm: &NormSpec, width: usize) {
+        self.add(&norm.weight, &[width]);
+        if let Some(bias) = &norm.bias {
+            self.add(bias, &[width]);
+        }
     }
 
     fn linear(&mut self, linear: &LinearSpec, out_features: usize, in_features: usize) {

@@ -177,6 +177,71 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
+    fn layer_norm(
+        &mut self,
+        x: &CpuBuffer,
+        (weight, bias): (&CpuVector, &CpuVector),
+        eps: f32,
+        out: &mut CpuBuffer,
+    ) -> Result<(), BackendError> {
+        let width = x.width();
+        assert!(
+            width == out.width() && width == weight.0.len() && width == bias.0.len(),
+            "a norm of {} over {width}",
+            weight.0.len()
+        );
+        out.resize(x.rows());
+        let results = SharedMut::new(out.as_mut_slice());
+        let kernel = self.kernels.layer_norm;
+        for_rows(self.threads.get_mut(), x.rows(), width, &|rows| {
+            for row in rows {
+                let range = row * width..(row + 1) * width;
+                let input = &x.as_slice()[range.clone()];
+                // SAFETY: each row is one thread's; the processor has the instruction set.
+                unsafe { kernel(input, (&weight.0, &bias.0), eps, results.slice(range)) };
+            }
+        });
+        Ok(())
+    }
+
+    fn add_layer_norm(
+        &mut self,
+        residual: &mut CpuBuffer,
+        delta: &CpuBuffer,
+        (weight, bias, eps): (&CpuVector, &CpuVector, f32),
+        out: &mut CpuBuffer,
+    ) -> Result<(), BackendError> {
+        let width = delta.width();
+        assert!(
+            residual.width() == width && residual.rows() == delta.rows(),
+            "residual {} x {}, delta {} x {width}",
+            residual.rows(),
+            residual.width(),
+            delta.rows()
+        );
+        assert!(
+            width == out.width() && width == weight.0.len() && width == bias.0.len(),
+            "a norm of {} over {width}",
+            weight.0.len()
+        );
+        out.resize(delta.rows());
+        let sums = SharedMut::new(residual.as_mut_slice());
+        let results = SharedMut::new(out.as_mut_slice());
+        let kernels = self.kernels;
+        for_rows(self.threads.get_mut(), delta.rows(), width, &|rows| {
+            for row in rows {
+                let range = row * width..(row + 1) * width;
+                // SAFETY: each row is one thread's; the processor has the instruction set.
+                unsafe {
+                    let sum = sums.slice(range.clone());
+                    (kernels.add)(sum, &delta.as_slice()[range.clone()]);
+                    (kernels.layer_norm)(sum, (&weight.0, &bias.0), eps, results.slice(range));
+                }
+            }
+        });
+        Ok(())
+    }
+
     fn rms_norm_heads(
         &mut self,
         x: &mut CpuBuffer,

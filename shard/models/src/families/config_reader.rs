@@ -26,6 +26,11 @@ impl<'a> ConfigReader<'a> {
         self.config
     }
 
+    /// Whether sizes may be placeholders.
+    pub(super) fn has_mistakes(&self) -> bool {
+        !self.mistakes.is_empty()
+    }
+
     /// Notes a mistake.
     pub(super) fn wrong(&mut self, mistake: impl Into<String>) {
         self.mistakes.push(format!("config.json: {}", mistake.into()));

@@ -18,6 +18,8 @@ pub(super) struct Dense {
     pub(super) o_bias: bool,
     /// The feed-forward's projections have biases.
     pub(super) mlp_bias: bool,
+    /// Key and default of the norms' epsilon.
+    pub(super) eps: (&'static str, f64),
     /// Reads the rotary embedding of heads of so many elements.
     pub(super) rope: fn(&mut ConfigReader<'_>, usize) -> RopeFrequencies,
     /// Elements of a head; none: `hidden_size / num_attention_heads`.
@@ -38,6 +40,7 @@ impl Dense {
             qkv_bias: attention_bias,
             o_bias: attention_bias,
             mlp_bias: reader.flag_or("mlp_bias", false),
+            eps: ("rms_norm_eps", 1e-6),
             rope: rope::frequencies,
             head_dim: None,
             activation: activation(reader, "hidden_act", Activation::Silu),
@@ -49,7 +52,7 @@ impl Dense {
     /// Reads the rest. Families change the result where they differ.
     pub(super) fn spec(&self, reader: &mut ConfigReader<'_>) -> DecoderSpec {
         let hidden_size = reader.size("hidden_size");
-        let eps = reader.number_or("rms_norm_eps", 1e-6) as f32;
+        let eps = reader.number_or(self.eps.0, self.eps.1) as f32;
         let attention = self.attention(reader, hidden_size);
         let intermediate_size = reader.size("intermediate_size");
         let layers = (0..reader.num_layers("num_hidden_layers")).map(|index| {
@@ -172,7 +175,7 @@ pub(super) fn norms(spec: &mut DecoderSpec) -> impl Iterator<Item = &mut NormSpe
 
 /// RMSNorm with the weight `PREFIX.weight`.
 pub(super) fn rms_norm(prefix: &str, eps: f32) -> NormSpec {
-    NormSpec { kind: NormKind::Rms, weight: format!("{prefix}.weight"), weight_offset: 0.0, eps }
+    NormSpec { kind: NormKind::Rms, weight: format!("{prefix}.weight"), bias: None, weight_offset: 0.0, eps }
 }
 
 /// The activation that `key` names.

@@ -10,6 +10,7 @@ mod phi3;
 mod qwen2;
 mod qwen3;
 mod rope;
+mod stablelm;
 mod window;
 
 use hub::ModelConfig;
@@ -38,6 +39,7 @@ const FAMILIES: &[Family] = &[
     Family { model_type: "phi3", architecture: "Phi3ForCausalLM", build: phi3::spec },
     Family { model_type: "qwen2", architecture: "Qwen2ForCausalLM", build: qwen2::spec },
     Family { model_type: "qwen3", architecture: "Qwen3ForCausalLM", build: qwen3::spec },
+    Family { model_type: "stablelm", architecture: "StableLmForCausalLM", build: stablelm::spec },
 ];
 
 /// The architecture that `config` describes.

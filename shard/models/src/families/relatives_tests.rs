@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use super::tests::{refusal, spec};
 use super::*;
-use crate::spec::{AttentionSpec, LinearSpec, LmHeadSpec, MixerSpec, MlpSpec, ResidualSpec};
+use crate::spec::{AttentionSpec, LinearSpec, LmHeadSpec, MixerSpec, MlpSpec, NormKind, ResidualSpec};
 
 /// The changes that make the tests' llama a `model_type`.
 fn named(model_type: &str, architecture: &str, mut changes: Value) -> Value {
@@ -192,4 +192,20 @@ fn phi3_fuses_projections_and_turns_a_part_of_each_head() {
         error.contains("found type \"longrope\", which comes later") && error.lines().count() == 1,
         "{error}"
     );
+}
+
+#[test]
+fn stablelm_has_layer_norms_with_biases() {
+    let stablelm = |changes| named("stablelm", "StableLmForCausalLM", changes);
+    let found = spec(stablelm(json!({"use_qkv_bias": true, "layer_norm_eps": 1e-3, "head_dim": 32})));
+    assert_eq!((found.norm.kind, found.norm.eps), (NormKind::Layer, 1e-3));
+    assert_eq!(found.norm.bias.as_deref(), Some("model.norm.bias"));
+    let layer = attention(&found, 0);
+    assert_eq!(layer.rope.as_ref().unwrap().inv_freq.len(), 4, "the library's default, a quarter");
+    assert_eq!((layer.q_proj.bias.is_some(), layer.o_proj.bias.is_some()), (true, false));
+    let tensors = found.tensors();
+    let bias = tensors.iter().find(|tensor| tensor.name == "model.layers.1.input_layernorm.bias");
+    assert_eq!(bias.unwrap().shape, [64]);
+    let error = refusal(stablelm(json!({"use_parallel_residual": true})));
+    assert_eq!(error, "config.json: use_parallel_residual: found true, which comes later, expected false");
 }

@@ -34,17 +34,29 @@ pub(super) fn frequencies_or(
     rotary(reader, head_dim, default_theta)
 }
 
-/// The frequencies of the first `partial_rotary_factor` of a head; the rest is not turned.
+/// The frequencies of the first `partial_rotary_factor` of a head, all of it when absent; the rest is not turned.
 pub(super) fn partial(reader: &mut ConfigReader<'_>, head_dim: usize) -> RopeFrequencies {
+    partial_or(reader, head_dim, 1.0)
+}
+
+/// The same with another default of `partial_rotary_factor`.
+pub(super) fn partial_or(
+    reader: &mut ConfigReader<'_>,
+    head_dim: usize,
+    default_factor: f64,
+) -> RopeFrequencies {
     if nested(reader).is_some() {
         reader.wrong(NESTED);
     }
-    let factor = reader.number_or("partial_rotary_factor", 1.0);
+    let factor = reader.number_or("partial_rotary_factor", default_factor);
     let rotary_dim = (head_dim as f64 * factor) as usize;
     if factor > 1.0 || rotary_dim < 2 || rotary_dim % 2 == 1 {
-        reader.wrong(format!(
-            "partial_rotary_factor: found {factor}, expected an even number of a head's {head_dim} elements"
-        ));
+        // What follows from a mistake is no second one.
+        if factor > 1.0 || !reader.has_mistakes() {
+            reader.wrong(format!(
+                "partial_rotary_factor: found {factor}, expected an even number of a head's {head_dim} elements"
+            ));
+        }
         return unscaled(DEFAULT_THETA, 2);
     }
     rotary(reader, rotary_dim, DEFAULT_THETA)

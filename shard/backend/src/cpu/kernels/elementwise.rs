@@ -57,6 +57,36 @@ pub(super) unsafe fn rms_norm<S: Simd>(x: &[f32], weight: &[f32], eps: f32, out:
     }
 }
 
+/// LayerNorm of one row.
+///
+/// # Safety
+/// The processor has the instruction set.
+#[inline(always)]
+pub(super) unsafe fn layer_norm<S: Simd>(
+    x: &[f32],
+    (weight, bias): (&[f32], &[f32]),
+    eps: f32,
+    out: &mut [f32],
+) {
+    // SAFETY: arithmetic, and loads bounded by `load` and `store`.
+    unsafe {
+        let mut sum = S::splat(0.0);
+        vectors!(x.len(), |at, n| {
+            sum = S::add(sum, load::<S>(x, at, n));
+        });
+        let mean = S::splat(S::sum(sum) / x.len() as f32);
+        // The differences first: the difference of two large sums would lose what matters.
+        vectors!(x.len(), |at, n| {
+            store::<S>(out, at, n, S::sub(load::<S>(x, at, n), mean));
+        });
+        let factor = rms_factor::<S>(out, eps);
+        vectors!(x.len(), |at, n| {
+            let v = S::mul(load::<S>(out, at, n), factor);
+            store::<S>(out, at, n, S::fma(v, load::<S>(weight, at, n), load::<S>(bias, at, n)));
+        });
+    }
+}
+
 /// RMSNorm of one row in place.
 ///
 /// # Safety
