@@ -1,5 +1,7 @@
 //! The contract between the executor and a device.
 
+use std::ops::Range;
+
 use crate::sampling::{Sampled, SamplingRow};
 use crate::{BackendError, DType, HostMatrix, KvLayout, StepInput};
 
@@ -150,6 +152,36 @@ pub trait Backend: Send + Sized + 'static {
         norm: (&Self::Vector, f32),
         out: &mut Self::Buffer,
     ) -> Result<(), BackendError>;
+    /// LayerNorm (arXiv:1607.06450): `out = (x - mean(x)) / sqrt(variance(x) + eps) * weight + bias`, row by row, with the
+    /// variance over all elements.
+    fn layer_norm(
+        &mut self,
+        x: &Self::Buffer,
+        weight_and_bias: (&Self::Vector, &Self::Vector),
+        eps: f32,
+        out: &mut Self::Buffer,
+    ) -> Result<(), BackendError>;
+    /// `residual += delta; out = layer_norm(residual)`.
+    fn add_layer_norm(
+        &mut self,
+        residual: &mut Self::Buffer,
+        delta: &Self::Buffer,
+        norm: (&Self::Vector, &Self::Vector, f32),
+        out: &mut Self::Buffer,
+    ) -> Result<(), BackendError>;
+    /// RMSNorm of each head in place: the columns `columns` of every row of `x` are heads as wide as the weight, and each is
+    /// normalised by itself.
+    fn rms_norm_heads(
+        &mut self,
+        x: &mut Self::Buffer,
+        columns: Range<usize>,
+        weight: &Self::Vector,
+        eps: f32,
+    ) -> Result<(), BackendError>;
+    /// `x *= factor`.
+    fn scale(&mut self, x: &mut Self::Buffer, factor: f32) -> Result<(), BackendError>;
+    /// `x = cap * tanh(x / cap)`, with a positive `cap`.
+    fn soft_cap(&mut self, x: &mut Self::Buffer, cap: f32) -> Result<(), BackendError>;
     /// `out = x weight^T (+ bias)`: `[rows, in_features] -> [rows, out_features]`.
     fn matmul(
         &mut self,

@@ -3,7 +3,7 @@
 use backend::sampling::{Sampled, SamplingRow};
 use backend::{Backend, BackendError, KvLayout, MemoryInfo, StepInput};
 
-use crate::layers::{Attention, Embedding, LmHead, Mlp, Norm, Scratch, Stream};
+use crate::layers::{Attention, Branch, Embedding, LmHead, Mlp, Norm, Scratch, Stream};
 use crate::{CausalLm, ModelError, ModelInfo};
 
 /// A loaded model on one rank. Made by [`load`](crate::load).
@@ -37,12 +37,12 @@ pub(crate) struct Layer<B: Backend> {
 
 /// The norms of a layer and their places.
 pub(crate) enum Residual<B: Backend> {
-    /// `x += mixer(mixer_norm(x)); x += mlp(mlp_norm(x))`.
-    PreNorm {
-        /// Before the mixer.
-        mixer_norm: Norm<B>,
-        /// Before the feed-forward.
-        mlp_norm: Norm<B>,
+    /// One after the other: `x += multiplier * post_norm(f(norm(x)))`.
+    Sequential {
+        /// Around the mixer.
+        mixer: Branch<B>,
+        /// Around the feed-forward.
+        mlp: Branch<B>,
     },
 }
 
@@ -83,13 +83,17 @@ impl<B: Backend> Decoder<B> {
         };
         let (backend, stream, scratch) = (&mut self.backend, &mut self.stream, &mut self.scratch);
         self.embedding.embed(backend, stream.begin())?;
-        for Layer { residual: Residual::PreNorm { mixer_norm, mlp_norm }, mixer, mlp } in &self.layers {
-            let io = stream.norm(backend, mixer_norm)?;
+        for Layer { residual: Residual::Sequential { mixer: mixer_branch, mlp: mlp_branch }, mixer, mlp } in
+            &self.layers
+        {
+            let io = stream.norm(backend, &mixer_branch.norm)?;
             match mixer {
                 Mixer::Attention(attention) => attention.forward(backend, io, scratch, cache)?,
             }
-            let io = stream.norm(backend, mlp_norm)?;
+            stream.finish(backend, mixer_branch)?;
+            let io = stream.norm(backend, &mlp_branch.norm)?;
             mlp.forward(backend, io, scratch)?;
+            stream.finish(backend, mlp_branch)?;
         }
         Ok(())
     }

@@ -7,7 +7,7 @@ use hub::ModelFiles;
 
 use crate::decoder::{Decoder, Layer, Mixer, Residual};
 use crate::families::decoder_spec;
-use crate::layers::{Attention, Embedding, LmHead, Loader, Mlp, Norm, Stream};
+use crate::layers::{Attention, Branch, Embedding, LmHead, Loader, Mlp, Norm, Stream};
 use crate::spec::{DecoderSpec, MixerSpec, ResidualSpec};
 use crate::weights::{self, WeightSource, check_tensors, prevailing_dtype};
 use crate::{ModelError, ModelInfo};
@@ -70,7 +70,7 @@ pub(crate) fn assemble<B: Backend>(
     let embedding = Embedding::load(&mut loader, spec)?;
     let layers = load_layers(&mut loader, spec)?;
     let norm = Norm::load(&mut loader, &spec.norm, spec.hidden_size)?;
-    let lm_head = LmHead::new(&loader, spec.vocab_size, max_rows_sampled)?;
+    let lm_head = LmHead::new(&loader, spec, max_rows_sampled)?;
     let stream = Stream::new(&backend, max_step_tokens, spec.hidden_size)?;
     let head_stream = Stream::new(&backend, max_rows_sampled, spec.hidden_size)?;
     let (weight_bytes, scratch) = (loader.weight_bytes, loader.scratch);
@@ -137,10 +137,10 @@ fn load_layers<B: Backend>(
     let width = spec.hidden_size;
     let mut layers: Vec<Layer<B>> = Vec::with_capacity(spec.layers.len());
     for layer in &spec.layers {
-        let ResidualSpec::PreNorm { mixer_norm, mlp_norm } = &layer.residual;
-        let residual = Residual::PreNorm {
-            mixer_norm: Norm::load(loader, mixer_norm, width)?,
-            mlp_norm: Norm::load(loader, mlp_norm, width)?,
+        let ResidualSpec::Sequential { mixer, mlp } = &layer.residual;
+        let residual = Residual::Sequential {
+            mixer: Branch::load(loader, mixer, width)?,
+            mlp: Branch::load(loader, mlp, width)?,
         };
         let mixer = match &layer.mixer {
             MixerSpec::Attention(spec) => {

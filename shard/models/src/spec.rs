@@ -4,6 +4,8 @@
 //! here has exactly the variants the executor runs; a new kind of layer is a new variant, never a question for a
 //! family's name.
 
+use std::ops::Range;
+
 use backend::{Activation, RopeFrequencies};
 
 /// A decoder-only transformer. All sizes are those of the whole model, before it is split over ranks.
@@ -17,12 +19,18 @@ pub struct DecoderSpec {
     pub max_position_embeddings: usize,
     /// Name of the embedding, `[vocab_size, hidden_size]`.
     pub embed_tokens: String,
+    /// Factor on the embedding where it enters the residual stream, usually 1.
+    pub embedding_multiplier: f32,
     /// In the order they run.
     pub layers: Vec<LayerSpec>,
     /// Applied to the residual stream before the logits.
     pub norm: NormSpec,
     /// Where the logits come from.
     pub lm_head: LmHeadSpec,
+    /// Factor on the logits, usually 1.
+    pub logits_multiplier: f32,
+    /// Logits become `soft_cap * tanh(logit / soft_cap)`, after the factor.
+    pub logits_soft_cap: Option<f32>,
 }
 
 /// One layer.
@@ -39,22 +47,37 @@ pub struct LayerSpec {
 /// The place of the norms and additions of a layer.
 #[derive(Debug, Clone, PartialEq)]
 pub enum ResidualSpec {
-    /// `x += mixer(mixer_norm(x)); x += mlp(mlp_norm(x))`.
-    PreNorm {
-        /// Before the mixer.
-        mixer_norm: NormSpec,
-        /// Before the feed-forward.
-        mlp_norm: NormSpec,
+    /// One after the other: `x += multiplier * post_norm(f(norm(x)))`, with the mixer for `f`, then the feed-forward.
+    Sequential {
+        /// Around the mixer.
+        mixer: BranchSpec,
+        /// Around the feed-forward.
+        mlp: BranchSpec,
     },
 }
 
-/// A normalisation over the residual stream's width.
+/// What surrounds a mixer or feed-forward.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BranchSpec {
+    /// Of what goes in.
+    pub norm: NormSpec,
+    /// Of what comes out, where there is one.
+    pub post_norm: Option<NormSpec>,
+    /// Factor on what is added to the residual stream, usually 1.
+    pub multiplier: f32,
+}
+
+/// A normalisation over the residual stream's width, or over a head's.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NormSpec {
     /// Which.
     pub kind: NormKind,
-    /// Name of the weight, `[hidden_size]`.
+    /// Name of the weight, `[hidden_size]` or `[head_dim]`.
     pub weight: String,
+    /// Name of the bias, as wide, where there is one; only LayerNorm has it.
+    pub bias: Option<String>,
+    /// Added to the weight: 1 where the file holds the difference from 1, else 0.
+    pub weight_offset: f32,
     /// Added under the root.
     pub eps: f32,
 }
@@ -64,6 +87,8 @@ pub struct NormSpec {
 pub enum NormKind {
     /// RMSNorm (arXiv:1910.07467).
     Rms,
+    /// LayerNorm (arXiv:1607.06450); not for heads.
+    Layer,
 }
 
 /// What mixes information between tokens.
@@ -84,6 +109,10 @@ pub struct AttentionSpec {
     pub head_dim: usize,
     /// Factor on the scores.
     pub scale: f32,
+    /// Over each query head, before the rotation.
+    pub q_norm: Option<NormSpec>,
+    /// Over each key head, before the rotation.
+    pub k_norm: Option<NormSpec>,
     /// Rotary embedding of queries and keys; none: positions are not rotary.
     pub rope: Option<RopeFrequencies>,
     /// A token sees itself and the `window - 1` before it; none: all.
@@ -121,16 +150,48 @@ pub enum MlpSpec {
 /// Tensor names of a linear layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LinearSpec {
-    /// `[out_features, in_features]`.
+    /// `[out_features, in_features]`, or of more rows when it is fused with others.
     pub weight: String,
     /// `[out_features]`, where there is one.
     pub bias: Option<String>,
+    /// Which rows of a fused tensor these are; none: all of one of its own.
+    pub fused: Option<FusedRows>,
+}
+
+/// The place of a projection in a tensor that holds several, stacked along their rows. Together they are the whole tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FusedRows {
+    /// Its first row.
+    pub first: usize,
+    /// Rows of the tensor.
+    pub total: usize,
 }
 
 impl LinearSpec {
     /// `PREFIX.weight`, and `PREFIX.bias` when `has_bias`.
     pub fn new(prefix: &str, has_bias: bool) -> Self {
-        Self { weight: format!("{prefix}.weight"), bias: has_bias.then(|| format!("{prefix}.bias")) }
+        Self {
+            weight: format!("{prefix}.weight"),
+            bias: has_bias.then(|| format!("{prefix}.bias")),
+            fused: None,
+        }
+    }
+
+    /// Projections of `sizes` outputs that are one tensor, one after the other.
+    pub fn fused<const N: usize>(prefix: &str, has_bias: bool, sizes: [usize; N]) -> [Self; N] {
+        let total = sizes.iter().sum();
+        let mut next = 0;
+        sizes.map(|size| {
+            let first = next;
+            next += size;
+            Self { fused: Some(FusedRows { first, total }), ..Self::new(prefix, has_bias) }
+        })
+    }
+
+    /// Where the outputs `rows` are in the tensor.
+    pub(crate) fn rows(&self, rows: Range<usize>) -> Range<usize> {
+        let first = self.fused.map_or(0, |fused| fused.first);
+        first + rows.start..first + rows.end
     }
 }
 
@@ -159,8 +220,10 @@ impl DecoderSpec {
         let mut list = TensorList::default();
         list.add(&self.embed_tokens, &[self.vocab_size, hidden]);
         for layer in &self.layers {
-            let ResidualSpec::PreNorm { mixer_norm, mlp_norm } = &layer.residual;
-            list.add(&mixer_norm.weight, &[hidden]);
+            let ResidualSpec::Sequential { mixer, mlp } = &layer.residual;
+            for norm in [Some(&mixer.norm), mixer.post_norm.as_ref()].into_iter().flatten() {
+                list.norm(norm, hidden);
+            }
             let MixerSpec::Attention(attention) = &layer.mixer;
             let queries = attention.num_heads * attention.head_dim;
             let keys = attention.num_kv_heads * attention.head_dim;
@@ -168,13 +231,18 @@ impl DecoderSpec {
             list.linear(&attention.k_proj, keys, hidden);
             list.linear(&attention.v_proj, keys, hidden);
             list.linear(&attention.o_proj, hidden, queries);
-            list.add(&mlp_norm.weight, &[hidden]);
+            for norm in [&attention.q_norm, &attention.k_norm].into_iter().flatten() {
+                list.norm(norm, attention.head_dim);
+            }
+            for norm in [Some(&mlp.norm), mlp.post_norm.as_ref()].into_iter().flatten() {
+                list.norm(norm, hidden);
+            }
             let MlpSpec::Gated { intermediate_size, gate_proj, up_proj, down_proj, .. } = &layer.mlp;
             list.linear(gate_proj, *intermediate_size, hidden);
             list.linear(up_proj, *intermediate_size, hidden);
             list.linear(down_proj, hidden, *intermediate_size);
         }
-        list.add(&self.norm.weight, &[hidden]);
+        list.norm(&self.norm, hidden);
         if let LmHeadSpec::Own(lm_head) = &self.lm_head {
             list.linear(lm_head, self.vocab_size, hidden);
         }
@@ -190,7 +258,20 @@ impl TensorList {
         self.0.push(ExpectedTensor { name: name.to_owned(), shape: shape.to_vec() });
     }
 
+    fn norm(&mut self, norm: &NormSpec, width: usize) {
+        self.add(&norm.weight, &[width]);
+        if let Some(bias) = &norm.bias {
+            self.add(bias, &[width]);
+        }
+    }
+
     fn linear(&mut self, linear: &LinearSpec, out_features: usize, in_features: usize) {
+        let out_features = match linear.fused {
+            // The first part stands for the whole tensor.
+            Some(FusedRows { first, .. }) if first > 0 => return,
+            Some(FusedRows { total, .. }) => total,
+            None => out_features,
+        };
         self.add(&linear.weight, &[out_features, in_features]);
         if let Some(bias) = &linear.bias {
             self.add(bias, &[out_features]);

@@ -177,6 +177,110 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
+    fn layer_norm(
+        &mut self,
+        x: &CpuBuffer,
+        (weight, bias): (&CpuVector, &CpuVector),
+        eps: f32,
+        out: &mut CpuBuffer,
+    ) -> Result<(), BackendError> {
+        let width = x.width();
+        assert!(
+            width == out.width() && width == weight.0.len() && width == bias.0.len(),
+            "a norm of {} over {width}",
+            weight.0.len()
+        );
+        out.resize(x.rows());
+        let results = SharedMut::new(out.as_mut_slice());
+        let kernel = self.kernels.layer_norm;
+        for_rows(self.threads.get_mut(), x.rows(), width, &|rows| {
+            for row in rows {
+                let range = row * width..(row + 1) * width;
+                let input = &x.as_slice()[range.clone()];
+                // SAFETY: each row is one thread's; the processor has the instruction set.
+                unsafe { kernel(input, (&weight.0, &bias.0), eps, results.slice(range)) };
+            }
+        });
+        Ok(())
+    }
+
+    fn add_layer_norm(
+        &mut self,
+        residual: &mut CpuBuffer,
+        delta: &CpuBuffer,
+        (weight, bias, eps): (&CpuVector, &CpuVector, f32),
+        out: &mut CpuBuffer,
+    ) -> Result<(), BackendError> {
+        let width = delta.width();
+        assert!(
+            residual.width() == width && residual.rows() == delta.rows(),
+            "residual {} x {}, delta {} x {width}",
+            residual.rows(),
+            residual.width(),
+            delta.rows()
+        );
+        assert!(
+            width == out.width() && width == weight.0.len() && width == bias.0.len(),
+            "a norm of {} over {width}",
+            weight.0.len()
+        );
+        out.resize(delta.rows());
+        let sums = SharedMut::new(residual.as_mut_slice());
+        let results = SharedMut::new(out.as_mut_slice());
+        let kernels = self.kernels;
+        for_rows(self.threads.get_mut(), delta.rows(), width, &|rows| {
+            for row in rows {
+                let range = row * width..(row + 1) * width;
+                // SAFETY: each row is one thread's; the processor has the instruction set.
+                unsafe {
+                    let sum = sums.slice(range.clone());
+                    (kernels.add)(sum, &delta.as_slice()[range.clone()]);
+                    (kernels.layer_norm)(sum, (&weight.0, &bias.0), eps, results.slice(range));
+                }
+            }
+        });
+        Ok(())
+    }
+
+    fn rms_norm_heads(
+        &mut self,
+        x: &mut CpuBuffer,
+        columns: Range<usize>,
+        weight: &CpuVector,
+        eps: f32,
+    ) -> Result<(), BackendError> {
+        let (width, head_dim) = (x.width(), weight.0.len());
+        assert!(
+            columns.start <= columns.end && columns.end <= width && columns.len().is_multiple_of(head_dim),
+            "heads of {head_dim} in the columns {columns:?} of {width}"
+        );
+        let num_rows = x.rows();
+        let results = SharedMut::new(x.as_mut_slice());
+        let kernel = self.kernels.rms_norm_in_place;
+        for_rows(self.threads.get_mut(), num_rows, columns.len(), &|rows| {
+            for row in rows {
+                let range = row * width + columns.start..row * width + columns.end;
+                // SAFETY: each row is one thread's; the processor has the instruction set.
+                unsafe {
+                    let heads = results.slice(range).chunks_exact_mut(head_dim);
+                    heads.for_each(|head| kernel(head, &weight.0, eps));
+                }
+            }
+        });
+        Ok(())
+    }
+
+    fn scale(&mut self, x: &mut CpuBuffer, factor: f32) -> Result<(), BackendError> {
+        self.for_each_row(x, self.kernels.scale, factor);
+        Ok(())
+    }
+
+    fn soft_cap(&mut self, x: &mut CpuBuffer, cap: f32) -> Result<(), BackendError> {
+        assert!(cap > 0.0, "a soft cap of {cap}");
+        self.for_each_row(x, self.kernels.soft_cap, cap);
+        Ok(())
+    }
+
     fn matmul(
         &mut self,
         x: &CpuBuffer,
@@ -350,6 +454,16 @@ impl Backend for CpuBackend {
 }
 
 impl CpuBackend {
+    /// Runs a kernel that changes rows in place.
+    fn for_each_row(&mut self, x: &mut CpuBuffer, kernel: unsafe fn(&mut [f32], f32), parameter: f32) {
+        let (num_rows, width) = (x.rows(), x.width());
+        let results = SharedMut::new(x.as_mut_slice());
+        for_rows(self.threads.get_mut(), num_rows, width, &|rows| {
+            // SAFETY: each row is one thread's; the processor has the instruction set.
+            unsafe { kernel(results.slice(rows.start * width..rows.end * width), parameter) };
+        });
+    }
+
     /// That shapes, slots and tables of the step lie within the cache: the kernels rely on it.
     fn check_attention(
         &self,

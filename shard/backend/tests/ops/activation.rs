@@ -1,4 +1,4 @@
-//! Gated activations.
+//! Gated activations, factors and soft caps.
 
 use backend::{Activation, Backend};
 
@@ -60,6 +60,28 @@ fn agrees<B: Backend>(backend: &mut B) {
             );
         }
     }
+}
+
+fn elementwise_agrees<B: Backend>(backend: &mut B) {
+    let mut random = Random(15);
+    for (rows, width) in [(1, 17), (3, 130), (65, 300)] {
+        let x: Vec<f32> = random.vector(rows * width).iter().map(|x| x * 40.0).collect();
+        let mut scaled = upload(backend, &x, width);
+        backend.scale(&mut scaled, 0.6).unwrap();
+        let expected: Vec<f32> = x.iter().map(|x| x * 0.6).collect();
+        assert_eq!(backend.read(&scaled).unwrap(), expected, "one rounding");
+
+        let mut capped = upload(backend, &x, width);
+        backend.soft_cap(&mut capped, 30.0).unwrap();
+        let expected: Vec<f64> = x.iter().map(|&x| 30.0 * (f64::from(x) / 30.0).tanh()).collect();
+        let magnitude = vec![30.0; expected.len()];
+        assert_close("soft_cap", &backend.read(&capped).unwrap(), &expected, &magnitude, ACTIVATION);
+    }
+}
+
+#[test]
+fn factors_and_soft_caps_agree_with_their_formulas() {
+    on_every_backend!(elementwise_agrees);
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! RMSNorm, alone and with the residual.
+//! RMSNorm and LayerNorm, alone and with the residual.
 
 use backend::Backend;
 
@@ -30,6 +30,71 @@ fn agrees<B: Backend>(backend: &mut B) {
         let expected: Vec<f64> = sum.chunks(width).flat_map(|row| reference(row, &weight, 1e-5)).collect();
         assert_close("add_rms_norm", &backend.read(&out).unwrap(), &expected, &expected, NORM);
     }
+}
+
+fn layer_reference(x: &[f32], (weight, bias): (&[f32], &[f32]), eps: f64) -> Vec<f64> {
+    let mean = x.iter().map(|&x| f64::from(x)).sum::<f64>() / x.len() as f64;
+    let variance = x.iter().map(|&x| (f64::from(x) - mean).powi(2)).sum::<f64>() / x.len() as f64;
+    let factor = 1.0 / (variance + eps).sqrt();
+    let affine = weight.iter().zip(bias);
+    x.iter()
+        .zip(affine)
+        .map(|(&x, (&w, &b))| (f64::from(x) - mean) * factor * f64::from(w) + f64::from(b))
+        .collect()
+}
+
+fn layers_agree<B: Backend>(backend: &mut B) {
+    let mut random = Random(24);
+    for (rows, width) in [(1, 576), (3, 17), (17, 63), (65, 128)] {
+        // A mean of its own, which has to go.
+        let x: Vec<f32> = random.vector(rows * width).iter().map(|x| x + 2.0).collect();
+        let (delta, weight, bias) = (random.vector(rows * width), random.vector(width), random.vector(width));
+        let (w, b) = (backend.vector(weight.clone()).unwrap(), backend.vector(bias.clone()).unwrap());
+        let expected = |x: &[f32]| -> Vec<f64> {
+            x.chunks(width).flat_map(|row| layer_reference(row, (&weight, &bias), 1e-5)).collect()
+        };
+        let magnitude = vec![4.0; rows * width];
+        let mut out = backend.buffer(rows, width).unwrap();
+        let mut residual = upload(backend, &x, width);
+        backend.layer_norm(&residual, (&w, &b), 1e-5, &mut out).unwrap();
+        assert_close("layer_norm", &backend.read(&out).unwrap(), &expected(&x), &magnitude, NORM);
+
+        let addend = upload(backend, &delta, width);
+        backend.add_layer_norm(&mut residual, &addend, (&w, &b, 1e-5), &mut out).unwrap();
+        let sum: Vec<f32> = x.iter().zip(&delta).map(|(a, b)| a + b).collect();
+        assert_eq!(backend.read(&residual).unwrap(), sum, "the residual is the sum");
+        assert_close("add_layer_norm", &backend.read(&out).unwrap(), &expected(&sum), &magnitude, NORM);
+    }
+}
+
+#[test]
+fn layer_norms_agree_with_plain_sums() {
+    on_every_backend!(layers_agree);
+}
+
+fn heads_agree<B: Backend>(backend: &mut B) {
+    let mut random = Random(14);
+    for (rows, head_dim, width, columns) in
+        [(1, 64, 320, 0..192), (17, 20, 100, 60..100), (65, 128, 640, 128..512), (3, 6, 20, 2..14)]
+    {
+        let (x, weight) = (random.vector(rows * width), random.vector(head_dim));
+        let norm = backend.vector(weight.clone()).unwrap();
+        let mut found = upload(backend, &x, width);
+        backend.rms_norm_heads(&mut found, columns.clone(), &norm, 1e-6).unwrap();
+        let mut expected: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
+        for (row, x) in expected.chunks_mut(width).zip(x.chunks(width)) {
+            let heads = x[columns.clone()].chunks(head_dim);
+            for (out, head) in row[columns.clone()].chunks_mut(head_dim).zip(heads) {
+                out.copy_from_slice(&reference(head, &weight, 1e-6));
+            }
+        }
+        assert_close("rms_norm_heads", &backend.read(&found).unwrap(), &expected, &expected, NORM);
+    }
+}
+
+#[test]
+fn heads_are_normalised_one_by_one() {
+    on_every_backend!(heads_agree);
 }
 
 #[test]

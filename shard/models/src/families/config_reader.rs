@@ -26,6 +26,11 @@ impl<'a> ConfigReader<'a> {
         self.config
     }
 
+    /// Whether sizes may be placeholders.
+    pub(super) fn has_mistakes(&self) -> bool {
+        !self.mistakes.is_empty()
+    }
+
     /// Notes a mistake.
     pub(super) fn wrong(&mut self, mistake: impl Into<String>) {
         self.mistakes.push(format!("config.json: {}", mistake.into()));
@@ -84,6 +89,15 @@ impl<'a> ConfigReader<'a> {
         }
         self.wrong(format!("{key}: found {value}, expected a positive number"));
         default
+    }
+
+    /// A positive number, where null says that there is none; `default` when absent.
+    pub(super) fn nullable_number(&mut self, key: &str, default: Option<f64>) -> Option<f64> {
+        match self.config.raw.get(key) {
+            None => default,
+            Some(value) if value.is_null() => None,
+            Some(_) => Some(self.number_or(key, 1.0)),
+        }
     }
 
     /// A switch.

@@ -1,8 +1,17 @@
 //! From a `config.json` to a [`DecoderSpec`]: one file per family, and the table that finds it.
 
 mod config_reader;
+mod dense;
+mod gemma;
+mod granite;
 mod llama;
+mod mistral;
+mod phi3;
+mod qwen2;
+mod qwen3;
 mod rope;
+mod stablelm;
+mod window;
 
 use hub::ModelConfig;
 
@@ -19,10 +28,19 @@ struct Family {
     build: fn(&ModelConfig) -> Result<DecoderSpec, ModelError>,
 }
 
-/// Every family there is. A relative that would run but compute something else (Mistral's window, Qwen2's biases) is not
-/// an alias: it has its own line or none.
-const FAMILIES: &[Family] =
-    &[Family { model_type: "llama", architecture: "LlamaForCausalLM", build: llama::spec }];
+/// Every family there is. A relative that would run but compute something else is not an alias: it has its own line or none.
+const FAMILIES: &[Family] = &[
+    Family { model_type: "gemma", architecture: "GemmaForCausalLM", build: gemma::gemma },
+    Family { model_type: "gemma2", architecture: "Gemma2ForCausalLM", build: gemma::gemma2 },
+    Family { model_type: "gemma3_text", architecture: "Gemma3ForCausalLM", build: gemma::gemma3_text },
+    Family { model_type: "granite", architecture: "GraniteForCausalLM", build: granite::spec },
+    Family { model_type: "llama", architecture: "LlamaForCausalLM", build: llama::spec },
+    Family { model_type: "mistral", architecture: "MistralForCausalLM", build: mistral::spec },
+    Family { model_type: "phi3", architecture: "Phi3ForCausalLM", build: phi3::spec },
+    Family { model_type: "qwen2", architecture: "Qwen2ForCausalLM", build: qwen2::spec },
+    Family { model_type: "qwen3", architecture: "Qwen3ForCausalLM", build: qwen3::spec },
+    Family { model_type: "stablelm", architecture: "StableLmForCausalLM", build: stablelm::spec },
+];
 
 /// The architecture that `config` describes.
 ///
@@ -59,5 +77,7 @@ fn find(config: &ModelConfig) -> Result<&'static Family, ModelError> {
     })
 }
 
+#[cfg(test)]
+mod relatives_tests;
 #[cfg(test)]
 mod tests;

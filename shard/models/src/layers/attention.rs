@@ -3,9 +3,9 @@
 use backend::{AttentionShape, Backend};
 
 use super::linear::{ColumnPart, Linear};
-use super::{Loader, Role, Scratch};
+use super::{Loader, Norm, Role, Scratch};
 use crate::ModelError;
-use crate::spec::AttentionSpec;
+use crate::spec::{AttentionSpec, NormSpec};
 use crate::tensor_parallel::{HeadSplit, split_heads};
 
 /// This rank's heads of one layer.
@@ -15,6 +15,8 @@ pub(crate) struct Attention<B: Backend> {
     cache_layer: usize,
     qkv_proj: Linear<B>,
     o_proj: Linear<B>,
+    q_norm: Option<Norm<B>>,
+    k_norm: Option<Norm<B>>,
     rope: Option<usize>,
     qkv: usize,
     heads: usize,
@@ -45,9 +47,13 @@ impl<B: Backend> Attention<B> {
             ColumnPart { linear: &spec.k_proj, rows: keys.clone() },
             ColumnPart { linear: &spec.v_proj, rows: keys },
         ];
+        let mut head_norm =
+            |norm: &NormSpec| -> Result<Norm<B>, ModelError> { Norm::load(loader, norm, spec.head_dim) };
         Ok(Self {
             shape,
             cache_layer,
+            q_norm: spec.q_norm.as_ref().map(&mut head_norm).transpose()?,
+            k_norm: spec.k_norm.as_ref().map(&mut head_norm).transpose()?,
             qkv_proj: Linear::merged_column_parallel(loader, &parts, hidden_size)?,
             o_proj: Linear::row_parallel(loader, &spec.o_proj, hidden_size, queries)?,
             rope: spec.rope.as_ref().map(|rope| loader.rope(rope)).transpose()?,
@@ -72,6 +78,17 @@ impl<B: Backend> Attention<B> {
         let (ropes, qkv, heads) = scratch.ropes_and_pair(self.qkv, self.heads);
         let (rope, layer) = (self.rope.map(|index| &ropes[index]), self.cache_layer);
         self.qkv_proj.forward(backend, x, qkv)?;
+        let queries = self.shape.num_heads * self.shape.head_dim;
+        if let Some(norm) = &self.q_norm {
+            norm.forward_heads(backend, qkv, 0..queries)?;
+        }
+        if let Some(norm) = &self.k_norm {
+            norm.forward_heads(
+                backend,
+                qkv,
+                queries..queries + self.shape.num_kv_heads * self.shape.head_dim,
+            )?;
+        }
         backend.rope_and_store_kv(qkv, rope, &self.shape, layer, cache)?;
         backend.attention(qkv, &self.shape, layer, cache, heads)?;
         self.o_proj.forward(backend, heads, out)?;

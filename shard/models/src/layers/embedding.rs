@@ -13,13 +13,14 @@ pub(crate) struct Embedding<B: Backend> {
     table: Linear<B>,
     first_id: usize,
     lm_head: Option<Linear<B>>,
+    multiplier: f32,
 }
 
 impl<B: Backend> Embedding<B> {
     /// Loads both; a tied table is packed once.
     pub(crate) fn load(loader: &mut Loader<'_, B>, spec: &DecoderSpec) -> Result<Self, ModelError> {
         let rows = split_tiles(spec.vocab_size, "rows of the vocabulary", loader.rank, loader.world_size)?;
-        let table = LinearSpec { weight: spec.embed_tokens.clone(), bias: None };
+        let table = LinearSpec { weight: spec.embed_tokens.clone(), bias: None, fused: None };
         let mut load = |linear: &LinearSpec| {
             let part = ColumnPart { linear, rows: rows.clone() };
             Linear::merged_column_parallel(loader, &[part], spec.hidden_size)
@@ -27,6 +28,7 @@ impl<B: Backend> Embedding<B> {
         Ok(Self {
             table: load(&table)?,
             first_id: rows.start,
+            multiplier: spec.embedding_multiplier,
             lm_head: match &spec.lm_head {
                 LmHeadSpec::Tied => None,
                 LmHeadSpec::Own(linear) => Some(load(linear)?),
@@ -34,10 +36,14 @@ impl<B: Backend> Embedding<B> {
         })
     }
 
-    /// `out[t] = table[input_ids[t]]`, on every rank.
+    /// `out[t] = multiplier * table[input_ids[t]]`, on every rank.
     pub(crate) fn embed(&self, backend: &mut B, out: &mut B::Buffer) -> Result<(), ModelError> {
         backend.embed(self.table.weight(), self.first_id, out)?;
-        Ok(backend.all_reduce(out)?)
+        backend.all_reduce(out)?;
+        if self.multiplier != 1.0 {
+            backend.scale(out, self.multiplier)?;
+        }
+        Ok(())
     }
 }
 
@@ -45,6 +51,8 @@ impl<B: Backend> Embedding<B> {
 pub(crate) struct LmHead<B: Backend> {
     /// Number of logits of each rank.
     widths: Vec<usize>,
+    multiplier: f32,
+    soft_cap: Option<f32>,
     /// This rank's logits; none when it has all.
     local: Option<B::Buffer>,
     /// `[max_rows, vocab_size]`.
@@ -57,9 +65,10 @@ impl<B: Backend> LmHead<B> {
     /// Makes the buffers.
     pub(crate) fn new(
         loader: &Loader<'_, B>,
-        vocab_size: usize,
+        spec: &DecoderSpec,
         max_rows: usize,
     ) -> Result<Self, ModelError> {
+        let vocab_size = spec.vocab_size;
         let widths = (0..loader.world_size)
             .map(|rank| {
                 let rows = split_tiles(vocab_size, "rows of the vocabulary", rank, loader.world_size)?;
@@ -72,10 +81,12 @@ impl<B: Backend> LmHead<B> {
             logits: loader.backend.buffer(max_rows, vocab_size)?,
             bytes: max_rows * (vocab_size + local_width) * size_of::<f32>(),
             widths,
+            multiplier: spec.logits_multiplier,
+            soft_cap: spec.logits_soft_cap,
         })
     }
 
-    /// `logits = x lm_head^T`, on every rank.
+    /// `logits = soft_cap(multiplier * x lm_head^T)`, on every rank.
     pub(crate) fn forward(
         &mut self,
         backend: &mut B,
@@ -89,6 +100,12 @@ impl<B: Backend> LmHead<B> {
                 linear.forward(backend, x, local)?;
                 backend.all_gather(local, &self.widths, &mut self.logits)?;
             }
+        }
+        if self.multiplier != 1.0 {
+            backend.scale(&mut self.logits, self.multiplier)?;
+        }
+        if let Some(cap) = self.soft_cap {
+            backend.soft_cap(&mut self.logits, cap)?;
         }
         Ok(&mut self.logits)
     }

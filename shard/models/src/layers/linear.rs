@@ -29,14 +29,16 @@ impl<B: Backend> Linear<B> {
     ) -> Result<Self, ModelError> {
         let matrices = parts
             .iter()
-            .map(|part| loader.source.matrix(&part.linear.weight, part.rows.clone(), 0..in_features))
+            .map(|part| {
+                loader.source.matrix(&part.linear.weight, part.linear.rows(part.rows.clone()), 0..in_features)
+            })
             .collect::<Result<Vec<_>, _>>()?;
         let weight = loader.backend.linear(&matrices, loader.dtype)?;
         matrices.into_iter().for_each(|matrix| loader.source.recycle(matrix));
         let mut bias = Vec::new();
         for part in parts {
             match &part.linear.bias {
-                Some(name) => bias.extend(loader.source.vector(name, part.rows.clone())?),
+                Some(name) => bias.extend(loader.source.vector(name, part.linear.rows(part.rows.clone()))?),
                 None => bias.extend(std::iter::repeat_n(0.0, part.rows.len())),
             }
         }
@@ -52,11 +54,11 @@ impl<B: Backend> Linear<B> {
         out_features: usize,
         columns: Range<usize>,
     ) -> Result<Self, ModelError> {
-        let matrix = loader.source.matrix(&linear.weight, 0..out_features, columns)?;
+        let matrix = loader.source.matrix(&linear.weight, linear.rows(0..out_features), columns)?;
         let weight = loader.backend.linear(std::slice::from_ref(&matrix), loader.dtype)?;
         loader.source.recycle(matrix);
         let bias = match &linear.bias {
-            Some(name) if loader.rank == 0 => Some(loader.source.vector(name, 0..out_features)?),
+            Some(name) if loader.rank == 0 => Some(loader.source.vector(name, linear.rows(0..out_features))?),
             _ => None,
         };
         Self::new(loader, weight, bias)

@@ -16,7 +16,7 @@ pub(crate) use attention::Attention;
 pub(crate) use embedding::{Embedding, LmHead};
 pub(crate) use mlp::Mlp;
 pub(crate) use norm::Norm;
-pub(crate) use residual::Stream;
+pub(crate) use residual::{Branch, Stream};
 
 use crate::ModelError;
 use crate::weights::WeightSource;

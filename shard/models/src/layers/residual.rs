@@ -2,8 +2,30 @@
 
 use backend::Backend;
 
-use super::Norm;
+use super::{Loader, Norm};
 use crate::ModelError;
+use crate::spec::BranchSpec;
+
+/// What surrounds a mixer or feed-forward.
+pub(crate) struct Branch<B: Backend> {
+    /// Of what goes in.
+    pub(crate) norm: Norm<B>,
+    post_norm: Option<Norm<B>>,
+    multiplier: f32,
+}
+
+impl<B: Backend> Branch<B> {
+    /// Loads the norms, `[width]`.
+    pub(crate) fn load(
+        loader: &mut Loader<'_, B>,
+        spec: &BranchSpec,
+        width: usize,
+    ) -> Result<Self, ModelError> {
+        let norm = Norm::load(loader, &spec.norm, width)?;
+        let post_norm = spec.post_norm.as_ref().map(|norm| Norm::load(loader, norm, width)).transpose()?;
+        Ok(Self { norm, post_norm, multiplier: spec.multiplier })
+    }
+}
 
 /// The stream that layers add to. What a layer adds stays in `delta` until the next norm, which adds and normalises in one
 /// pass over memory.
@@ -49,6 +71,18 @@ impl<B: Backend> Stream<B> {
         // Whoever asks for the norm writes `delta` next.
         self.is_pending = true;
         Ok((&self.normed, &mut self.delta))
+    }
+
+    /// Does to `delta`, once it is written, what the branch does before it is added.
+    pub(crate) fn finish(&mut self, backend: &mut B, branch: &Branch<B>) -> Result<(), ModelError> {
+        if let Some(norm) = &branch.post_norm {
+            norm.forward(backend, &self.delta, &mut self.normed)?;
+            std::mem::swap(&mut self.delta, &mut self.normed);
+        }
+        if branch.multiplier != 1.0 {
+            backend.scale(&mut self.delta, branch.multiplier)?;
+        }
+        Ok(())
     }
 
     /// Takes the tokens `rows` of another stream, which stays as it is.

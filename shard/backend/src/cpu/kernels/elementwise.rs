@@ -49,17 +49,104 @@ fn store<S: Simd>(x: &mut [f32], offset: usize, lanes: usize, v: S::V) {
 pub(super) unsafe fn rms_norm<S: Simd>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     // SAFETY: arithmetic, and loads bounded by `load` and `store`.
     unsafe {
-        let mut squares = S::splat(0.0);
-        vectors!(x.len(), |at, n| {
-            let v = load::<S>(x, at, n);
-            squares = S::fma(v, v, squares);
-        });
-        let factor = S::splat(1.0 / (S::sum(squares) / x.len() as f32 + eps).sqrt());
+        let factor = rms_factor::<S>(x, eps);
         vectors!(x.len(), |at, n| {
             let v = S::mul(load::<S>(x, at, n), factor);
             store::<S>(out, at, n, S::mul(v, load::<S>(weight, at, n)));
         });
     }
+}
+
+/// LayerNorm of one row.
+///
+/// # Safety
+/// The processor has the instruction set.
+#[inline(always)]
+pub(super) unsafe fn layer_norm<S: Simd>(
+    x: &[f32],
+    (weight, bias): (&[f32], &[f32]),
+    eps: f32,
+    out: &mut [f32],
+) {
+    // SAFETY: arithmetic, and loads bounded by `load` and `store`.
+    unsafe {
+        let mut sum = S::splat(0.0);
+        vectors!(x.len(), |at, n| {
+            sum = S::add(sum, load::<S>(x, at, n));
+        });
+        let mean = S::splat(S::sum(sum) / x.len() as f32);
+        // The differences first: the difference of two large sums would lose what matters.
+        vectors!(x.len(), |at, n| {
+            store::<S>(out, at, n, S::sub(load::<S>(x, at, n), mean));
+        });
+        let factor = rms_factor::<S>(out, eps);
+        vectors!(x.len(), |at, n| {
+            let v = S::mul(load::<S>(out, at, n), factor);
+            store::<S>(out, at, n, S::fma(v, load::<S>(weight, at, n), load::<S>(bias, at, n)));
+        });
+    }
+}
+
+/// RMSNorm of one row in place.
+///
+/// # Safety
+/// The processor has the instruction set.
+#[inline(always)]
+pub(super) unsafe fn rms_norm_in_place<S: Simd>(x: &mut [f32], weight: &[f32], eps: f32) {
+    // SAFETY: arithmetic, and loads bounded by `load` and `store`.
+    unsafe {
+        let factor = rms_factor::<S>(x, eps);
+        vectors!(x.len(), |at, n| {
+            let v = S::mul(load::<S>(x, at, n), factor);
+            store::<S>(x, at, n, S::mul(v, load::<S>(weight, at, n)));
+        });
+    }
+}
+
+/// What RMSNorm multiplies a row by, in every lane.
+///
+/// # Safety
+/// The processor has the instruction set.
+#[inline(always)]
+unsafe fn rms_factor<S: Simd>(x: &[f32], eps: f32) -> S::V {
+    // SAFETY: arithmetic, and loads bounded by `load`.
+    unsafe {
+        let mut squares = S::splat(0.0);
+        vectors!(x.len(), |at, n| {
+            let v = load::<S>(x, at, n);
+            squares = S::fma(v, v, squares);
+        });
+        S::splat(1.0 / (S::sum(squares) / x.len() as f32 + eps).sqrt())
+    }
+}
+
+/// `x *= factor`.
+///
+/// # Safety
+/// The processor has the instruction set.
+#[inline(always)]
+pub(super) unsafe fn scale<S: Simd>(x: &mut [f32], factor: f32) {
+    vectors!(x.len(), |at, n| {
+        // SAFETY: arithmetic only.
+        let product = unsafe { S::mul(load::<S>(x, at, n), S::splat(factor)) };
+        store::<S>(x, at, n, product);
+    });
+}
+
+/// `x = cap * tanh(x / cap)`.
+///
+/// # Safety
+/// The processor has the instruction set.
+#[inline(always)]
+pub(super) unsafe fn soft_cap<S: Simd>(x: &mut [f32], cap: f32) {
+    vectors!(x.len(), |at, n| {
+        // SAFETY: arithmetic only.
+        let capped = unsafe {
+            let cap = S::splat(cap);
+            S::mul(tanh::<S>(S::div(load::<S>(x, at, n), cap)), cap)
+        };
+        store::<S>(x, at, n, capped);
+    });
 }
 
 /// `x += y`.

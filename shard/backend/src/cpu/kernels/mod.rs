@@ -35,6 +35,9 @@ pub(super) struct TypedKernels {
     pub(super) attention: unsafe fn(AttentionArgs<'_>),
 }
 
+/// Of a row, its weight and bias, the epsilon, and the result.
+type LayerNorm = unsafe fn(&[f32], (&[f32], &[f32]), f32, &mut [f32]);
+
 /// All kernels of one instruction set.
 pub(super) struct Kernels {
     /// Largest tile of tokens or query rows.
@@ -44,6 +47,14 @@ pub(super) struct Kernels {
     bf16: TypedKernels,
     /// `out = rms_norm(x) * weight`.
     pub(super) rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
+    /// `out = layer_norm(x) * weight + bias`.
+    pub(super) layer_norm: LayerNorm,
+    /// `x = rms_norm(x) * weight`.
+    pub(super) rms_norm_in_place: unsafe fn(&mut [f32], &[f32], f32),
+    /// `x *= factor`.
+    pub(super) scale: unsafe fn(&mut [f32], f32),
+    /// `x = cap * tanh(x / cap)`.
+    pub(super) soft_cap: unsafe fn(&mut [f32], f32),
     /// `x += y`.
     pub(super) add: unsafe fn(&mut [f32], &[f32]),
     /// `out = activation(gate) * up`.
@@ -96,6 +107,14 @@ macro_rules! kernels {
             kernels!(@fn fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
                 elementwise::rms_norm::<S>(x, weight, eps, out)
             } $(, $feature)?);
+            kernels!(@fn fn layer_norm(x: &[f32], affine: (&[f32], &[f32]), eps: f32, out: &mut [f32]) {
+                elementwise::layer_norm::<S>(x, affine, eps, out)
+            } $(, $feature)?);
+            kernels!(@fn fn rms_norm_in_place(x: &mut [f32], weight: &[f32], eps: f32) {
+                elementwise::rms_norm_in_place::<S>(x, weight, eps)
+            } $(, $feature)?);
+            kernels!(@fn fn scale(x: &mut [f32], factor: f32) { elementwise::scale::<S>(x, factor) } $(, $feature)?);
+            kernels!(@fn fn soft_cap(x: &mut [f32], cap: f32) { elementwise::soft_cap::<S>(x, cap) } $(, $feature)?);
             kernels!(@fn fn add(x: &mut [f32], y: &[f32]) { elementwise::add::<S>(x, y) } $(, $feature)?);
             kernels!(@fn fn gated(gate_up: &[f32], activation: Activation, out: &mut [f32]) {
                 // A match on the outside leaves no branch in the loops.
@@ -115,6 +134,10 @@ macro_rules! kernels {
                 f16: typed_f16::KERNELS,
                 bf16: typed_bf16::KERNELS,
                 rms_norm,
+                layer_norm,
+                rms_norm_in_place,
+                scale,
+                soft_cap,
                 add,
                 gated,
                 maximum,
