@@ -111,7 +111,7 @@ pub struct DeviceArgs {
     #[arg(long, env)]
     pub num_shard: Option<usize>,
 
-    /// Share of each device's memory to use, above 0 and up to 1. Of no effect on the CPU.
+    /// Share of each device's memory to use, above 0 and up to 1. On the CPU it scales the KV cache, which takes half of the free memory at 1.0
     #[arg(long, env, default_value = "1.0")]
     pub cuda_memory_fraction: f32,
 

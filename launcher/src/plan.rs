@@ -198,7 +198,6 @@ fn notices(args: &Args, devices: &Devices, num_shard: usize, prefill_tokens: u32
         "--disable-custom-kernels changes nothing: there are no other kernels to fall back to",
     );
     if devices.device == Device::Cpu {
-        say(args.devices.cuda_memory_fraction < 1.0, "--cuda-memory-fraction changes nothing on the CPU");
         say(args.devices.cuda_graphs.is_some(), "--cuda-graphs changes nothing on the CPU");
     }
     say(

@@ -170,8 +170,32 @@ fn refuse_unsupported(args: &Args) -> impl Iterator<Item = String> {
     .map(|(flag, _)| format!("{flag} is set, but this version does not support it: leave it unset"))
 }
 
+/// What `--prometheus-port` is when nobody asks for another; launchers always pass it on.
+const DEFAULT_PROMETHEUS_PORT: u16 = 9000;
+/// What `--max-image-fetch-size` is when nobody asks for another.
+const DEFAULT_MAX_IMAGE_FETCH_SIZE: usize = 1 << 30;
+
+/// What the flags that change nothing here get instead of silence, one line each.
 fn notes(args: &Args) -> Vec<String> {
     let mut notes = Vec::new();
+    if args.prometheus_port != DEFAULT_PROMETHEUS_PORT {
+        notes.push(format!(
+            "--prometheus-port {} is accepted, but nothing listens there: /metrics is on the main port, {}",
+            args.prometheus_port, args.port
+        ));
+    }
+    if args.max_image_fetch_size != DEFAULT_MAX_IMAGE_FETCH_SIZE {
+        notes.push(
+            "--max-image-fetch-size is accepted, but no image is ever fetched: models are text only"
+                .to_string(),
+        );
+    }
+    if args.disable_grammar_support {
+        notes.push(
+            "--disable-grammar-support is accepted; requests with a grammar are refused without it too"
+                .to_string(),
+        );
+    }
     if args.trust_remote_code {
         notes.push("--trust-remote-code is accepted, but no code that comes with a model is run".to_string());
     }
@@ -286,6 +310,20 @@ mod tests {
     use clap::Parser;
 
     use super::*;
+
+    #[test]
+    fn flags_that_change_nothing_are_answered_and_their_defaults_are_not() {
+        let about = |arguments: &[&str], flag: &str| {
+            let config = config(arguments).unwrap();
+            config.notes.iter().filter(|note| note.starts_with(flag)).count()
+        };
+        assert_eq!(about(&["--prometheus-port", "9001"], "--prometheus-port 9001"), 1);
+        assert_eq!(about(&["--prometheus-port", "9000"], "--prometheus-port"), 0);
+        assert_eq!(about(&["--max-image-fetch-size", "5"], "--max-image-fetch-size"), 1);
+        assert_eq!(about(&[], "--max-image-fetch-size"), 0);
+        assert_eq!(about(&["--disable-grammar-support"], "--disable-grammar-support"), 1);
+        assert_eq!(about(&[], "--disable-grammar-support"), 0);
+    }
 
     fn config(arguments: &[&str]) -> Result<RouterConfig, Vec<String>> {
         RouterConfig::from_args(Args::parse_from([&["router"], arguments].concat()))
