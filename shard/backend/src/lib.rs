@@ -12,6 +12,7 @@ mod dtype;
 mod error;
 mod host_matrix;
 mod kv_layout;
+mod quantized_matrix;
 pub mod sampling;
 mod step_input;
 
@@ -20,4 +21,5 @@ pub use dtype::DType;
 pub use error::BackendError;
 pub use host_matrix::HostMatrix;
 pub use kv_layout::KvLayout;
+pub use quantized_matrix::QuantizedMatrix;
 pub use step_input::StepInput;
