@@ -16,7 +16,9 @@ mod quantized_matrix;
 pub mod sampling;
 mod step_input;
 
-pub use backend::{Activation, AttentionShape, Backend, DeviceInfo, MemoryInfo, RopeFrequencies, RopeStyle};
+pub use backend::{
+    Activation, Alibi, AttentionShape, Backend, DeviceInfo, MemoryInfo, RopeFrequencies, RopeStyle, SplitNorm,
+};
 pub use dtype::DType;
 pub use error::BackendError;
 pub use host_matrix::HostMatrix;
