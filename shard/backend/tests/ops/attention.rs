@@ -123,6 +123,7 @@ fn agrees<B: Backend>(backend: &mut B) {
         scale: 0.125,
         window: None,
         soft_cap: None,
+        alibi: None,
     };
     for (shape, dtype) in [
         (base, DType::F32),
@@ -187,6 +188,7 @@ fn rounding_of_the_cache_stays_within_its_tolerance() {
         scale: 0.125,
         window: None,
         soft_cap: None,
+        alibi: None,
     };
     let (found, blocks) = sequences(&mut random, &[200], shape.qkv_width());
     for dtype in [DType::F16, DType::BF16] {
@@ -218,6 +220,7 @@ fn refuses<B: Backend>(backend: &mut B) {
         scale: 1.0,
         window: None,
         soft_cap: None,
+        alibi: None,
     };
     let layout =
         KvLayout { num_layers: 1, num_kv_heads: 1, head_dim: 16, block_size: BLOCK_SIZE, dtype: DType::F32 };
