@@ -40,6 +40,7 @@ fn step_of(parts: &[(&Sequence, usize, usize)]) -> StepInput {
         }
         step.cu_seqlens_q.push(step.input_ids.len() as u32);
         step.context_lens.push(end as u32);
+        step.prompt_lens.push(end as u32);
         let used = end.div_ceil(BLOCK_SIZE);
         step.block_tables.extend(&sequence.blocks[..used]);
         // What is past the context is never read: an impossible block shows that.
@@ -122,6 +123,7 @@ fn agrees<B: Backend>(backend: &mut B) {
         scale: 0.125,
         window: None,
         soft_cap: None,
+        alibi: None,
     };
     for (shape, dtype) in [
         (base, DType::F32),
@@ -186,6 +188,7 @@ fn rounding_of_the_cache_stays_within_its_tolerance() {
         scale: 0.125,
         window: None,
         soft_cap: None,
+        alibi: None,
     };
     let (found, blocks) = sequences(&mut random, &[200], shape.qkv_width());
     for dtype in [DType::F16, DType::BF16] {
@@ -217,6 +220,7 @@ fn refuses<B: Backend>(backend: &mut B) {
         scale: 1.0,
         window: None,
         soft_cap: None,
+        alibi: None,
     };
     let layout =
         KvLayout { num_layers: 1, num_kv_heads: 1, head_dim: 16, block_size: BLOCK_SIZE, dtype: DType::F32 };
@@ -239,6 +243,9 @@ fn refuses<B: Backend>(backend: &mut B) {
     step.context_lens = vec![0];
     assert!(backend.begin_step(&step).unwrap_err().to_string().contains("context of 0"));
     step.context_lens = vec![1];
+    step.prompt_lens.push(1);
+    assert!(backend.begin_step(&step).unwrap_err().to_string().contains("prompt_lens has 2 elements"));
+    step.prompt_lens.pop();
     step.position_ids.clear();
     assert!(backend.begin_step(&step).unwrap_err().to_string().contains("position_ids has 0 elements"));
 }
