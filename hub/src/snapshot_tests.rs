@@ -3,6 +3,7 @@
 use tempfile::TempDir;
 
 use super::*;
+use crate::weight_choice::SAFETENSORS_INDEX;
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
