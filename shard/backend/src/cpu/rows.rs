@@ -23,12 +23,13 @@ pub(super) fn for_rows(
     }
 }
 
+/// What is done to a row: its index and its elements.
+type RowTask<'a> = dyn Fn(usize, &mut [f32]) + Sync + 'a;
+/// What is done to a row of two buffers.
+type TwoRowsTask<'a> = dyn Fn(usize, &mut [f32], &mut [f32]) + Sync + 'a;
+
 /// Calls `task` with each row's index and elements.
-pub(super) fn for_each_row(
-    threads: &mut Threads,
-    x: &mut CpuBuffer,
-    task: &(dyn Fn(usize, &mut [f32]) + Sync),
-) {
+pub(super) fn for_each_row(threads: &mut Threads, x: &mut CpuBuffer, task: &RowTask<'_>) {
     let (num_rows, width) = (x.rows(), x.width());
     let all = SharedMut::new(x.as_mut_slice());
     for_rows(threads, num_rows, width, &|rows| {
@@ -43,7 +44,7 @@ pub(super) fn for_each_row(
 pub(super) fn for_each_row_of_two(
     threads: &mut Threads,
     (x, y): (&mut CpuBuffer, &mut CpuBuffer),
-    task: &(dyn Fn(usize, &mut [f32], &mut [f32]) + Sync),
+    task: &TwoRowsTask<'_>,
 ) {
     assert_eq!(x.rows(), y.rows(), "two buffers of different numbers of rows");
     let width = y.width();

@@ -187,7 +187,7 @@ fn phi3_fuses_projections_and_turns_a_part_of_each_head() {
     let found = spec(phi3(json!({"partial_rotary_factor": 0.75, "sliding_window": 16})));
     let layer = attention(&found, 1);
     assert_eq!(layer.v_proj.weight, "model.layers.1.self_attn.qkv_proj.weight");
-    assert_eq!(layer.v_proj.row_runs(0..32), [96..128]);
+    assert_eq!(layer.v_proj.row_runs(0..32), std::slice::from_ref(&(96..128)));
     assert_eq!(layer.rope.as_ref().unwrap().inv_freq.len(), 6);
     assert_eq!(windows(&found), [Some(16), Some(16)]);
     assert_eq!(windows(&spec(phi3(json!({})))), [None, None]);

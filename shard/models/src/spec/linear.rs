@@ -122,8 +122,8 @@ mod tests {
     #[test]
     fn outputs_are_found_in_fused_tensors() {
         let [q, k, _] = LinearSpec::fused("qkv", false, [8, 4, 4]);
-        assert_eq!(q.row_runs(2..6), [2..6]);
-        assert_eq!(k.row_runs(0..4), [8..12]);
+        assert_eq!(q.row_runs(2..6), std::slice::from_ref(&(2..6)));
+        assert_eq!(k.row_runs(0..4), std::slice::from_ref(&(8..12)));
         assert_eq!(k.tensor_shape(4, 7), [16, 7]);
     }
 
