@@ -5,6 +5,7 @@
 //! metadata is translated into the spelling of the former.
 
 mod args;
+mod bpe_json;
 mod config;
 mod download;
 mod download_plan;
