@@ -112,18 +112,27 @@ fn scalings_that_come_later_are_named() {
 
 #[test]
 fn relatives_do_not_run_as_llama() {
-    for (architecture, model_type) in
-        [("LlamaForCausalLM", "mistral"), ("MistralForCausalLM", "llama"), ("BloomForCausalLM", "bloom")]
-    {
-        let error = refusal(json!({"architectures": [architecture], "model_type": model_type}));
-        let found = format!(
-            "config.json: found architectures [{architecture:?}] and model_type {model_type:?}, supported are \
-             GemmaForCausalLM (gemma), "
+    let refusal = |architecture: &str, model_type: &str| {
+        refusal(json!({"architectures": [architecture], "model_type": model_type}))
+    };
+    for (architecture, model_type, expected) in [
+        ("LlamaForCausalLM", "mistral", "MistralForCausalLM"),
+        ("MistralForCausalLM", "llama", "LlamaForCausalLM"),
+    ] {
+        assert_eq!(
+            refusal(architecture, model_type),
+            format!(
+                "config.json: model_type {model_type:?} with architectures [{architecture:?}], expected {expected}: \
+                 choose another model with --model-id"
+            )
         );
-        assert!(error.starts_with(&found), "{error}");
-        assert!(error.contains(", LlamaForCausalLM (llama), MistralForCausalLM (mistral), "), "{error}");
-        assert!(error.ends_with("; choose another model with --model-id"), "{error}");
     }
+    let error = refusal("NoSuchForCausalLM", "nosuch");
+    assert!(
+        error.contains("model_type \"nosuch\" with architectures [\"NoSuchForCausalLM\"] is not supported"),
+        "{error}"
+    );
+    assert!(error.contains(", gemma2, gemma3_text, "), "{error}");
     assert!(decoder_spec(&ModelConfig::default()).is_err());
 }
 
