@@ -10,6 +10,8 @@
 mod arena;
 mod attention;
 mod buffer;
+mod experts;
+mod heads;
 mod isa;
 mod kernels;
 mod kv_cache;
@@ -18,6 +20,7 @@ mod matmul;
 mod memory;
 mod operations;
 mod rope;
+mod router;
 mod sampling;
 mod step_check;
 mod threads;
@@ -26,6 +29,7 @@ use std::cell::{Cell, RefCell};
 use std::fs;
 
 pub use buffer::CpuBuffer;
+pub use experts::CpuExperts;
 pub use isa::Isa;
 pub use kv_cache::CpuKvCache;
 pub use linear::PackedLinear;
@@ -64,6 +68,8 @@ pub struct CpuBackend {
     rope_tables: Vec<rope::RopeTable>,
     workspace: matmul::Workspace,
     attention_plan: attention::AttentionPlan,
+    expert_plan: experts::ExpertPlan,
+    head_plan: heads::HeadPlan,
     samplers: Vec<sampling::Sampler>,
 }
 
@@ -95,6 +101,8 @@ impl CpuBackend {
             rope_tables: Vec::new(),
             workspace: matmul::Workspace::new()?,
             attention_plan: attention::AttentionPlan::default(),
+            expert_plan: experts::ExpertPlan::default(),
+            head_plan: heads::HeadPlan::default(),
             samplers: (0..options.threads).map(|_| sampling::Sampler::new(kernels)).collect(),
         })
     }

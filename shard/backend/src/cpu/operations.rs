@@ -4,12 +4,13 @@ use std::ops::Range;
 
 use super::threads::{SharedMut, Threads, part};
 use super::{
-    CpuBackend, CpuBuffer, CpuKvCache, CpuRope, CpuVector, PackedLinear, matmul, memory, rope, step_check,
+    CpuBackend, CpuBuffer, CpuExperts, CpuKvCache, CpuRope, CpuVector, PackedLinear, heads, matmul, memory,
+    rope, step_check,
 };
 use crate::sampling::{Sampled, SamplingRow};
 use crate::{
-    Activation, AttentionShape, Backend, BackendError, DType, DeviceInfo, HostMatrix, KvLayout, MemoryInfo,
-    RopeFrequencies, StepInput,
+    Activation, AttentionShape, Backend, BackendError, DType, DeviceInfo, HeadColumns, HostMatrix, KvLayout,
+    MemoryInfo, RopeFrequencies, Routing, StepInput,
 };
 
 /// Elements below which one thread alone is quicker than waking the others: about a microsecond's work.
@@ -29,6 +30,7 @@ impl Backend for CpuBackend {
     type Buffer = CpuBuffer;
     type Linear = PackedLinear;
     type Vector = CpuVector;
+    type Experts = CpuExperts;
     type Rope = CpuRope;
     type KvCache = CpuKvCache;
 
@@ -60,6 +62,14 @@ impl Backend for CpuBackend {
     fn linear(&self, parts: &[HostMatrix<'_>], dtype: DType) -> Result<PackedLinear, BackendError> {
         let tools = (&mut *self.threads.borrow_mut(), &mut *self.arena.borrow_mut());
         PackedLinear::pack(parts, dtype, self.kernels.typed(dtype), tools)
+    }
+
+    fn experts(
+        &self,
+        projections: Vec<(PackedLinear, PackedLinear)>,
+        activation: Activation,
+    ) -> Result<CpuExperts, BackendError> {
+        CpuExperts::new(projections, activation)
     }
 
     fn vector(&self, values: Vec<f32>) -> Result<CpuVector, BackendError> {
@@ -365,6 +375,40 @@ impl Backend for CpuBackend {
                 unsafe { kernel(inputs, activation, results.slice(row * width..(row + 1) * width)) };
             }
         });
+        Ok(())
+    }
+
+    fn mixture_of_experts(
+        &mut self,
+        x: &CpuBuffer,
+        router_logits: &CpuBuffer,
+        (routing, correction): (&Routing, Option<&CpuVector>),
+        experts: &CpuExperts,
+        out: &mut CpuBuffer,
+    ) -> Result<(), BackendError> {
+        let tools = (self.kernels, self.threads.get_mut());
+        let routing = (routing, correction.map(|correction| correction.0.as_slice()));
+        self.expert_plan.run(tools, (x, router_logits), routing, experts, out);
+        Ok(())
+    }
+
+    fn matmul_heads(
+        &mut self,
+        x: (&CpuBuffer, HeadColumns),
+        weights: &[PackedLinear],
+        out: (&mut CpuBuffer, HeadColumns),
+    ) -> Result<(), BackendError> {
+        self.head_plan.matmul((self.kernels, self.threads.get_mut()), x, weights, out);
+        Ok(())
+    }
+
+    fn copy_heads(
+        &mut self,
+        x: (&CpuBuffer, HeadColumns),
+        num_heads: usize,
+        out: (&mut CpuBuffer, HeadColumns),
+    ) -> Result<(), BackendError> {
+        heads::copy(x, num_heads, out);
         Ok(())
     }
 

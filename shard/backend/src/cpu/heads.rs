@@ -1,0 +1,136 @@
+//! What works on heads in strided columns: a matrix for each of them, and copies.
+
+use super::buffer::CpuBuffer;
+use super::experts::{grow, row_elements};
+use super::kernels::{Kernels, LANES, MatmulArgs, PackArgs, padded_tile};
+use super::linear::PackedLinear;
+use super::threads::{SharedMut, Threads, part};
+use crate::HeadColumns;
+
+/// Memory of the threads, kept from one operation to the next.
+#[derive(Debug, Default)]
+pub(super) struct HeadPlan {
+    packed: Vec<u32>,
+    scratch: Vec<f32>,
+}
+
+impl HeadPlan {
+    /// `out[h] = x[h] weights[h]^T`. A thread takes a tile of rows of a head, or of few rows a part of the outputs too.
+    pub(super) fn matmul(
+        &mut self,
+        (kernels, threads): (&Kernels, &mut Threads),
+        (x, from): (&CpuBuffer, HeadColumns),
+        weights: &[PackedLinear],
+        (out, to): (&mut CpuBuffer, HeadColumns),
+    ) {
+        check(from, weights.len(), x);
+        check(to, weights.len(), out);
+        let Some(first) = weights.first() else { return };
+        assert!(
+            weights.iter().all(|weight| {
+                (weight.in_features, weight.out_features, weight.dtype) == (from.width, to.width, first.dtype)
+            }),
+            "heads of width {} from heads of width {} by weights such as {} x {}",
+            to.width,
+            from.width,
+            first.out_features,
+            first.in_features
+        );
+        let rows = x.rows();
+        out.resize(rows);
+        let max_tile = kernels.max_tile;
+        let tiles = rows.div_ceil(max_tile);
+        let panels = to.width.div_ceil(LANES);
+        let count = threads.count();
+        // Four pieces of work for each thread even out how long they take.
+        let parts = (4 * count).div_ceil((weights.len() * tiles).max(1)).clamp(1, panels);
+        let packed_len = max_tile * row_elements(kernels, first);
+        let scratch_len = max_tile * from.width.max(panels * LANES);
+        grow(&mut self.packed, count * packed_len);
+        grow(&mut self.scratch, count * scratch_len);
+        let packed = SharedMut::new(&mut self.packed);
+        let scratch = SharedMut::new(&mut self.scratch);
+        let (x_width, out_width) = (x.width(), out.width());
+        let results = SharedMut::new(out.as_mut_slice());
+        let typed = kernels.typed(first.dtype);
+        let task = |index: usize| {
+            // SAFETY: each thread has its part.
+            let (packed, scratch) = unsafe {
+                (
+                    packed.slice(index * packed_len..(index + 1) * packed_len),
+                    scratch.slice(index * scratch_len..(index + 1) * scratch_len),
+                )
+            };
+            for piece in part(weights.len() * tiles * parts, index, count) {
+                let (head, tile, piece) = (piece / (tiles * parts), piece / parts % tiles, piece % parts);
+                let weight = &weights[head];
+                let tile = tile * max_tile..rows.min((tile + 1) * max_tile);
+                let own = part(panels, piece, parts);
+                let columns = own.start * LANES..(own.end * LANES).min(to.width);
+                let first = from.first + head * from.stride;
+                for (row, gathered) in tile.clone().zip(scratch.chunks_exact_mut(from.width)) {
+                    gathered.copy_from_slice(&x.as_slice()[row * x_width + first..][..from.width]);
+                }
+                let skipped = own.start * weight.steps * typed.step_bytes;
+                // SAFETY: the processor has the instruction set; scratch and packed rows are this thread's and large
+                // enough for a tile.
+                unsafe {
+                    (typed.pack)(PackArgs {
+                        x: &scratch[..tile.len() * from.width],
+                        width: from.width,
+                        rows: tile.len(),
+                        out: &mut packed[..padded_tile(tile.len()) * row_elements(kernels, weight)],
+                    });
+                    (typed.matmul)(&MatmulArgs {
+                        weights: weight.memory.as_slice::<u8>()[skipped..].as_ptr(),
+                        panels: 0..own.len(),
+                        steps: weight.steps,
+                        x: packed.as_ptr(),
+                        rows: tile.len(),
+                        out: scratch.as_mut_ptr(),
+                        out_width: columns.len(),
+                        bias: None,
+                    });
+                }
+                let first = to.first + head * to.stride + columns.start;
+                for (row, products) in tile.zip(scratch.chunks_exact(columns.len())) {
+                    let start = row * out_width + first;
+                    // SAFETY: these columns of these rows are this piece's.
+                    unsafe { results.slice(start..start + columns.len()) }.copy_from_slice(products);
+                }
+            }
+        };
+        threads.run(&task);
+    }
+}
+
+/// Copies heads from some columns to others.
+pub(super) fn copy(
+    (x, from): (&CpuBuffer, HeadColumns),
+    num_heads: usize,
+    (out, to): (&mut CpuBuffer, HeadColumns),
+) {
+    check(from, num_heads, x);
+    check(to, num_heads, out);
+    assert_eq!(from.width, to.width, "heads copied into columns of another width");
+    out.resize(x.rows());
+    let (x_width, out_width) = (x.width(), out.width());
+    let rows = x.as_slice().chunks_exact(x_width).zip(out.as_mut_slice().chunks_exact_mut(out_width));
+    for (x, out) in rows {
+        for head in 0..num_heads {
+            let (source, target) = (from.first + head * from.stride, to.first + head * to.stride);
+            out[target..target + to.width].copy_from_slice(&x[source..source + from.width]);
+        }
+    }
+}
+
+/// That the heads lie within the buffer and do not overlap.
+fn check(columns: HeadColumns, num_heads: usize, buffer: &CpuBuffer) {
+    let HeadColumns { first, stride, width } = columns;
+    let end = first + num_heads.saturating_sub(1) * stride + width;
+    assert!(
+        end <= buffer.width() && (stride >= width || num_heads <= 1),
+        "{num_heads} heads in the columns {columns:?} of {}",
+        buffer.width()
+    );
+}
