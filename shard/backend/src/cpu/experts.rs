@@ -8,8 +8,9 @@
 use std::ops::Range;
 
 use super::buffer::CpuBuffer;
-use super::kernels::{Kernels, LANES, MatmulArgs, PackArgs, padded_tile};
+use super::kernels::{Kernels, LANES};
 use super::linear::PackedLinear;
+use super::linear_kernels::{LinearKernels, grow};
 use super::router::{Choice, Router};
 use super::threads::{SharedMut, Threads, part};
 use crate::{Activation, BackendError, Routing};
@@ -79,14 +80,15 @@ struct Run {
     expert: usize,
     /// Its slots.
     slots: Range<usize>,
-    /// Rows of packed activations before its own.
-    packed: usize,
+    /// Packed rows before its own, of the inputs of the projections in and out.
+    packed: [usize; 2],
 }
 
-/// Rows of a run that are packed together.
+/// Rows of an expert that are packed together.
 #[derive(Debug)]
 struct Tile {
     slots: Range<usize>,
+    /// Packed rows before its own.
     packed: usize,
 }
 
@@ -97,7 +99,8 @@ pub(super) struct ExpertPlan {
     /// By expert, then by row.
     slots: Vec<Slot>,
     runs: Vec<Run>,
-    tiles: Vec<Tile>,
+    /// Of the inputs of the projections in and out.
+    tiles: [Vec<Tile>; 2],
     /// For each expert the next free slot.
     next: Vec<usize>,
     /// Inputs of the projections in and out.
@@ -121,30 +124,19 @@ impl ExpertPlan {
         out: &mut CpuBuffer,
     ) {
         let (rows, width) = (x.rows(), x.width());
-        let (gate_up, down) = (&experts.gate_up[0], &experts.down[0]);
-        assert!(
-            width == gate_up.in_features && out.width() == width && router_logits.width() == experts.len(),
-            "{} experts of width {} between buffers of width {width} and {}, with {} router logits",
-            experts.len(),
-            gate_up.in_features,
-            out.width(),
-            router_logits.width()
-        );
-        assert!(
-            router_logits.rows() == rows && correction.is_none_or(|bias| bias.len() == experts.len()),
-            "{rows} rows, router logits of {}",
-            router_logits.rows()
-        );
-        assert_eq!(routing.problem(experts.len()), None);
+        check((x, router_logits), (routing, correction), experts, out);
         self.route(threads, router_logits, routing, correction);
-        self.cut(experts.len(), routing.num_chosen, kernels.max_tile);
-        out.resize(rows);
-        let packed_rows = self.tiles.last().map_or(0, |tile| tile.packed + padded_tile(tile.slots.len()));
-        for (packed, linear) in self.packed.iter_mut().zip([gate_up, down]) {
-            grow(packed, packed_rows * row_elements(kernels, linear));
+        self.sort(experts.len(), routing.num_chosen);
+        let [gate_up, down] =
+            [&experts.gate_up[0], &experts.down[0]].map(|one| LinearKernels::of(kernels, one));
+        for (side, linear) in [gate_up, down].into_iter().enumerate() {
+            let packed_rows = self.cut(side, linear);
+            grow(&mut self.packed[side], packed_rows * linear.row_elements());
         }
-        grow(&mut self.gate_up, self.slots.len() * gate_up.out_features);
-        let scratch_len = (kernels.max_tile * width.max(down.in_features)).max(PRODUCTS).max(rows * LANES);
+        out.resize(rows);
+        grow(&mut self.gate_up, self.slots.len() * gate_up.out_features());
+        let tile_len = (gate_up.max_tile * width).max(down.max_tile * down.in_features());
+        let scratch_len = tile_len.max(PRODUCTS).max(rows * LANES);
         grow(&mut self.scratch, threads.count() * scratch_len);
         let [packed_x, activated] = &mut self.packed;
         let pass = Pass {
@@ -153,7 +145,6 @@ impl ExpertPlan {
             x: x.as_slice(),
             slots: &self.slots,
             runs: &self.runs,
-            tiles: &self.tiles,
             packed_x: SharedMut::new(packed_x),
             gate_up: SharedMut::new(&mut self.gate_up),
             activated: SharedMut::new(activated),
@@ -161,15 +152,16 @@ impl ExpertPlan {
             rows,
         };
         let scratch = SharedMut::new(&mut self.scratch);
+        let [tiles_in, tiles_out] = &self.tiles;
         let (barrier, count) = (threads.barrier(), threads.count());
         threads.run(&|index| {
             // SAFETY: each thread has its part. What a thread reads below was written before a barrier.
             let scratch = unsafe { scratch.slice(index * scratch_len..(index + 1) * scratch_len) };
-            pass.pack(part(pass.tiles.len(), index, count), scratch);
+            pass.pack(&tiles_in[part(tiles_in.len(), index, count)], scratch);
             barrier.wait();
             pass.project_in(index, count);
             barrier.wait();
-            pass.activate(part(pass.tiles.len(), index, count), scratch);
+            pass.activate(&tiles_out[part(tiles_out.len(), index, count)], scratch);
             barrier.wait();
             pass.project_out(part(width.div_ceil(LANES), index, count), scratch);
         });
@@ -185,7 +177,7 @@ impl ExpertPlan {
         let (rows, num_experts, num_chosen) = (logits.rows(), logits.width(), routing.num_chosen);
         self.choices.clear();
         self.choices.resize(rows * num_chosen, Choice::default());
-        // A token's choice takes about a microsecond for a hundred experts, less than waking the threads.
+        // A token's choice among a hundred experts takes about a microsecond, as long as waking the threads.
         let count = if rows < 8 { 1 } else { threads.count() };
         self.routers.resize_with(count.max(self.routers.len()), Router::default);
         let routers = SharedMut::new(&mut self.routers);
@@ -203,39 +195,69 @@ impl ExpertPlan {
         if count == 1 { task(0) } else { threads.run(&task) }
     }
 
-    /// Sorts what was chosen by expert and cuts it into tiles.
-    fn cut(&mut self, num_experts: usize, num_chosen: usize, max_tile: usize) {
+    /// Sorts what was chosen by expert.
+    fn sort(&mut self, num_experts: usize, num_chosen: usize) {
         self.next.clear();
-        self.next.resize(num_experts + 1, 0);
-        for choice in &self.choices {
-            self.next[choice.expert + 1] += 1;
-        }
+        self.next.resize(num_experts, 0);
+        self.choices.iter().for_each(|choice| self.next[choice.expert] += 1);
         self.runs.clear();
-        self.tiles.clear();
-        let mut packed = 0;
-        for expert in 0..num_experts {
-            let first = self.next[expert];
-            let slots = first..first + self.next[expert + 1];
-            self.next[expert + 1] = slots.end;
-            if slots.is_empty() {
-                continue;
-            }
-            self.runs.push(Run { expert, slots: slots.clone(), packed });
-            for start in slots.clone().step_by(max_tile) {
-                let slots = start..slots.end.min(start + max_tile);
-                let padded = padded_tile(slots.len());
-                self.tiles.push(Tile { slots, packed });
-                packed += padded;
+        let mut first = 0;
+        for (expert, next) in self.next.iter_mut().enumerate() {
+            let slots = first..first + std::mem::replace(next, first);
+            first = slots.end;
+            if !slots.is_empty() {
+                self.runs.push(Run { expert, slots, packed: [0; 2] });
             }
         }
         self.slots.clear();
         self.slots.resize(self.choices.len(), Slot::default());
         for (index, choice) in self.choices.iter().enumerate() {
-            let slot = &mut self.next[choice.expert];
-            self.slots[*slot] = Slot { row: index / num_chosen, weight: choice.weight };
-            *slot += 1;
+            let next = &mut self.next[choice.expert];
+            self.slots[*next] = Slot { row: index / num_chosen, weight: choice.weight };
+            *next += 1;
         }
     }
+
+    /// Cuts the inputs of one side's projections into tiles; how many rows they take once they are packed.
+    fn cut(&mut self, side: usize, linear: LinearKernels<'_>) -> usize {
+        let tiles = &mut self.tiles[side];
+        tiles.clear();
+        let mut packed = 0;
+        for run in &mut self.runs {
+            run.packed[side] = packed;
+            for start in run.slots.clone().step_by(linear.max_tile) {
+                let slots = start..run.slots.end.min(start + linear.max_tile);
+                let padded = linear.padded(slots.len());
+                tiles.push(Tile { slots, packed });
+                packed += padded;
+            }
+        }
+        packed
+    }
+}
+
+/// That shapes fit one another.
+fn check(
+    (x, router_logits): (&CpuBuffer, &CpuBuffer),
+    (routing, correction): (&Routing, Option<&[f32]>),
+    experts: &CpuExperts,
+    out: &CpuBuffer,
+) {
+    let (count, width) = (experts.len(), experts.gate_up[0].in_features);
+    assert!(
+        x.width() == width && out.width() == width && router_logits.width() == count,
+        "{count} experts of width {width} between buffers of width {} and {}, with {} router logits",
+        x.width(),
+        out.width(),
+        router_logits.width()
+    );
+    assert!(
+        router_logits.rows() == x.rows() && correction.is_none_or(|bias| bias.len() == count),
+        "{} rows, router logits of {}",
+        x.rows(),
+        router_logits.rows()
+    );
+    assert_eq!(routing.problem(count), None);
 }
 
 /// What all threads of one operation see.
@@ -245,7 +267,6 @@ struct Pass<'a> {
     x: &'a [f32],
     slots: &'a [Slot],
     runs: &'a [Run],
-    tiles: &'a [Tile],
     packed_x: SharedMut<u32>,
     gate_up: SharedMut<f32>,
     activated: SharedMut<u32>,
@@ -253,24 +274,32 @@ struct Pass<'a> {
     rows: usize,
 }
 
-impl Pass<'_> {
+impl<'a> Pass<'a> {
+    fn gate_up(&self, expert: usize) -> LinearKernels<'a> {
+        LinearKernels::of(self.kernels, &self.experts.gate_up[expert])
+    }
+
+    fn down(&self, expert: usize) -> LinearKernels<'a> {
+        LinearKernels::of(self.kernels, &self.experts.down[expert])
+    }
+
     /// Packs the inputs of some tiles.
-    fn pack(&self, tiles: Range<usize>, scratch: &mut [f32]) {
-        let linear = &self.experts.gate_up[0];
-        let width = linear.in_features;
-        for tile in &self.tiles[tiles] {
+    fn pack(&self, tiles: &[Tile], scratch: &mut [f32]) {
+        let linear = self.gate_up(0);
+        let width = linear.in_features();
+        for tile in tiles {
             for (gathered, slot) in scratch.chunks_exact_mut(width).zip(&self.slots[tile.slots.clone()]) {
                 gathered.copy_from_slice(&self.x[slot.row * width..(slot.row + 1) * width]);
             }
-            self.pack_tile(linear, tile, scratch, self.packed_x);
+            pack_tile(linear, tile, scratch, self.packed_x);
         }
     }
 
     /// Gates the results of some tiles and packs them.
-    fn activate(&self, tiles: Range<usize>, scratch: &mut [f32]) {
-        let linear = &self.experts.down[0];
-        let width = linear.in_features;
-        for tile in &self.tiles[tiles] {
+    fn activate(&self, tiles: &[Tile], scratch: &mut [f32]) {
+        let linear = self.down(0);
+        let width = linear.in_features();
+        for tile in tiles {
             for (activated, slot) in scratch.chunks_exact_mut(width).zip(tile.slots.clone()) {
                 // SAFETY: written by `project_in`, before the barrier; the processor has the instruction set.
                 unsafe {
@@ -278,96 +307,56 @@ impl Pass<'_> {
                     (self.kernels.gated)(gate_up, self.experts.activation, activated);
                 }
             }
-            self.pack_tile(linear, tile, scratch, self.activated);
-        }
-    }
-
-    fn pack_tile(&self, linear: &PackedLinear, tile: &Tile, x: &[f32], packed: SharedMut<u32>) {
-        let (rows, width) = (tile.slots.len(), linear.in_features);
-        let row_elements = row_elements(self.kernels, linear);
-        let start = tile.packed * row_elements;
-        // SAFETY: a tile is one thread's; the processor has the instruction set.
-        unsafe {
-            (self.kernels.typed(linear.dtype).pack)(PackArgs {
-                x: &x[..rows * width],
-                width,
-                rows,
-                out: packed.slice(start..start + padded_tile(rows) * row_elements),
-            });
+            pack_tile(linear, tile, scratch, self.activated);
         }
     }
 
     /// Multiplies this thread's part of all experts' panels, as much work as the others have.
     fn project_in(&self, index: usize, count: usize) {
-        let linear = &self.experts.gate_up[0];
-        let panels = linear.out_features.div_ceil(LANES);
+        let panels = self.gate_up(0).panels();
         let costs = self.runs.iter().map(|run| panel_cost(run.slots.len()));
         let own = part(panels * costs.clone().sum::<usize>(), index, count);
         let mut before = 0;
         for (run, cost) in self.runs.iter().zip(costs) {
             // A panel belongs to the part in which its work begins.
             let panel_at = |work: usize| work.saturating_sub(before).div_ceil(cost).min(panels);
-            let own_panels = panel_at(own.start)..panel_at(own.end);
+            let own = panel_at(own.start)..panel_at(own.end);
             before += panels * cost;
-            if own_panels.is_empty() {
+            if own.is_empty() {
                 continue;
             }
-            let linear = &self.experts.gate_up[run.expert];
-            let first = run.slots.start * linear.out_features;
-            let typed = self.kernels.typed(linear.dtype);
+            let linear = self.gate_up(run.expert);
             // SAFETY: packed before the barrier; results of these panels are this thread's.
             unsafe {
-                (typed.matmul)(&MatmulArgs {
-                    weights: linear.memory.as_slice::<u8>().as_ptr(),
-                    panels: own_panels,
-                    steps: linear.steps,
-                    x: self.packed_x.get().add(run.packed * row_elements(self.kernels, linear)),
-                    rows: run.slots.len(),
-                    out: self.gate_up.get().add(first),
-                    out_width: linear.out_features,
-                    bias: None,
-                });
+                let x = self.packed_x.get().add(run.packed[0] * linear.row_elements());
+                let out = self.gate_up.get().add(run.slots.start * linear.out_features());
+                linear.multiply(own, (x, run.slots.len()), out);
             }
         }
     }
 
     /// Computes the columns of some panels of the result.
     fn project_out(&self, panels: Range<usize>, scratch: &mut [f32]) {
-        let width = self.experts.down[0].out_features;
-        let columns = |panels: &Range<usize>| panels.start * LANES..(panels.end * LANES).min(width);
-        let own = columns(&panels);
+        let width = self.down(0).out_features();
+        let own = self.down(0).columns(&panels);
         for row in 0..self.rows {
             // SAFETY: these columns are this thread's.
             unsafe { self.out.slice(row * width + own.start..row * width + own.end) }.fill(0.0);
         }
         for run in self.runs {
-            let rows = run.slots.len();
-            let linear = &self.experts.down[run.expert];
+            let linear = self.down(run.expert);
             // What is multiplied at a time fits into the scratch.
-            let at_once = (PRODUCTS / (rows * LANES)).max(1);
-            let mut next = panels.start;
-            while next < panels.end {
-                let some = next..(next + at_once).min(panels.end);
-                let columns = columns(&some);
-                next = some.end;
-                let typed = self.kernels.typed(linear.dtype);
-                let skipped = some.start * linear.steps * typed.step_bytes;
-                // SAFETY: packed before the barrier; the scratch is this thread's and large enough.
+            let at_once = (PRODUCTS / (run.slots.len() * LANES)).max(1);
+            for first in panels.clone().step_by(at_once) {
+                let some = first..(first + at_once).min(panels.end);
+                let columns = linear.columns(&some);
+                // SAFETY: packed before the barrier; the scratch is this thread's.
                 unsafe {
-                    (typed.matmul)(&MatmulArgs {
-                        weights: linear.memory.as_slice::<u8>()[skipped..].as_ptr(),
-                        panels: 0..some.len(),
-                        steps: linear.steps,
-                        x: self.activated.get().add(run.packed * row_elements(self.kernels, linear)),
-                        rows,
-                        out: scratch.as_mut_ptr(),
-                        out_width: columns.len(),
-                        bias: None,
-                    });
+                    let x = self.activated.get().add(run.packed[1] * linear.row_elements());
+                    linear.multiply_part(some, (x, run.slots.len()), scratch);
                 }
-                for (slot, products) in
-                    self.slots[run.slots.clone()].iter().zip(scratch.chunks(columns.len()))
-                {
+                let products = scratch.chunks_exact(columns.len());
+                for (slot, products) in self.slots[run.slots.clone()].iter().zip(products) {
                     let start = slot.row * width;
                     // SAFETY: these columns are this thread's.
                     let sums = unsafe { self.out.slice(start + columns.start..start + columns.end) };
@@ -378,19 +367,14 @@ impl Pass<'_> {
     }
 }
 
+fn pack_tile(linear: LinearKernels<'_>, tile: &Tile, x: &[f32], packed: SharedMut<u32>) {
+    let (rows, elements) = (tile.slots.len(), linear.row_elements());
+    let start = tile.packed * elements;
+    // SAFETY: a tile is one thread's; the processor has the instruction set.
+    unsafe { linear.pack(x, rows, packed.slice(start..start + linear.padded(rows) * elements)) };
+}
+
 /// What a panel of an expert with so many rows takes, where reading it takes as long as multiplying 16 rows.
 const fn panel_cost(rows: usize) -> usize {
     rows + 16
-}
-
-/// Elements of a packed row of inputs.
-pub(super) fn row_elements(kernels: &Kernels, linear: &PackedLinear) -> usize {
-    linear.steps * kernels.typed(linear.dtype).step_inputs
-}
-
-/// At least `len` elements; the warm-up brings them to their final number.
-pub(super) fn grow<T: Copy + Default>(memory: &mut Vec<T>, len: usize) {
-    if memory.len() < len {
-        memory.resize(len, T::default());
-    }
 }

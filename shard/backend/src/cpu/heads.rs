@@ -1,9 +1,9 @@
 //! What works on heads in strided columns: a matrix for each of them, and copies.
 
 use super::buffer::CpuBuffer;
-use super::experts::{grow, row_elements};
-use super::kernels::{Kernels, LANES, MatmulArgs, PackArgs, padded_tile};
+use super::kernels::Kernels;
 use super::linear::PackedLinear;
+use super::linear_kernels::{LinearKernels, grow};
 use super::threads::{SharedMut, Threads, part};
 use crate::HeadColumns;
 
@@ -36,24 +36,23 @@ impl HeadPlan {
             first.out_features,
             first.in_features
         );
+        let linear = LinearKernels::of(kernels, first);
         let rows = x.rows();
         out.resize(rows);
-        let max_tile = kernels.max_tile;
-        let tiles = rows.div_ceil(max_tile);
-        let panels = to.width.div_ceil(LANES);
         let count = threads.count();
+        let tiles = rows.div_ceil(linear.max_tile);
+        let panels = linear.panels();
         // Four pieces of work for each thread even out how long they take.
         let parts = (4 * count).div_ceil((weights.len() * tiles).max(1)).clamp(1, panels);
-        let packed_len = max_tile * row_elements(kernels, first);
-        let scratch_len = max_tile * from.width.max(panels * LANES);
+        let packed_len = linear.padded(linear.max_tile) * linear.row_elements();
+        let scratch_len = linear.max_tile * from.width.max(to.width);
         grow(&mut self.packed, count * packed_len);
         grow(&mut self.scratch, count * scratch_len);
         let packed = SharedMut::new(&mut self.packed);
         let scratch = SharedMut::new(&mut self.scratch);
-        let (x_width, out_width) = (x.width(), out.width());
+        let out_width = out.width();
         let results = SharedMut::new(out.as_mut_slice());
-        let typed = kernels.typed(first.dtype);
-        let task = |index: usize| {
+        threads.run(&|index| {
             // SAFETY: each thread has its part.
             let (packed, scratch) = unsafe {
                 (
@@ -63,34 +62,18 @@ impl HeadPlan {
             };
             for piece in part(weights.len() * tiles * parts, index, count) {
                 let (head, tile, piece) = (piece / (tiles * parts), piece / parts % tiles, piece % parts);
-                let weight = &weights[head];
-                let tile = tile * max_tile..rows.min((tile + 1) * max_tile);
+                let linear = LinearKernels::of(kernels, &weights[head]);
+                let tile = tile * linear.max_tile..rows.min((tile + 1) * linear.max_tile);
                 let own = part(panels, piece, parts);
-                let columns = own.start * LANES..(own.end * LANES).min(to.width);
+                let columns = linear.columns(&own);
                 let first = from.first + head * from.stride;
                 for (row, gathered) in tile.clone().zip(scratch.chunks_exact_mut(from.width)) {
-                    gathered.copy_from_slice(&x.as_slice()[row * x_width + first..][..from.width]);
+                    gathered.copy_from_slice(&x.as_slice()[row * x.width() + first..][..from.width]);
                 }
-                let skipped = own.start * weight.steps * typed.step_bytes;
-                // SAFETY: the processor has the instruction set; scratch and packed rows are this thread's and large
-                // enough for a tile.
+                // SAFETY: the processor has the instruction set; scratch and packed rows are this thread's.
                 unsafe {
-                    (typed.pack)(PackArgs {
-                        x: &scratch[..tile.len() * from.width],
-                        width: from.width,
-                        rows: tile.len(),
-                        out: &mut packed[..padded_tile(tile.len()) * row_elements(kernels, weight)],
-                    });
-                    (typed.matmul)(&MatmulArgs {
-                        weights: weight.memory.as_slice::<u8>()[skipped..].as_ptr(),
-                        panels: 0..own.len(),
-                        steps: weight.steps,
-                        x: packed.as_ptr(),
-                        rows: tile.len(),
-                        out: scratch.as_mut_ptr(),
-                        out_width: columns.len(),
-                        bias: None,
-                    });
+                    linear.pack(scratch, tile.len(), packed);
+                    linear.multiply_part(own, (packed.as_ptr(), tile.len()), scratch);
                 }
                 let first = to.first + head * to.stride + columns.start;
                 for (row, products) in tile.zip(scratch.chunks_exact(columns.len())) {
@@ -99,8 +82,7 @@ impl HeadPlan {
                     unsafe { results.slice(start..start + columns.len()) }.copy_from_slice(products);
                 }
             }
-        };
-        threads.run(&task);
+        });
     }
 }
 

@@ -16,6 +16,7 @@ mod isa;
 mod kernels;
 mod kv_cache;
 mod linear;
+mod linear_kernels;
 mod matmul;
 mod memory;
 mod operations;
