@@ -1,5 +1,6 @@
 //! The contract between the executor and a device.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use crate::sampling::{Sampled, SamplingRow};
@@ -42,6 +43,59 @@ pub struct RopeFrequencies {
     pub scale: f32,
     /// Pairing.
     pub style: RopeStyle,
+    /// What holds for long prompts instead; none: the same for all.
+    pub beyond: Option<LongContext>,
+}
+
+/// Other frequencies for sequences with a long prompt.
+///
+/// The length of the *prompt* decides, once for the sequence's whole life: keys that are in the cache were turned already, so
+/// a sequence that changed frequencies as it grew would compare queries with keys of another rotation. For the same reason
+/// sequences may only share cached keys when [`RopeFrequencies::for_prompt`] answers both of them the same.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LongContext {
+    /// Prompts of more tokens than this are long.
+    pub context: u32,
+    /// What holds for them.
+    pub frequencies: LongFrequencies,
+}
+
+/// Frequencies of long prompts.
+#[derive(Debug, Clone, PartialEq)]
+pub enum LongFrequencies {
+    /// The same for all of them (LongRoPE, arXiv:2402.13753).
+    Fixed {
+        /// As many as in [`RopeFrequencies::inv_freq`].
+        inv_freq: Vec<f32>,
+        /// Factor on cosine and sine.
+        scale: f32,
+    },
+    /// Dynamic NTK: the base of the frequencies grows with the prompt.
+    Ntk {
+        /// Base of the frequencies of prompts that are not long.
+        theta: f64,
+        /// How steeply it grows.
+        factor: f64,
+    },
+}
+
+impl RopeFrequencies {
+    /// Frequencies `[rotary_dim / 2]` and factor on cosine and sine of a sequence whose prompt has `prompt_len` tokens.
+    pub fn for_prompt(&self, prompt_len: u32) -> (Cow<'_, [f32]>, f32) {
+        match &self.beyond {
+            Some(LongContext { context, frequencies }) if prompt_len > *context => match frequencies {
+                LongFrequencies::Fixed { inv_freq, scale } => (Cow::Borrowed(inv_freq), *scale),
+                LongFrequencies::Ntk { theta, factor } => {
+                    let dim = 2.0 * self.inv_freq.len() as f64;
+                    let stretch = factor * f64::from(prompt_len) / f64::from(*context) - (factor - 1.0);
+                    let theta = theta * stretch.powf(dim / (dim - 2.0));
+                    let pairs = 0..self.inv_freq.len();
+                    (pairs.map(|pair| theta.powf(-2.0 * pair as f64 / dim) as f32).collect(), self.scale)
+                }
+            },
+            _ => (Cow::Borrowed(&self.inv_freq), self.scale),
+        }
+    }
 }
 
 /// Heads of this rank and what bounds their attention.

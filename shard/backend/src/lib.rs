@@ -18,7 +18,8 @@ pub mod sampling;
 mod step_input;
 
 pub use backend::{
-    Activation, AttentionShape, Backend, DeviceInfo, HeadColumns, MemoryInfo, RopeFrequencies, RopeStyle,
+    Activation, AttentionShape, Backend, DeviceInfo, HeadColumns, LongContext, LongFrequencies, MemoryInfo,
+    RopeFrequencies, RopeStyle,
 };
 pub use dtype::DType;
 pub use error::BackendError;

@@ -164,7 +164,7 @@ fn check(decoder: &mut Decoder<CpuBackend>, case: &Case, chunk: usize) -> Result
     for ids in case.input_ids.chunks(chunk) {
         let first = history.len();
         history.extend_from_slice(ids);
-        decoder.forward(&step(&history, first))?;
+        decoder.forward(&step(&history, first, case.input_ids.len()))?;
         // The targets are the prompt's following tokens; after its last one there is none.
         let targets = &case.input_ids[first + 1..(first + ids.len() + 1).min(case.input_ids.len())];
         let rows: Vec<u32> = (0..targets.len() as u32).collect();
@@ -188,7 +188,7 @@ fn check(decoder: &mut Decoder<CpuBackend>, case: &Case, chunk: usize) -> Result
         outcome.equal += 1;
         worst(&mut outcome.worst_generated, f64::from(sampled.logprob), case.logprobs[index]);
         history.push(sampled.id);
-        decoder.forward(&step(&history, history.len() - 1))?;
+        decoder.forward(&step(&history, history.len() - 1, case.input_ids.len()))?;
     }
     Ok(outcome)
 }
@@ -204,8 +204,8 @@ const GREEDY: SamplingParams = SamplingParams {
     frequency_penalty: 0.0,
 };
 
-/// A step of one sequence: the tokens of `history` from `first` on. Its blocks lie in descending order.
-fn step(history: &[u32], first: usize) -> StepInput {
+/// A step of one sequence: the tokens of `history` from `first` on, of a prompt of `prompt_len`.
+fn step(history: &[u32], first: usize, prompt_len: usize) -> StepInput {
     let len = history.len();
     let num_blocks = len.div_ceil(BLOCK_SIZE);
     let block_tables: Vec<u32> = (1..=num_blocks as u32).collect();
@@ -219,6 +219,7 @@ fn step(history: &[u32], first: usize) -> StepInput {
             .collect(),
         cu_seqlens_q: vec![0, (len - first) as u32],
         context_lens: vec![len as u32],
+        prompt_lens: vec![prompt_len as u32],
         block_tables,
         max_blocks: num_blocks,
         logits_rows: vec![(len - first - 1) as u32],

@@ -315,7 +315,7 @@ impl Backend for CpuBackend {
             if self.rope_tables.len() <= rope.id {
                 self.rope_tables.resize_with(rope.id + 1, rope::RopeTable::default);
             }
-            self.rope_tables[rope.id].prepare(&rope.frequencies, self.step_number, &self.step.position_ids);
+            self.rope_tables[rope.id].prepare(&rope.frequencies, self.step_number, &self.step);
         }
         let table = rope.map(|rope| (&self.rope_tables[rope.id], &rope.frequencies));
         let (step, width, head_dim) = (&self.step, qkv.width(), shape.head_dim);

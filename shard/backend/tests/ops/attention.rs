@@ -40,6 +40,7 @@ fn step_of(parts: &[(&Sequence, usize, usize)]) -> StepInput {
         }
         step.cu_seqlens_q.push(step.input_ids.len() as u32);
         step.context_lens.push(end as u32);
+        step.prompt_lens.push(end as u32);
         let used = end.div_ceil(BLOCK_SIZE);
         step.block_tables.extend(&sequence.blocks[..used]);
         // What is past the context is never read: an impossible block shows that.
@@ -239,6 +240,9 @@ fn refuses<B: Backend>(backend: &mut B) {
     step.context_lens = vec![0];
     assert!(backend.begin_step(&step).unwrap_err().to_string().contains("context of 0"));
     step.context_lens = vec![1];
+    step.prompt_lens.push(1);
+    assert!(backend.begin_step(&step).unwrap_err().to_string().contains("prompt_lens has 2 elements"));
+    step.prompt_lens.pop();
     step.position_ids.clear();
     assert!(backend.begin_step(&step).unwrap_err().to_string().contains("position_ids has 0 elements"));
 }
