@@ -2,6 +2,9 @@
 
 use std::ops::Range;
 
+use super::linear::PlainLinear;
+use super::packed_linear::Storage;
+use super::quantized_linear::QuantizedLinear;
 use super::threads::{SharedMut, Threads, part};
 use super::{
     CpuBackend, CpuBuffer, CpuKvCache, CpuRope, CpuVector, PackedLinear, matmul, memory, rope, step_check,
@@ -9,7 +12,7 @@ use super::{
 use crate::sampling::{Sampled, SamplingRow};
 use crate::{
     Activation, AttentionShape, Backend, BackendError, DType, DeviceInfo, HostMatrix, KvLayout, MemoryInfo,
-    RopeFrequencies, StepInput,
+    QuantizedMatrix, RopeFrequencies, StepInput,
 };
 
 /// Elements below which one thread alone is quicker than waking the others: about a microsecond's work.
@@ -59,7 +62,13 @@ impl Backend for CpuBackend {
 
     fn linear(&self, parts: &[HostMatrix<'_>], dtype: DType) -> Result<PackedLinear, BackendError> {
         let tools = (&mut *self.threads.borrow_mut(), &mut *self.arena.borrow_mut());
-        PackedLinear::pack(parts, dtype, self.kernels.typed(dtype), tools)
+        let linear = PlainLinear::pack(parts, dtype, self.kernels.typed(dtype), tools)?;
+        Ok(PackedLinear(Storage::Plain(linear)))
+    }
+
+    fn quantized_linear(&self, parts: &[QuantizedMatrix]) -> Result<PackedLinear, BackendError> {
+        let tools = (&mut *self.threads.borrow_mut(), &mut *self.arena.borrow_mut());
+        Ok(PackedLinear(Storage::Quantized(QuantizedLinear::pack(parts, tools)?)))
     }
 
     fn vector(&self, values: Vec<f32>) -> Result<CpuVector, BackendError> {
@@ -77,7 +86,7 @@ impl Backend for CpuBackend {
     }
 
     fn linear_bytes(&self, weight: &PackedLinear) -> usize {
-        weight.memory.len()
+        weight.bytes()
     }
 
     fn begin_step(&mut self, step: &StepInput) -> Result<(), BackendError> {
@@ -93,7 +102,7 @@ impl Backend for CpuBackend {
         first_id: usize,
         out: &mut CpuBuffer,
     ) -> Result<(), BackendError> {
-        assert_eq!(out.width(), table.in_features, "the embedding and the buffer differ in width");
+        assert_eq!(out.width(), table.in_features(), "the embedding and the buffer differ in width");
         out.resize(self.step.num_tokens());
         let width = out.width();
         let results = SharedMut::new(out.as_mut_slice());
@@ -103,7 +112,7 @@ impl Backend for CpuBackend {
                 // SAFETY: each row is one thread's.
                 let out = unsafe { results.slice(row * width..(row + 1) * width) };
                 match (ids[row] as usize).checked_sub(first_id) {
-                    Some(id) if id < table.out_features => table.read_row(id, out),
+                    Some(id) if id < table.out_features() => table.read_row(id, out),
                     _ => out.fill(0.0),
                 }
             }
