@@ -9,8 +9,9 @@ use std::ops::Range;
 
 use super::buffer::CpuBuffer;
 use super::kernels::{Kernels, LANES};
-use super::linear::PackedLinear;
+
 use super::linear_kernels::{LinearKernels, grow};
+use super::packed_linear::PackedLinear;
 use super::router::{Choice, Router};
 use super::threads::{SharedMut, Threads, part};
 use crate::{Activation, BackendError, Routing};
@@ -35,10 +36,10 @@ impl CpuExperts {
         activation: Activation,
     ) -> Result<Self, BackendError> {
         let (gate_up, down): (Vec<_>, Vec<_>) = experts.into_iter().unzip();
-        let shape = |linear: &PackedLinear| (linear.out_features, linear.in_features, linear.dtype);
+        let shape = |linear: &PackedLinear| (linear.out_features(), linear.in_features());
         let are_equal = |all: &[PackedLinear]| all.windows(2).all(|pair| shape(&pair[0]) == shape(&pair[1]));
         let fit = gate_up.first().zip(down.first()).is_some_and(|(gate_up, down)| {
-            gate_up.out_features == 2 * down.in_features && gate_up.in_features == down.out_features
+            gate_up.out_features() == 2 * down.in_features() && gate_up.in_features() == down.out_features()
         });
         if fit && are_equal(&gate_up) && are_equal(&down) {
             return Ok(Self { gate_up, down, activation });
@@ -47,8 +48,8 @@ impl CpuExperts {
         Err(BackendError::Device {
             operation: "making a mixture of experts".to_owned(),
             reason: format!(
-                "{} experts of {:?} and {:?}, expected at least one, all of one shape and type, whose gate and up are \
-                 twice as wide as what their down takes",
+                "{} experts of {:?} and {:?}, expected at least one, all of one shape, whose gate and up are twice as wide \
+                 as what their down takes",
                 gate_up.len(),
                 sizes(&gate_up),
                 sizes(&down)
@@ -80,15 +81,16 @@ struct Run {
     expert: usize,
     /// Its slots.
     slots: Range<usize>,
-    /// Packed rows before its own, of the inputs of the projections in and out.
+    /// Where its packed rows begin, of the inputs of the projections in and out.
     packed: [usize; 2],
 }
 
 /// Rows of an expert that are packed together.
 #[derive(Debug)]
 struct Tile {
+    expert: usize,
     slots: Range<usize>,
-    /// Packed rows before its own.
+    /// Where its packed rows begin.
     packed: usize,
 }
 
@@ -129,13 +131,13 @@ impl ExpertPlan {
         self.sort(experts.len(), routing.num_chosen);
         let [gate_up, down] =
             [&experts.gate_up[0], &experts.down[0]].map(|one| LinearKernels::of(kernels, one));
-        for (side, linear) in [gate_up, down].into_iter().enumerate() {
-            let packed_rows = self.cut(side, linear);
-            grow(&mut self.packed[side], packed_rows * linear.row_elements());
+        for (side, linears) in [&experts.gate_up, &experts.down].into_iter().enumerate() {
+            self.cut(side, |expert| LinearKernels::of(kernels, &linears[expert]));
         }
         out.resize(rows);
         grow(&mut self.gate_up, self.slots.len() * gate_up.out_features());
-        let tile_len = (gate_up.max_tile * width).max(down.max_tile * down.in_features());
+        let longest = self.tiles.iter().flatten().map(|tile| tile.slots.len()).max().unwrap_or(0);
+        let tile_len = longest * width.max(down.in_features());
         let scratch_len = tile_len.max(PRODUCTS).max(rows * LANES);
         grow(&mut self.scratch, threads.count() * scratch_len);
         let [packed_x, activated] = &mut self.packed;
@@ -218,21 +220,22 @@ impl ExpertPlan {
         }
     }
 
-    /// Cuts the inputs of one side's projections into tiles; how many rows they take once they are packed.
-    fn cut(&mut self, side: usize, linear: LinearKernels<'_>) -> usize {
+    /// Cuts the inputs of one side's projections into tiles and makes room for them.
+    fn cut<'a>(&mut self, side: usize, linear: impl Fn(usize) -> LinearKernels<'a>) {
         let tiles = &mut self.tiles[side];
         tiles.clear();
         let mut packed = 0;
         for run in &mut self.runs {
+            let linear = linear(run.expert);
             run.packed[side] = packed;
-            for start in run.slots.clone().step_by(linear.max_tile) {
-                let slots = start..run.slots.end.min(start + linear.max_tile);
-                let padded = linear.padded(slots.len());
-                tiles.push(Tile { slots, packed });
-                packed += padded;
+            for start in run.slots.clone().step_by(linear.max_tile()) {
+                let slots = start..run.slots.end.min(start + linear.max_tile());
+                let len = linear.packed_len(slots.len());
+                tiles.push(Tile { expert: run.expert, slots, packed });
+                packed += len;
             }
         }
-        packed
+        grow(&mut self.packed[side], packed);
     }
 }
 
@@ -243,7 +246,7 @@ fn check(
     experts: &CpuExperts,
     out: &CpuBuffer,
 ) {
-    let (count, width) = (experts.len(), experts.gate_up[0].in_features);
+    let (count, width) = (experts.len(), experts.gate_up[0].in_features());
     assert!(
         x.width() == width && out.width() == width && router_logits.width() == count,
         "{count} experts of width {width} between buffers of width {} and {}, with {} router logits",
@@ -285,20 +288,18 @@ impl<'a> Pass<'a> {
 
     /// Packs the inputs of some tiles.
     fn pack(&self, tiles: &[Tile], scratch: &mut [f32]) {
-        let linear = self.gate_up(0);
-        let width = linear.in_features();
+        let width = self.gate_up(0).in_features();
         for tile in tiles {
             for (gathered, slot) in scratch.chunks_exact_mut(width).zip(&self.slots[tile.slots.clone()]) {
                 gathered.copy_from_slice(&self.x[slot.row * width..(slot.row + 1) * width]);
             }
-            pack_tile(linear, tile, scratch, self.packed_x);
+            pack_tile(self.gate_up(tile.expert), tile, scratch, self.packed_x);
         }
     }
 
     /// Gates the results of some tiles and packs them.
     fn activate(&self, tiles: &[Tile], scratch: &mut [f32]) {
-        let linear = self.down(0);
-        let width = linear.in_features();
+        let width = self.down(0).in_features();
         for tile in tiles {
             for (activated, slot) in scratch.chunks_exact_mut(width).zip(tile.slots.clone()) {
                 // SAFETY: written by `project_in`, before the barrier; the processor has the instruction set.
@@ -307,7 +308,7 @@ impl<'a> Pass<'a> {
                     (self.kernels.gated)(gate_up, self.experts.activation, activated);
                 }
             }
-            pack_tile(linear, tile, scratch, self.activated);
+            pack_tile(self.down(tile.expert), tile, scratch, self.activated);
         }
     }
 
@@ -328,7 +329,7 @@ impl<'a> Pass<'a> {
             let linear = self.gate_up(run.expert);
             // SAFETY: packed before the barrier; results of these panels are this thread's.
             unsafe {
-                let x = self.packed_x.get().add(run.packed[0] * linear.row_elements());
+                let x = self.packed_x.get().add(run.packed[0]);
                 let out = self.gate_up.get().add(run.slots.start * linear.out_features());
                 linear.multiply(own, (x, run.slots.len()), out);
             }
@@ -352,7 +353,7 @@ impl<'a> Pass<'a> {
                 let columns = linear.columns(&some);
                 // SAFETY: packed before the barrier; the scratch is this thread's.
                 unsafe {
-                    let x = self.activated.get().add(run.packed[1] * linear.row_elements());
+                    let x = self.activated.get().add(run.packed[1]);
                     linear.multiply_part(some, (x, run.slots.len()), scratch);
                 }
                 let products = scratch.chunks_exact(columns.len());
@@ -368,10 +369,9 @@ impl<'a> Pass<'a> {
 }
 
 fn pack_tile(linear: LinearKernels<'_>, tile: &Tile, x: &[f32], packed: SharedMut<u32>) {
-    let (rows, elements) = (tile.slots.len(), linear.row_elements());
-    let start = tile.packed * elements;
+    let rows = tile.slots.len();
     // SAFETY: a tile is one thread's; the processor has the instruction set.
-    unsafe { linear.pack(x, rows, packed.slice(start..start + linear.padded(rows) * elements)) };
+    unsafe { linear.pack(x, rows, packed.slice(tile.packed..tile.packed + linear.packed_len(rows))) };
 }
 
 /// What a panel of an expert with so many rows takes, where reading it takes as long as multiplying 16 rows.

@@ -2,8 +2,8 @@
 
 use super::buffer::CpuBuffer;
 use super::kernels::Kernels;
-use super::linear::PackedLinear;
 use super::linear_kernels::{LinearKernels, grow};
+use super::packed_linear::PackedLinear;
 use super::threads::{SharedMut, Threads, part};
 use crate::HeadColumns;
 
@@ -26,26 +26,28 @@ impl HeadPlan {
         check(from, weights.len(), x);
         check(to, weights.len(), out);
         let Some(first) = weights.first() else { return };
+        let fits =
+            |weight: &PackedLinear| (weight.in_features(), weight.out_features()) == (from.width, to.width);
         assert!(
-            weights.iter().all(|weight| {
-                (weight.in_features, weight.out_features, weight.dtype) == (from.width, to.width, first.dtype)
-            }),
+            weights.iter().all(fits),
             "heads of width {} from heads of width {} by weights such as {} x {}",
             to.width,
             from.width,
-            first.out_features,
-            first.in_features
+            first.out_features(),
+            first.in_features()
         );
-        let linear = LinearKernels::of(kernels, first);
         let rows = x.rows();
         out.resize(rows);
+        let linears = || weights.iter().map(|weight| LinearKernels::of(kernels, weight));
+        // All heads have the tiles of the one with the smallest.
+        let max_tile = linears().map(|linear| linear.max_tile()).min().unwrap_or(1);
+        let panels = LinearKernels::of(kernels, first).panels();
         let count = threads.count();
-        let tiles = rows.div_ceil(linear.max_tile);
-        let panels = linear.panels();
+        let tiles = rows.div_ceil(max_tile);
         // Four pieces of work for each thread even out how long they take.
         let parts = (4 * count).div_ceil((weights.len() * tiles).max(1)).clamp(1, panels);
-        let packed_len = linear.padded(linear.max_tile) * linear.row_elements();
-        let scratch_len = linear.max_tile * from.width.max(to.width);
+        let packed_len = linears().map(|linear| linear.packed_len(max_tile)).max().unwrap_or(0);
+        let scratch_len = max_tile * from.width.max(to.width);
         grow(&mut self.packed, count * packed_len);
         grow(&mut self.scratch, count * scratch_len);
         let packed = SharedMut::new(&mut self.packed);
@@ -63,7 +65,7 @@ impl HeadPlan {
             for piece in part(weights.len() * tiles * parts, index, count) {
                 let (head, tile, piece) = (piece / (tiles * parts), piece / parts % tiles, piece % parts);
                 let linear = LinearKernels::of(kernels, &weights[head]);
-                let tile = tile * linear.max_tile..rows.min((tile + 1) * linear.max_tile);
+                let tile = tile * max_tile..rows.min((tile + 1) * max_tile);
                 let own = part(panels, piece, parts);
                 let columns = linear.columns(&own);
                 let first = from.first + head * from.stride;

@@ -2,50 +2,75 @@
 
 use std::ops::Range;
 
-use super::kernels::{Kernels, LANES, MatmulArgs, PackArgs, TypedKernels, padded_tile};
-use super::linear::PackedLinear;
+use super::kernels::{
+    GroupLayout, Kernels, LANES, MatmulArgs, PackArgs, QuantizedKernels, TypedKernels, padded_tile,
+    padded_tokens,
+};
+use super::packed_linear::{PackedLinear, Storage};
 
 /// A packed layer with the kernels for how it is stored.
 #[derive(Clone, Copy)]
 pub(super) struct LinearKernels<'a> {
-    linear: &'a PackedLinear,
-    typed: &'a TypedKernels,
-    /// Most rows that are packed together.
-    pub(super) max_tile: usize,
+    weights: &'a [u8],
+    in_features: usize,
+    out_features: usize,
+    kind: Kind<'a>,
+}
+
+#[derive(Clone, Copy)]
+enum Kind<'a> {
+    Plain { kernels: &'a TypedKernels, max_tile: usize, steps: usize },
+    Quantized { kernels: &'a QuantizedKernels, layout: &'a GroupLayout },
 }
 
 impl<'a> LinearKernels<'a> {
     /// Those of `linear`.
     pub(super) fn of(kernels: &'a Kernels, linear: &'a PackedLinear) -> Self {
-        Self { linear, typed: kernels.typed(linear.dtype), max_tile: kernels.max_tile }
+        let (in_features, out_features) = (linear.in_features(), linear.out_features());
+        let (weights, kind) = match &linear.0 {
+            Storage::Plain(linear) => {
+                let (steps, max_tile) = (linear.steps, kernels.max_tile);
+                (&linear.memory, Kind::Plain { kernels: kernels.typed(linear.dtype), max_tile, steps })
+            }
+            Storage::Quantized(linear) => {
+                (&linear.memory, Kind::Quantized { kernels: &kernels.quantized, layout: &linear.layout })
+            }
+        };
+        Self { weights: weights.as_slice(), in_features, out_features, kind }
+    }
+
+    /// Most rows that are packed together.
+    pub(super) fn max_tile(&self) -> usize {
+        match self.kind {
+            Kind::Plain { max_tile, .. } => max_tile,
+            Kind::Quantized { kernels, .. } => kernels.max_tokens,
+        }
     }
 
     pub(super) fn in_features(&self) -> usize {
-        self.linear.in_features
+        self.in_features
     }
 
     pub(super) fn out_features(&self) -> usize {
-        self.linear.out_features
+        self.out_features
     }
 
     /// Panels of sixteen outputs.
     pub(super) fn panels(&self) -> usize {
-        self.out_features().div_ceil(LANES)
+        self.out_features.div_ceil(LANES)
     }
 
     /// The outputs of some panels.
     pub(super) fn columns(&self, panels: &Range<usize>) -> Range<usize> {
-        panels.start * LANES..(panels.end * LANES).min(self.out_features())
+        panels.start * LANES..(panels.end * LANES).min(self.out_features)
     }
 
-    /// Elements of a packed row.
-    pub(super) fn row_elements(&self) -> usize {
-        self.linear.steps * self.typed.step_inputs
-    }
-
-    /// Rows that a tile of so many takes once it is packed.
-    pub(super) fn padded(&self, rows: usize) -> usize {
-        padded_tile(rows)
+    /// Elements of a tile of so many rows once it is packed.
+    pub(super) fn packed_len(&self, rows: usize) -> usize {
+        match self.kind {
+            Kind::Plain { kernels, steps, .. } => padded_tile(rows) * steps * kernels.step_inputs,
+            Kind::Quantized { layout, .. } => padded_tokens(rows) * layout.row_elements(),
+        }
     }
 
     /// Packs a tile, `[rows, in_features]`, to the start of `out`.
@@ -53,10 +78,15 @@ impl<'a> LinearKernels<'a> {
     /// # Safety
     /// The processor has the instruction set.
     pub(super) unsafe fn pack(&self, x: &[f32], rows: usize, out: &mut [u32]) {
-        let out = &mut out[..self.padded(rows) * self.row_elements()];
-        let width = self.in_features();
+        let width = self.in_features;
+        let args = PackArgs { x: &x[..rows * width], width, rows, out: &mut out[..self.packed_len(rows)] };
         // SAFETY: as the caller says.
-        unsafe { (self.typed.pack)(PackArgs { x: &x[..rows * width], width, rows, out }) };
+        unsafe {
+            match self.kind {
+                Kind::Plain { kernels, .. } => (kernels.pack)(args),
+                Kind::Quantized { kernels, layout } => (kernels.pack)(args, layout),
+            }
+        }
     }
 
     /// The columns of `panels` in the results `[rows, out_features]`.
@@ -69,9 +99,8 @@ impl<'a> LinearKernels<'a> {
         (x, rows): (*const u32, usize),
         out: *mut f32,
     ) {
-        let weights = self.linear.memory.as_slice::<u8>();
         // SAFETY: as the caller says.
-        unsafe { self.run((weights, panels), (x, rows), (out, self.out_features())) };
+        unsafe { self.run((self.weights, panels), (x, rows), (out, self.out_features)) };
     }
 
     /// The columns of `panels` alone, `[rows, columns]`.
@@ -85,8 +114,11 @@ impl<'a> LinearKernels<'a> {
         out: &mut [f32],
     ) {
         let columns = self.columns(&panels).len();
-        let skipped = panels.start * self.linear.steps * self.typed.step_bytes;
-        let weights = &self.linear.memory.as_slice::<u8>()[skipped..];
+        let panel_bytes = match self.kind {
+            Kind::Plain { kernels, steps, .. } => steps * kernels.step_bytes,
+            Kind::Quantized { layout, .. } => layout.panel_bytes(),
+        };
+        let weights = &self.weights[panels.start * panel_bytes..];
         assert!(out.len() >= rows * columns, "{rows} x {columns} results in {} elements", out.len());
         // SAFETY: as the caller says.
         unsafe { self.run((weights, 0..panels.len()), (x, rows), (out.as_mut_ptr(), columns)) };
@@ -100,18 +132,19 @@ impl<'a> LinearKernels<'a> {
         (x, rows): (*const u32, usize),
         (out, out_width): (*mut f32, usize),
     ) {
-        let args = MatmulArgs {
-            weights: weights.as_ptr(),
-            panels,
-            steps: self.linear.steps,
-            x,
-            rows,
-            out,
-            out_width,
-            bias: None,
+        let steps = match self.kind {
+            Kind::Plain { steps, .. } => steps,
+            Kind::Quantized { layout, .. } => layout.groups,
         };
+        let args =
+            MatmulArgs { weights: weights.as_ptr(), panels, steps, x, rows, out, out_width, bias: None };
         // SAFETY: the weights are those of the layer; the rest is as the caller says.
-        unsafe { (self.typed.matmul)(&args) };
+        unsafe {
+            match self.kind {
+                Kind::Plain { kernels, .. } => (kernels.matmul)(&args),
+                Kind::Quantized { kernels, layout } => (kernels.matmul)(&args, layout),
+            }
+        }
     }
 }
 

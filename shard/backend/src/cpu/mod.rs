@@ -1,6 +1,7 @@
 //! The CPU backend: readable reference, and a product for small models.
 //!
-//! Reading order: [`operations`] is `impl Backend`; [`linear`], [`kv_cache`] and [`buffer`] say how things lie in memory;
+//! Reading order: [`operations`] is `impl Backend`; [`linear`], [`quantized_linear`], [`kv_cache`] and [`buffer`] say
+//! how things lie in memory;
 //! [`matmul`] and [`attention`] spread work over [`threads`]; [`kernels`] holds the arithmetic, written once over
 //! sixteen lanes and compiled for each instruction set of [`isa`].
 //!
@@ -19,9 +20,13 @@ mod linear;
 mod linear_kernels;
 mod matmul;
 mod memory;
+mod norm;
 mod operations;
+mod packed_linear;
+mod quantized_linear;
 mod rope;
 mod router;
+mod rows;
 mod sampling;
 mod step_check;
 mod threads;
@@ -33,7 +38,7 @@ pub use buffer::CpuBuffer;
 pub use experts::CpuExperts;
 pub use isa::Isa;
 pub use kv_cache::CpuKvCache;
-pub use linear::PackedLinear;
+pub use packed_linear::PackedLinear;
 pub use rope::CpuRope;
 
 use crate::collectives::Communicator;

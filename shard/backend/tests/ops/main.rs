@@ -11,6 +11,7 @@ mod experts;
 mod heads;
 mod matmul;
 mod norm;
+mod quantized;
 mod rope;
 mod sampling;
 mod sampling_distribution;
