@@ -10,6 +10,7 @@ mod phi3;
 mod qwen2;
 mod qwen3;
 mod rope;
+mod rope_scaling;
 mod stablelm;
 mod window;
 
