@@ -98,6 +98,46 @@ impl RopeFrequencies {
     }
 }
 
+/// Attention with linear biases (ALiBi, arXiv:2108.12409): a key `n` tokens before the query gets `-slope * n`, added to
+/// the score after the factor and before the softmax.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Alibi {
+    /// Query heads of the whole model, from which the slopes follow.
+    pub total_heads: usize,
+    /// The first of them that is this rank's.
+    pub first_head: usize,
+    /// The slopes of `2^k` heads fall geometrically to `2^-max_bias`.
+    pub max_bias: f32,
+    /// Factor on all slopes, usually 1.
+    pub multiplier: f32,
+}
+
+impl Alibi {
+    /// The slope of this rank's head `head`. A model whose heads are no power of two takes the slopes of the next lower one
+    /// first, then every other one of the next higher.
+    pub fn slope(&self, head: usize) -> f32 {
+        let head = self.first_head + head;
+        let lower = 1 << self.total_heads.max(1).ilog2();
+        let (power, heads) =
+            if head < lower { (head + 1, lower) } else { (2 * (head - lower) + 1, 2 * lower) };
+        let exponent = f64::from(self.max_bias) * power as f64 / heads as f64;
+        (-exponent).exp2() as f32 * self.multiplier
+    }
+}
+
+/// Norm of columns that are spread over the ranks.
+#[derive(Debug)]
+pub struct SplitNorm<'a, V> {
+    /// Weight of this rank's columns.
+    pub weight: &'a V,
+    /// Added under the root.
+    pub eps: f32,
+    /// Columns of all ranks together, each counted once.
+    pub total_width: usize,
+    /// Ranks that have these same columns, this one included.
+    pub copies: usize,
+}
+
 /// Heads of this rank and what bounds their attention.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AttentionShape {
@@ -113,6 +153,8 @@ pub struct AttentionShape {
     pub window: Option<usize>,
     /// Scores become `soft_cap * tanh(score / soft_cap)`.
     pub soft_cap: Option<f32>,
+    /// Biases on the scores.
+    pub alibi: Option<Alibi>,
 }
 
 impl AttentionShape {
@@ -190,6 +232,13 @@ pub trait Backend: Send + Sized + 'static {
         first_id: usize,
         out: &mut Self::Buffer,
     ) -> Result<(), BackendError>;
+    /// `out[t] += table[position_ids[t] + offset]`: learned positions.
+    fn add_positions(
+        &mut self,
+        table: &Self::Linear,
+        offset: usize,
+        out: &mut Self::Buffer,
+    ) -> Result<(), BackendError>;
     /// RMSNorm (arXiv:1910.07467): `out = x / sqrt(mean(x^2) + eps) * weight`, row by row.
     fn rms_norm(
         &mut self,
@@ -232,6 +281,28 @@ pub trait Backend: Send + Sized + 'static {
         weight: &Self::Vector,
         eps: f32,
     ) -> Result<(), BackendError>;
+    /// LayerNorm without a bias of each head in place: the columns `columns` of every row of `x` are heads of `head_dim`, and
+    /// each is normalised by itself with its part of `weight` (`[columns.len()]`).
+    fn layer_norm_heads(
+        &mut self,
+        x: &mut Self::Buffer,
+        columns: Range<usize>,
+        head_dim: usize,
+        norm: (&Self::Vector, f32),
+    ) -> Result<(), BackendError>;
+    /// RMSNorm in place of the columns `columns` of all ranks together, as one. `squares` (`[max rows, 1]`) is where the ranks
+    /// meet.
+    fn rms_norm_across_ranks(
+        &mut self,
+        x: &mut Self::Buffer,
+        columns: Range<usize>,
+        norm: SplitNorm<'_, Self::Vector>,
+        squares: &mut Self::Buffer,
+    ) -> Result<(), BackendError>;
+    /// `x += y`.
+    fn add(&mut self, x: &mut Self::Buffer, y: &Self::Buffer) -> Result<(), BackendError>;
+    /// `x = min(max(x, -limit), limit)`.
+    fn clamp(&mut self, x: &mut Self::Buffer, limit: f32) -> Result<(), BackendError>;
     /// `x *= factor`.
     fn scale(&mut self, x: &mut Self::Buffer, factor: f32) -> Result<(), BackendError>;
     /// `x = cap * tanh(x / cap)`, with a positive `cap`.
@@ -270,6 +341,8 @@ pub trait Backend: Send + Sized + 'static {
         activation: Activation,
         out: &mut Self::Buffer,
     ) -> Result<(), BackendError>;
+    /// `x = activation(x)`.
+    fn activate(&mut self, x: &mut Self::Buffer, activation: Activation) -> Result<(), BackendError>;
     /// `out[i] = x[rows[i]]`.
     fn gather_rows(
         &mut self,

@@ -17,8 +17,8 @@ pub mod sampling;
 mod step_input;
 
 pub use backend::{
-    Activation, AttentionShape, Backend, DeviceInfo, LongContext, LongFrequencies, MemoryInfo,
-    RopeFrequencies, RopeStyle,
+    Activation, Alibi, AttentionShape, Backend, DeviceInfo, LongContext, LongFrequencies, MemoryInfo,
+    RopeFrequencies, RopeStyle, SplitNorm,
 };
 pub use dtype::DType;
 pub use error::BackendError;

@@ -23,6 +23,7 @@ const SHAPE: AttentionShape = AttentionShape {
     scale: 0.125,
     window: None,
     soft_cap: None,
+    alibi: None,
 };
 
 struct Layer {

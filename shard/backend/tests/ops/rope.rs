@@ -38,6 +38,7 @@ fn agrees<B: Backend>(backend: &mut B) {
             scale: 1.0,
             window: None,
             soft_cap: None,
+            alibi: None,
         };
         let inv_freq = (0..rotary / 2).map(|i| 10_000f32.powf(-2.0 * i as f32 / rotary as f32)).collect();
         let frequencies = RopeFrequencies { inv_freq, scale: 1.25, style, beyond: None };
@@ -97,6 +98,7 @@ fn follows_the_prompt<B: Backend>(backend: &mut B) {
         scale: 1.0,
         window: None,
         soft_cap: None,
+        alibi: None,
     };
     let layout = KvLayout { num_layers: 1, num_kv_heads: 1, head_dim: 12, block_size: 16, dtype: DType::F32 };
     let mut cache = backend.kv_cache(layout, 4).unwrap();

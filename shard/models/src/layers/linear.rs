@@ -2,11 +2,12 @@
 
 use std::ops::Range;
 
-use backend::Backend;
+use backend::{Backend, HostMatrix};
 
 use super::Loader;
 use crate::ModelError;
 use crate::spec::LinearSpec;
+use crate::weights::WeightSource;
 
 /// `y = x weight^T + bias`.
 pub(crate) struct Linear<B: Backend> {
@@ -27,18 +28,15 @@ impl<B: Backend> Linear<B> {
         parts: &[ColumnPart<'_>],
         in_features: usize,
     ) -> Result<Self, ModelError> {
-        let matrices = parts
-            .iter()
-            .map(|part| {
-                loader.source.matrix(&part.linear.weight, part.linear.rows(part.rows.clone()), 0..in_features)
-            })
-            .collect::<Result<Vec<_>, _>>()?;
-        let weight = loader.backend.linear(&matrices, loader.dtype)?;
-        matrices.into_iter().for_each(|matrix| loader.source.recycle(matrix));
+        let mut matrices = Vec::new();
+        for part in parts {
+            matrices.extend(windows(loader.source, part.linear, part.rows.clone(), 0..in_features)?);
+        }
+        let weight = Self::pack(loader, matrices)?;
         let mut bias = Vec::new();
         for part in parts {
             match &part.linear.bias {
-                Some(name) => bias.extend(loader.source.vector(name, part.linear.rows(part.rows.clone()))?),
+                Some(name) => bias.extend(bias_of(loader.source, name, part.linear, part.rows.clone())?),
                 None => bias.extend(std::iter::repeat_n(0.0, part.rows.len())),
             }
         }
@@ -54,14 +52,19 @@ impl<B: Backend> Linear<B> {
         out_features: usize,
         columns: Range<usize>,
     ) -> Result<Self, ModelError> {
-        let matrix = loader.source.matrix(&linear.weight, linear.rows(0..out_features), columns)?;
-        let weight = loader.backend.linear(std::slice::from_ref(&matrix), loader.dtype)?;
-        loader.source.recycle(matrix);
+        let matrices = windows(loader.source, linear, 0..out_features, columns)?;
+        let weight = Self::pack(loader, matrices)?;
         let bias = match &linear.bias {
-            Some(name) if loader.rank == 0 => Some(loader.source.vector(name, linear.rows(0..out_features))?),
+            Some(name) if loader.rank == 0 => Some(bias_of(loader.source, name, linear, 0..out_features)?),
             _ => None,
         };
         Self::new(loader, weight, bias)
+    }
+
+    fn pack(loader: &Loader<'_, B>, matrices: Vec<HostMatrix<'_>>) -> Result<B::Linear, ModelError> {
+        let weight = loader.backend.linear(&matrices, loader.dtype)?;
+        matrices.into_iter().for_each(|matrix| loader.source.recycle(matrix));
+        Ok(weight)
     }
 
     fn new(
@@ -89,4 +92,37 @@ impl<B: Backend> Linear<B> {
     pub(super) fn weight(&self) -> &B::Linear {
         &self.weight
     }
+}
+
+/// The outputs `rows` and inputs `columns` of a projection, stacked along the outputs.
+fn windows<'a>(
+    source: &'a dyn WeightSource,
+    linear: &LinearSpec,
+    rows: Range<usize>,
+    columns: Range<usize>,
+) -> Result<Vec<HostMatrix<'a>>, ModelError> {
+    let columns = linear.column_range(columns);
+    let runs = linear.row_runs(rows).into_iter();
+    runs.map(|rows| {
+        if linear.is_transposed {
+            Ok(source.matrix(&linear.weight, columns.clone(), rows)?.transposed())
+        } else {
+            source.matrix(&linear.weight, rows, columns.clone())
+        }
+    })
+    .collect()
+}
+
+/// The bias of the outputs `rows`.
+fn bias_of(
+    source: &dyn WeightSource,
+    name: &str,
+    linear: &LinearSpec,
+    rows: Range<usize>,
+) -> Result<Vec<f32>, ModelError> {
+    let mut bias = Vec::with_capacity(rows.len());
+    for run in linear.row_runs(rows) {
+        bias.extend(source.vector(name, run)?);
+    }
+    Ok(bias)
 }
