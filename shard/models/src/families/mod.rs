@@ -92,4 +92,6 @@ fn find(config: &ModelConfig) -> Result<&'static Family, ModelError> {
 #[cfg(test)]
 mod relatives_tests;
 #[cfg(test)]
+mod rope_tests;
+#[cfg(test)]
 mod tests;

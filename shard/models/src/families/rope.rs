@@ -104,7 +104,8 @@ fn nested<'a>(reader: &ConfigReader<'a>) -> Option<&'a Map<String, Value>> {
 
 /// Numbers that no float32 holds would turn every head into nonsense.
 fn checked(reader: &mut ConfigReader<'_>, frequencies: RopeFrequencies) -> RopeFrequencies {
-    let long = frequencies.beyond.as_ref().map(|beyond| frequencies.for_prompt(beyond.context.saturating_add(1)));
+    let long =
+        frequencies.beyond.as_ref().map(|beyond| frequencies.for_prompt(beyond.context.saturating_add(1)));
     let (short_inv_freq, short_scale) = (&frequencies.inv_freq, frequencies.scale);
     let all = [&short_inv_freq[..], &[short_scale]].concat();
     let all_long = long.map(|(inv_freq, scale)| [&inv_freq[..], &[scale]].concat()).unwrap_or_default();
