@@ -1,6 +1,7 @@
 //! The CPU backend: readable reference, and a product for small models.
 //!
-//! Reading order: [`operations`] is `impl Backend`; [`linear`], [`kv_cache`] and [`buffer`] say how things lie in memory;
+//! Reading order: [`operations`] is `impl Backend`; [`linear`], [`quantized_linear`], [`kv_cache`] and [`buffer`] say
+//! how things lie in memory;
 //! [`matmul`] and [`attention`] spread work over [`threads`]; [`kernels`] holds the arithmetic, written once over
 //! sixteen lanes and compiled for each instruction set of [`isa`].
 //!
@@ -18,6 +19,8 @@ mod matmul;
 mod memory;
 mod norm;
 mod operations;
+mod packed_linear;
+mod quantized_linear;
 mod rope;
 mod rows;
 mod sampling;
@@ -30,7 +33,7 @@ use std::fs;
 pub use buffer::CpuBuffer;
 pub use isa::Isa;
 pub use kv_cache::CpuKvCache;
-pub use linear::PackedLinear;
+pub use packed_linear::PackedLinear;
 pub use rope::CpuRope;
 
 use crate::collectives::Communicator;

@@ -9,6 +9,7 @@ mod cases;
 mod embedding;
 mod matmul;
 mod norm;
+mod quantized;
 mod rope;
 mod sampling;
 mod sampling_distribution;

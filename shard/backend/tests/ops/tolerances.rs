@@ -23,6 +23,10 @@ pub(crate) const fn matmul(dtype: DType) -> Tolerance {
     }
 }
 
+/// Matrix product with quantized weights. Activations are rounded by at most 1/65278 of their group's largest; the magnitude is
+/// as for [`matmul`] with each activation replaced by that.
+pub(crate) const QUANTIZED_MATMUL: Tolerance = tolerance(1e-6, 1.6e-5);
+
 /// Attention over a cache of `dtype`, whose rounding the expected values do not have; magnitude 1.
 pub(crate) const fn attention(dtype: DType) -> Tolerance {
     match dtype {
