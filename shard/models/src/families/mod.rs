@@ -23,6 +23,7 @@ mod qwen2;
 mod qwen3;
 mod respelled;
 mod rope;
+mod rope_scaling;
 mod stablelm;
 mod starcoder2;
 mod window;
@@ -109,5 +110,7 @@ fn find(config: &ModelConfig) -> Result<&'static Family, ModelError> {
 
 #[cfg(test)]
 mod relatives_tests;
+#[cfg(test)]
+mod rope_tests;
 #[cfg(test)]
 mod tests;
