@@ -30,6 +30,7 @@ mod qwen3;
 mod qwen3_moe;
 mod respelled;
 mod rope;
+mod rope_scaling;
 mod stablelm;
 mod starcoder2;
 mod window;
@@ -124,5 +125,7 @@ fn find(config: &ModelConfig) -> Result<&'static Family, ModelError> {
 
 #[cfg(test)]
 mod relatives_tests;
+#[cfg(test)]
+mod rope_tests;
 #[cfg(test)]
 mod tests;
