@@ -67,7 +67,7 @@ pub(super) fn spec(config: &ModelConfig) -> Result<DecoderSpec, ModelError> {
             attention.o_proj = LinearSpec::new(&format!("{attention_prefix}.attn.out_proj"), false);
             attention.clip_qkv = clip_qkv;
         }
-        layer.mlp = MlpSpec::Experts(ExpertsSpec {
+        layer.mlp = MlpSpec::Experts(Box::new(ExpertsSpec {
             intermediate_size,
             activation,
             routing,
@@ -75,7 +75,7 @@ pub(super) fn spec(config: &ModelConfig) -> Result<DecoderSpec, ModelError> {
             correction: None,
             experts: of_one_tensor(&format!("{prefix}.ffn.experts.mlp"), num_experts, intermediate_size),
             shared: None,
-        });
+        }));
     }
     spec.embedding = EmbeddingSpec::tokens("transformer.wte.weight");
     spec.norm = NormSpec::layer("transformer.norm_f", false, 1e-5);

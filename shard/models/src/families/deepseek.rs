@@ -139,7 +139,7 @@ impl Version {
                 ),
                 mixer: MixerSpec::LatentAttention(attention(&format!("{prefix}.self_attn"))),
                 mlp: if has_experts {
-                    MlpSpec::Experts(experts(&format!("{prefix}.mlp")))
+                    MlpSpec::Experts(Box::new(experts(&format!("{prefix}.mlp"))))
                 } else {
                     dense(&prefix)
                 },

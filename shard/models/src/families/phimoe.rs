@@ -47,7 +47,7 @@ pub(super) fn spec(config: &ModelConfig) -> Result<DecoderSpec, ModelError> {
     let intermediate_size = reader.size("intermediate_size");
     for (index, layer) in spec.layers.iter_mut().enumerate() {
         let prefix = format!("model.layers.{index}.block_sparse_moe");
-        layer.mlp = MlpSpec::Experts(ExpertsSpec {
+        layer.mlp = MlpSpec::Experts(Box::new(ExpertsSpec {
             intermediate_size,
             activation: dense.activation,
             routing,
@@ -55,7 +55,7 @@ pub(super) fn spec(config: &ModelConfig) -> Result<DecoderSpec, ModelError> {
             correction: None,
             experts: experts::numbered(&format!("{prefix}.experts"), num_experts, experts::MIXTRAL_NAMES),
             shared: None,
-        });
+        }));
     }
     reader.finish(spec)
 }

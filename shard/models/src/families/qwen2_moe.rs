@@ -32,7 +32,7 @@ pub(super) fn spec(config: &ModelConfig) -> Result<DecoderSpec, ModelError> {
             projections: GatedSpec::new(&format!("{prefix}.mlp.shared_expert"), experts::NAMES),
             gate: Some(LinearSpec::new(&format!("{prefix}.mlp.shared_expert_gate"), false)),
         });
-        layer.mlp = MlpSpec::Experts(experts);
+        layer.mlp = MlpSpec::Experts(Box::new(experts));
     }
     reader.finish(spec)
 }

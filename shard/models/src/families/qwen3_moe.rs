@@ -21,7 +21,7 @@ pub(super) fn spec(config: &ModelConfig) -> Result<DecoderSpec, ModelError> {
     let has_experts = experts::qwen_layers(&mut reader, spec.layers.len());
     let of_layer = experts::qwen(&mut reader, dense.activation, 8);
     for (index, layer) in spec.layers.iter_mut().enumerate().filter(|&(index, _)| has_experts[index]) {
-        layer.mlp = MlpSpec::Experts(of_layer(&format!("model.layers.{index}")));
+        layer.mlp = MlpSpec::Experts(Box::new(of_layer(&format!("model.layers.{index}"))));
     }
     reader.finish(spec)
 }

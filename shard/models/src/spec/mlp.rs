@@ -32,5 +32,5 @@ pub enum MlpSpec {
         down_proj: LinearSpec,
     },
     /// A few of many for each token.
-    Experts(ExpertsSpec),
+    Experts(Box<ExpertsSpec>),
 }
