@@ -149,3 +149,18 @@ fn every_mistake_is_listed_at_once() {
     assert!(refusal(json!({"num_key_value_heads": 3})).contains("expected a divisor"));
     assert!(refusal(json!({"head_dim": 15})).contains("expected an even number"));
 }
+
+#[test]
+fn experts_of_all_layers_together_are_bounded() {
+    let mixtral = |layers: u64, experts: u64| {
+        refusal(json!({
+            "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_hidden_layers": layers,
+            "num_local_experts": experts,
+        }))
+    };
+    assert_eq!(
+        mixtral(4096, 1024),
+        "config.json: num_local_experts: found 1024 in each of 4096 layers, expected at most 131072 in all"
+    );
+    assert!(mixtral(1, 1 << 20).contains("found 1048576, expected at most 16384"));
+}

@@ -128,7 +128,7 @@ fn expectation(config: &ModelConfig) -> String {
 
 /// A name from the file for a message.
 fn shorten(name: &str) -> String {
-    name.chars().take(64).collect()
+    name.chars().take(40).collect()
 }
 
 #[cfg(test)]
