@@ -18,22 +18,22 @@ use tokenizers::{
 };
 
 /// A whole tokenizer; none: the library is to read it.
-pub(crate) fn read(text: &str) -> Option<Tokenizer> {
+pub(crate) fn read(text: &[u8]) -> Option<Tokenizer> {
     parse::<Merges>(text)
 }
 
 /// A tokenizer that turns tokens into text but not text into tokens; none: the library is to read it.
-pub(crate) fn read_for_decoding(text: &str) -> Option<Tokenizer> {
+pub(crate) fn read_for_decoding(text: &[u8]) -> Option<Tokenizer> {
     parse::<NoMerges>(text)
 }
 
-fn parse<M>(text: &str) -> Option<Tokenizer>
+fn parse<M>(text: &[u8]) -> Option<Tokenizer>
 where
     M: Into<Merges> + for<'de> Deserialize<'de>,
 {
     type Parts<M> =
         TokenizerImpl<Lean<M>, NormalizerWrapper, PreTokenizerWrapper, PostProcessorWrapper, DecoderWrapper>;
-    serde_json::from_str::<Parts<M>>(text).ok().map(Tokenizer::from)
+    serde_json::from_slice::<Parts<M>>(text).ok().map(Tokenizer::from)
 }
 
 /// The pairs that are merged, the first one first.
@@ -216,7 +216,7 @@ mod tests {
     fn it_is_the_librarys_tokenizer() {
         for merges in [json!(["a b", "ab c"]), json!([["a", "b"], ["ab", "c"]])] {
             let text = tokenizer(&merges).to_string();
-            let (ours, theirs) = (read(&text).unwrap(), Tokenizer::from_str(&text).unwrap());
+            let (ours, theirs) = (read(text.as_bytes()).unwrap(), Tokenizer::from_str(&text).unwrap());
             assert_eq!(ours.to_string(false).unwrap(), theirs.to_string(false).unwrap());
             for prompt in ["abc ABab <end>x", "", "cab"] {
                 let ids = |tokenizer: &Tokenizer| tokenizer.encode(prompt, true).unwrap().get_ids().to_vec();
@@ -228,7 +228,8 @@ mod tests {
     #[test]
     fn without_merges_it_decodes_as_before() {
         let text = tokenizer(&json!(["a b", "ab c"])).to_string();
-        let (ours, theirs) = (read_for_decoding(&text).unwrap(), Tokenizer::from_str(&text).unwrap());
+        let (ours, theirs) =
+            (read_for_decoding(text.as_bytes()).unwrap(), Tokenizer::from_str(&text).unwrap());
         let ids = [5, 4, 6, 0, 3, 99];
         for skip in [false, true] {
             assert_eq!(ours.decode(&ids, skip).unwrap(), theirs.decode(&ids, skip).unwrap());
@@ -238,12 +239,12 @@ mod tests {
 
     #[test]
     fn what_is_unusual_is_left_to_the_library() {
-        assert!(read(&tokenizer(&json!(["a b c"])).to_string()).is_none());
-        assert!(read(&tokenizer(&json!(["a x"])).to_string()).is_none());
+        assert!(read(tokenizer(&json!(["a b c"])).to_string().as_bytes()).is_none());
+        assert!(read(tokenizer(&json!(["a x"])).to_string().as_bytes()).is_none());
         let mut other = tokenizer(&json!([]));
         other["model"] = json!({"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"});
-        assert!(read(&other.to_string()).is_none());
+        assert!(read(other.to_string().as_bytes()).is_none());
         assert!(Tokenizer::from_str(&other.to_string()).is_ok());
-        assert!(read("{").is_none());
+        assert!(read(b"{").is_none());
     }
 }

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
+use crate::bounded::{self, MAX_JSON_BYTES};
 use crate::error::HubError;
 
 /// A model's `config.json`, in Hugging Face's spelling.
@@ -190,14 +191,20 @@ fn normalise(raw: &mut Map<String, Value>) {
             raw.entry(key).or_insert(value);
         }
     }
-    let is_default = rope.get("rope_type").is_none_or(|kind| kind == "default");
+    let kind = rope.get("rope_type").or_else(|| rope.get("type"));
+    let is_default = kind.is_none_or(|kind| kind == "default");
     let scaling = if is_default { Value::Null } else { Value::Object(rope) };
     raw.entry("rope_scaling").or_insert(scaling);
 }
 
 /// Reads a JSON file that holds one object.
 pub(crate) fn read_object(path: &Path) -> Result<Map<String, Value>, HubError> {
-    let text = std::fs::read_to_string(path).map_err(HubError::io("read", path))?;
+    read_object_of(path, MAX_JSON_BYTES)
+}
+
+/// [`read_object`], for a file of at most `max_bytes`.
+pub(crate) fn read_object_of(path: &Path, max_bytes: u64) -> Result<Map<String, Value>, HubError> {
+    let text = bounded::read_text(path, max_bytes)?;
     match serde_json::from_str(&text) {
         Ok(Value::Object(object)) => Ok(object),
         Ok(other) => Err(HubError::format(
@@ -206,6 +213,12 @@ pub(crate) fn read_object(path: &Path) -> Result<Map<String, Value>, HubError> {
         )),
         Err(error) => Err(HubError::format(path.display().to_string(), format!("not valid JSON: {error}"))),
     }
+}
+
+/// At most 200 characters of somebody else's words, in one line.
+pub(crate) fn one_line(text: &str) -> String {
+    let visible = |c: char| if c.is_control() { ' ' } else { c };
+    text.chars().take(200).map(visible).collect()
 }
 
 /// At most 80 characters of a value, for messages.
@@ -246,6 +259,8 @@ mod tests {
         let newer = config(json!({"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}));
         assert_eq!(newer.rope_theta().unwrap(), Some(1e4));
         assert!(newer.rope_scaling().is_none());
+        let half_renamed = config(json!({"rope_parameters": {"type": "dynamic", "factor": 2.0}}));
+        assert!(half_renamed.rope_scaling().is_some());
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! metadata is translated into the spelling of the former.
 
 mod args;
+mod bounded;
 mod bpe_json;
 mod config;
 mod download;
@@ -14,6 +15,7 @@ mod generation_config;
 pub mod gguf;
 mod gguf_config;
 mod gguf_tokenizer;
+mod links;
 mod model_files;
 mod snapshot;
 mod tokenizer_files;
