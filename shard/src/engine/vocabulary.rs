@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use tokenizers::Tokenizer;
 
 /// Makes the tokenizer for texts.
-pub type MakeTokenizer = Box<dyn Fn() -> Result<Tokenizer, String> + Send>;
+pub(crate) type MakeTokenizer = Box<dyn Fn() -> Result<Tokenizer, String> + Send>;
 
 /// A model's tokenizer and what it says about single tokens.
 pub struct Vocabulary {
