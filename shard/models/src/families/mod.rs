@@ -127,6 +127,8 @@ fn find(config: &ModelConfig) -> Result<&'static Family, ModelError> {
 }
 
 #[cfg(test)]
+mod experts_tests;
+#[cfg(test)]
 mod gpt_tests;
 #[cfg(test)]
 mod relatives_tests;
