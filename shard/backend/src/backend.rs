@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::sampling::{Sampled, SamplingRow};
-use crate::{BackendError, DType, HostMatrix, KvLayout, StepInput};
+use crate::{BackendError, DType, HostMatrix, KvLayout, QuantizedMatrix, StepInput};
 
 /// What a backend runs on.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -116,6 +116,9 @@ pub trait Backend: Send + Sized + 'static {
     fn buffer(&self, max_rows: usize, width: usize) -> Result<Self::Buffer, BackendError>;
     /// Packs the matrices `parts`, stacked along their rows (outputs), in `dtype`. All have the same number of columns.
     fn linear(&self, parts: &[HostMatrix<'_>], dtype: DType) -> Result<Self::Linear, BackendError>;
+    /// Packs quantized matrices as they are, stacked along their rows. All have the same number of columns; bits and groups
+    /// may differ.
+    fn quantized_linear(&self, parts: &[QuantizedMatrix]) -> Result<Self::Linear, BackendError>;
     /// Makes a small parameter.
     fn vector(&self, values: Vec<f32>) -> Result<Self::Vector, BackendError>;
     /// Makes a rotary embedding.

@@ -9,7 +9,7 @@ use super::{
 use crate::sampling::{Sampled, SamplingRow};
 use crate::{
     Activation, AttentionShape, Backend, BackendError, DType, DeviceInfo, HostMatrix, KvLayout, MemoryInfo,
-    RopeFrequencies, StepInput,
+    QuantizedMatrix, RopeFrequencies, StepInput,
 };
 
 /// Elements below which one thread alone is quicker than waking the others: about a microsecond's work.
@@ -60,6 +60,28 @@ impl Backend for CpuBackend {
     fn linear(&self, parts: &[HostMatrix<'_>], dtype: DType) -> Result<PackedLinear, BackendError> {
         let tools = (&mut *self.threads.borrow_mut(), &mut *self.arena.borrow_mut());
         PackedLinear::pack(parts, dtype, self.kernels.typed(dtype), tools)
+    }
+
+    fn quantized_linear(&self, parts: &[QuantizedMatrix]) -> Result<PackedLinear, BackendError> {
+        let plain: Vec<_> = parts
+            .iter()
+            .map(|part| {
+                let mut row = vec![0.0; part.cols];
+                let mut bytes = Vec::with_capacity(part.rows * part.cols * size_of::<f32>());
+                for index in 0..part.rows {
+                    part.read_row(index, &mut row);
+                    bytes.extend(row.iter().flat_map(|value| value.to_le_bytes()));
+                }
+                HostMatrix {
+                    dtype: DType::F32,
+                    rows: part.rows,
+                    cols: part.cols,
+                    row_stride: part.cols,
+                    bytes: bytes.into(),
+                }
+            })
+            .collect();
+        self.linear(&plain, DType::F32)
     }
 
     fn vector(&self, values: Vec<f32>) -> Result<CpuVector, BackendError> {

@@ -5,6 +5,7 @@ use std::ops::Range;
 use backend::Backend;
 
 use super::Loader;
+use super::packing::Window;
 use crate::ModelError;
 use crate::spec::LinearSpec;
 
@@ -27,14 +28,15 @@ impl<B: Backend> Linear<B> {
         parts: &[ColumnPart<'_>],
         in_features: usize,
     ) -> Result<Self, ModelError> {
-        let matrices = parts
+        let windows: Vec<_> = parts
             .iter()
-            .map(|part| {
-                loader.source.matrix(&part.linear.weight, part.linear.rows(part.rows.clone()), 0..in_features)
+            .map(|part| Window {
+                name: &part.linear.weight,
+                rows: part.linear.rows(part.rows.clone()),
+                cols: 0..in_features,
             })
-            .collect::<Result<Vec<_>, _>>()?;
-        let weight = loader.backend.linear(&matrices, loader.dtype)?;
-        matrices.into_iter().for_each(|matrix| loader.source.recycle(matrix));
+            .collect();
+        let weight = loader.pack(&windows)?;
         let mut bias = Vec::new();
         for part in parts {
             match &part.linear.bias {
@@ -54,9 +56,8 @@ impl<B: Backend> Linear<B> {
         out_features: usize,
         columns: Range<usize>,
     ) -> Result<Self, ModelError> {
-        let matrix = loader.source.matrix(&linear.weight, linear.rows(0..out_features), columns)?;
-        let weight = loader.backend.linear(std::slice::from_ref(&matrix), loader.dtype)?;
-        loader.source.recycle(matrix);
+        let rows = linear.rows(0..out_features);
+        let weight = loader.pack(&[Window { name: &linear.weight, rows, cols: columns }])?;
         let bias = match &linear.bias {
             Some(name) if loader.rank == 0 => Some(loader.source.vector(name, linear.rows(0..out_features))?),
             _ => None,

@@ -8,6 +8,7 @@ mod embedding;
 mod linear;
 mod mlp;
 mod norm;
+mod packing;
 mod residual;
 
 use backend::{Backend, DType, RopeFrequencies};
@@ -27,6 +28,8 @@ pub(crate) struct Loader<'a, B: Backend> {
     pub(crate) source: &'a dyn WeightSource,
     /// Type the packed weights get.
     pub(crate) dtype: DType,
+    /// Quantized tensors stay so instead.
+    pub(crate) keeps_quantized: bool,
     pub(crate) rank: usize,
     pub(crate) world_size: usize,
     /// Most rows of a step.
@@ -39,13 +42,19 @@ pub(crate) struct Loader<'a, B: Backend> {
 
 impl<'a, B: Backend> Loader<'a, B> {
     /// Nothing loaded yet.
-    pub(crate) fn new(backend: &'a B, source: &'a dyn WeightSource, dtype: DType, max_rows: usize) -> Self {
+    pub(crate) fn new(
+        backend: &'a B,
+        source: &'a dyn WeightSource,
+        (dtype, keeps_quantized): (DType, bool),
+        max_rows: usize,
+    ) -> Self {
         let (rank, world_size) = backend.rank_and_world();
         let scratch = Scratch { ropes: Vec::new(), buffers: Vec::new(), bytes: 0 };
         Self {
             backend,
             source,
             dtype,
+            keeps_quantized,
             rank,
             world_size,
             max_rows,

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use backend::DType;
 
-use super::WeightSource;
+use super::{WeightSource, blocks};
 use crate::ModelError;
 use crate::spec::{DecoderSpec, ExpectedTensor, LmHeadSpec};
 
@@ -35,8 +35,10 @@ pub(crate) fn check_tensors(spec: &DecoderSpec, source: &dyn WeightSource) -> Re
         }
         if meta.dtype.is_none() {
             wrong.push(format!(
-                "tensor {} is stored as {}, expected F32, F16, BF16, or in GGUF also Q4_0, Q4_1, Q8_0",
-                tensor.name, meta.stored
+                "tensor {} is stored as {}, expected {}; choose another file with --model-id",
+                tensor.name,
+                meta.stored,
+                blocks::EXPECTED
             ));
         }
     }

@@ -1,15 +1,16 @@
 //! Weights as they lie in files: by name, in the files' own type, only the bytes this rank needs.
 
+mod blocks;
 mod check;
-mod dequantize;
 mod gguf;
+mod gguf_layout;
 mod gguf_names;
 mod safetensors;
 mod spare_buffers;
 
 use std::ops::Range;
 
-use backend::{DType, HostMatrix};
+use backend::{DType, HostMatrix, QuantizedMatrix};
 use hub::{ModelFiles, WeightFiles};
 
 pub(crate) use check::{check_tensors, prevailing_dtype};
@@ -25,6 +26,17 @@ pub(crate) struct TensorMeta {
     pub(crate) dtype: Option<DType>,
     /// The file's name for the type, for messages.
     pub(crate) stored: String,
+    /// How it is quantized; none: [`WeightSource::quantized`] has nothing either.
+    pub(crate) quantized: Option<QuantizedMeta>,
+}
+
+/// The form of a quantized tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct QuantizedMeta {
+    /// Bits of a value.
+    pub(crate) bits: u32,
+    /// Elements that share a scale and an offset.
+    pub(crate) group_size: usize,
 }
 
 /// The tensors of a model, under Hugging Face's names whatever the file format.
@@ -45,9 +57,23 @@ pub(crate) trait WeightSource: Send + Sync {
         cols: Range<usize>,
     ) -> Result<HostMatrix<'_>, ModelError>;
 
+    /// The same window from the quantized blocks, nothing rounded; none where the tensor is stored plain or the columns cut
+    /// a group.
+    fn quantized(
+        &self,
+        _name: &str,
+        _rows: Range<usize>,
+        _cols: Range<usize>,
+    ) -> Option<Result<QuantizedMatrix, ModelError>> {
+        None
+    }
+
     /// Takes back a matrix that is no longer needed, so that its memory serves the next one: fresh memory is cleared by
     /// the system first, which costs more than dequantizing.
     fn recycle(&self, _matrix: HostMatrix<'_>) {}
+
+    /// The same for a quantized matrix.
+    fn recycle_quantized(&self, _matrix: QuantizedMatrix) {}
 
     /// The elements `range` of a vector.
     ///

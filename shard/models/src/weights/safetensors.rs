@@ -54,6 +54,7 @@ impl Safetensors {
                         shape: info.shape.clone(),
                         dtype,
                         stored: format!("{:?}", info.dtype),
+                        quantized: None,
                     },
                 };
                 if let Some(other) = all.tensors.insert(name.clone(), tensor) {
