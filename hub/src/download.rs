@@ -17,12 +17,11 @@ use indicatif::{HumanBytes, MultiProgress, ProgressBar, ProgressStyle};
 use sha2::{Digest, Sha256};
 
 use crate::args::HubOptions;
-use crate::download_plan::{DownloadPlan, PlannedWeights, small_files};
+use crate::download_plan::{DownloadPlan, small_files};
 use crate::error::HubError;
 use crate::model_files::{ModelFiles, WeightFiles};
-use crate::snapshot::{
-    HubId, ModelRef, SAFETENSORS_INDEX, files_of_index, locate, locate_with, override_weights,
-};
+use crate::snapshot::{HubId, ModelRef, files_of_index, locate, locate_with, override_weights};
+use crate::weight_choice::WeightNames;
 
 /// Files fetched at once: enough to fill a fast line, few enough to be polite.
 const NUM_WORKERS: usize = 4;
@@ -129,10 +128,10 @@ impl<'a> Download<'a> {
         } else {
             let plan = DownloadPlan::new(self.model, &self.id, names, place)?;
             let weights = match plan.weights {
-                PlannedWeights::Files(weights) => weights,
-                PlannedWeights::Indexed => {
-                    snapshot.fetch(vec![SAFETENSORS_INDEX.to_owned()])?;
-                    files_of_index(&snapshot.folder.join(SAFETENSORS_INDEX))?
+                WeightNames::Files(weights) => weights,
+                WeightNames::Indexed(index) => {
+                    snapshot.fetch(vec![index.to_owned()])?;
+                    files_of_index(&snapshot.folder.join(index))?
                 }
             };
             [weights, plan.small_files].concat()

@@ -1,8 +1,9 @@
 //! Which files of a repository on the Hub make up the model.
 
 use crate::error::HubError;
-use crate::snapshot::{
-    HubId, ModelRef, SAFETENSORS_INDEX, is_gguf, no_weights, only_gguf, safetensors_among,
+use crate::snapshot::{HubId, ModelRef};
+use crate::weight_choice::{
+    EXPECTED_WEIGHTS, WeightFormat, WeightNames, choose_weights, is_gguf, no_weights,
 };
 
 /// Files beside the weights that are read if they exist.
@@ -19,17 +20,8 @@ const SMALL_FILES: [&str; 5] = [
 pub(crate) struct DownloadPlan {
     /// Configuration and tokenizer; fetched whatever the weights are.
     pub(crate) small_files: Vec<String>,
-    /// The weights.
-    pub(crate) weights: PlannedWeights,
-}
-
-/// Where the weights of a repository are.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) enum PlannedWeights {
-    /// The files that the index, itself a file to fetch first, refers to.
-    Indexed,
-    /// These files.
-    Files(Vec<String>),
+    /// The weights, perhaps by way of an index, itself a file to fetch first.
+    pub(crate) weights: WeightNames,
 }
 
 impl DownloadPlan {
@@ -49,23 +41,21 @@ impl DownloadPlan {
             }
             return Ok(Self::gguf(file.clone()));
         }
-        let weights = safetensors_among(names);
-        if names.iter().any(|name| name == SAFETENSORS_INDEX) {
-            return Ok(Self { small_files: small_files(names), weights: PlannedWeights::Indexed });
+        match choose_weights(model, names, &id.repository)? {
+            Some(choice) => {
+                let has_all = choice.format == WeightFormat::Gguf;
+                let small_files = if has_all { Vec::new() } else { small_files(names) };
+                Ok(Self { small_files, weights: choice.names })
+            }
+            None => Err(no_weights(model, names).unwrap_or_else(|| {
+                model.missing(&format!("a weight file ({EXPECTED_WEIGHTS})"), place.as_ref(), remedy)
+            })),
         }
-        if !weights.is_empty() {
-            return Ok(Self { small_files: small_files(names), weights: PlannedWeights::Files(weights) });
-        }
-        if let Some(file) = only_gguf(model, names, &id.repository)? {
-            return Ok(Self::gguf(file));
-        }
-        let nothing = || model.missing("a weight file (*.safetensors or *.gguf)", place.as_ref(), remedy);
-        Err(no_weights(model, names).unwrap_or_else(nothing))
     }
 
     /// A GGUF file holds configuration and tokenizer too.
     fn gguf(file: String) -> Self {
-        Self { small_files: Vec::new(), weights: PlannedWeights::Files(vec![file]) }
+        Self { small_files: Vec::new(), weights: WeightNames::Files(vec![file]) }
     }
 }
 
@@ -81,6 +71,7 @@ pub(crate) fn small_files(names: &[String]) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::weight_choice::{PYTORCH_INDEX, SAFETENSORS_INDEX};
 
     fn plan(model_id: &str, names: &[&str]) -> Result<DownloadPlan, HubError> {
         let model = ModelRef::new(model_id);
@@ -88,8 +79,8 @@ mod tests {
         DownloadPlan::new(&model, &HubId::parse(model_id)?, &names, "the Hub")
     }
 
-    fn files(names: &[&str]) -> PlannedWeights {
-        PlannedWeights::Files(names.iter().map(|&name| name.to_owned()).collect())
+    fn files(names: &[&str]) -> WeightNames {
+        WeightNames::Files(names.iter().map(|&name| name.to_owned()).collect())
     }
 
     #[test]
@@ -122,7 +113,7 @@ mod tests {
     fn an_index_decides() {
         let plan =
             plan("org/name", &["a-1.safetensors", "consolidated.safetensors", SAFETENSORS_INDEX]).unwrap();
-        assert_eq!(plan.weights, PlannedWeights::Indexed);
+        assert_eq!(plan.weights, WeightNames::Indexed(SAFETENSORS_INDEX));
     }
 
     #[test]
@@ -138,12 +129,29 @@ mod tests {
     }
 
     #[test]
-    fn pickled_weights_are_refused() {
-        let error = plan("org/name", &["config.json", "pytorch_model.bin"]).unwrap_err().to_string();
-        assert!(
-            error.contains("PyTorch files (pytorch_model.bin)") && error.contains("not read yet"),
-            "{error}"
+    fn pytorch_is_taken_where_there_are_no_safetensors() {
+        let weights = |names: &[&str]| plan("org/name", names).unwrap().weights;
+        assert_eq!(
+            weights(&["config.json", "other.bin", "pytorch_model.bin", "training_args.bin"]),
+            files(&["pytorch_model.bin"])
         );
+        let shards = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"];
+        assert_eq!(weights(&[shards[0], shards[1], "a.gguf"]), files(&shards));
+        assert_eq!(weights(&[PYTORCH_INDEX, shards[0]]), WeightNames::Indexed(PYTORCH_INDEX));
+        assert_eq!(weights(&[PYTORCH_INDEX, shards[0], "m.safetensors"]), files(&["m.safetensors"]));
+        assert_eq!(weights(&["weights.bin"]), files(&["weights.bin"]));
+        // Beside a GGUF file, a file of another name is something else.
+        assert_eq!(weights(&["imatrix.bin", "m.gguf"]), files(&["m.gguf"]));
+        assert_eq!(
+            plan("org/name", &["config.json", "pytorch_model.bin"]).unwrap().small_files,
+            ["config.json"]
+        );
+    }
+
+    #[test]
+    fn other_formats_are_refused_by_name() {
+        let error = plan("org/name", &["config.json", "consolidated.00.pth"]).unwrap_err().to_string();
+        assert!(error.contains("its weights as consolidated.00.pth only"), "{error}");
         let error = plan("org/name", &["config.json", "training_args.bin"]).unwrap_err().to_string();
         assert!(error.contains("a weight file"), "{error}");
     }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use serde_json::json;
 
 use super::*;
+use crate::weight_choice::{PYTORCH_INDEX, SAFETENSORS_INDEX};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
@@ -158,6 +159,23 @@ fn fetches_what_is_needed_and_then_works_offline() {
     options.offline = false;
     assert_eq!(fetch(&tiny(), &options).unwrap().fingerprint().unwrap(), offline.fingerprint().unwrap());
     assert_eq!(hub.num_requests(), asked);
+}
+
+#[test]
+fn fetches_the_files_of_a_pytorch_index() {
+    let cache = tempfile::tempdir().unwrap();
+    let shards = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"];
+    let (hub, endpoint) = FakeHub::default()
+        .with_file("config.json", "{}")
+        .with_file("tokenizer.json", "{}")
+        .with_file(PYTORCH_INDEX, json!({"weight_map": {"a": shards[0], "b": shards[1]}}).to_string())
+        .with_file(shards[0], "one")
+        .with_file(shards[1], "two")
+        .with_file("optimizer.bin", "not in the index")
+        .serve();
+    let files = fetch(&tiny(), &options(cache.path(), endpoint)).unwrap();
+    assert_eq!(files.weights, WeightFiles::Pytorch(shards.map(|shard| files.root.join(shard)).to_vec()));
+    assert!(hub.requests.lock().unwrap().iter().all(|request| !request.0.ends_with("optimizer.bin")));
 }
 
 #[test]

@@ -32,7 +32,8 @@ pub enum HubError {
 
     /// The weights exist, but in a format that is not read.
     #[error(
-        "model {model_id:?} has its weights as {found} only; expected *.safetensors or one .gguf file; {remedy}"
+        "model {model_id:?} has its weights as {found} only; expected *.safetensors, \
+         pytorch_model*.bin or one .gguf file; {remedy}"
     )]
     UnsupportedWeights {
         /// What was asked for.

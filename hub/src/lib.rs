@@ -16,6 +16,7 @@ mod gguf_tokenizer;
 mod model_files;
 mod snapshot;
 mod tokenizer_files;
+mod weight_choice;
 
 pub use args::{HubArgs, HubOptions, Secret};
 pub use config::ModelConfig;

@@ -19,6 +19,8 @@ use crate::{gguf_config, gguf_tokenizer};
 pub enum WeightFiles {
     /// Sorted by name; at least one.
     Safetensors(Vec<PathBuf>),
+    /// What `torch.save` writes, sorted by name; at least one.
+    Pytorch(Vec<PathBuf>),
     /// One file that also holds configuration and tokenizer.
     Gguf(PathBuf),
 }
@@ -27,7 +29,7 @@ impl WeightFiles {
     /// The paths, sorted by name.
     pub fn paths(&self) -> &[PathBuf] {
         match self {
-            WeightFiles::Safetensors(paths) => paths,
+            WeightFiles::Safetensors(paths) | WeightFiles::Pytorch(paths) => paths,
             WeightFiles::Gguf(path) => std::slice::from_ref(path),
         }
     }
@@ -69,13 +71,13 @@ impl ModelFiles {
         Self { model_id: model_id.to_owned(), root: root.to_owned(), weights, sha, gguf: Arc::default() }
     }
 
-    /// The GGUF file, opened at the first call; `None` for safetensors.
+    /// The GGUF file, opened at the first call; `None` for other formats.
     ///
     /// # Errors
     /// The file cannot be read or is damaged.
     pub fn gguf(&self) -> Result<Option<Arc<GgufFile>>, HubError> {
         match &self.weights {
-            WeightFiles::Safetensors(_) => Ok(None),
+            WeightFiles::Safetensors(_) | WeightFiles::Pytorch(_) => Ok(None),
             WeightFiles::Gguf(path) => self.open_gguf(path).map(Some),
         }
     }
@@ -100,7 +102,9 @@ impl ModelFiles {
     /// The file is missing or damaged, or the GGUF file's architecture is not supported.
     pub fn config(&self) -> Result<ModelConfig, HubError> {
         match &self.weights {
-            WeightFiles::Safetensors(_) => ModelConfig::from_file(&self.root.join("config.json")),
+            WeightFiles::Safetensors(_) | WeightFiles::Pytorch(_) => {
+                ModelConfig::from_file(&self.root.join("config.json"))
+            }
             WeightFiles::Gguf(path) => {
                 let file = self.open_gguf(path)?;
                 gguf_config::model_config(&file.header, file.bytes(), &origin(path))
@@ -136,7 +140,7 @@ impl ModelFiles {
     /// A file is damaged.
     pub fn tokenizer_config(&self) -> Result<TokenizerConfig, HubError> {
         match &self.weights {
-            WeightFiles::Safetensors(_) => TokenizerConfig::from_root(&self.root),
+            WeightFiles::Safetensors(_) | WeightFiles::Pytorch(_) => TokenizerConfig::from_root(&self.root),
             WeightFiles::Gguf(path) => {
                 gguf_tokenizer::tokenizer_config(&self.open_gguf(path)?.header, &origin(path))
             }
@@ -149,7 +153,9 @@ impl ModelFiles {
     /// A file is damaged.
     pub fn generation_config(&self) -> Result<GenerationConfig, HubError> {
         match &self.weights {
-            WeightFiles::Safetensors(_) => GenerationConfig::from_root(&self.root, &self.config()?),
+            WeightFiles::Safetensors(_) | WeightFiles::Pytorch(_) => {
+                GenerationConfig::from_root(&self.root, &self.config()?)
+            }
             WeightFiles::Gguf(path) => {
                 gguf_config::generation_config(&self.open_gguf(path)?.header, &origin(path))
             }

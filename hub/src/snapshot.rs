@@ -8,11 +8,9 @@ use crate::args::HubOptions;
 use crate::config::read_object;
 use crate::error::HubError;
 use crate::model_files::{ModelFiles, WeightFiles};
-
-/// Name of the file that lists which safetensors file holds which tensor.
-pub(crate) const SAFETENSORS_INDEX: &str = "model.safetensors.index.json";
-/// Upstream skips weight files whose name has one of these: they are trainer state, not weights.
-const NOT_WEIGHTS: [&str; 3] = ["arguments", "args", "training"];
+use crate::weight_choice::{
+    EXPECTED_WEIGHTS, WeightFormat, WeightNames, choose_weights, is_gguf, no_weights,
+};
 
 /// Which model is meant.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -194,13 +192,13 @@ fn weights_in(
     remedy: &str,
 ) -> Result<WeightFiles, HubError> {
     let weights = weights_in_flat(model, root, gguf, remedy)?;
-    if matches!(weights, WeightFiles::Safetensors(_)) && !root.join("config.json").is_file() {
+    if !matches!(weights, WeightFiles::Gguf(_)) && !root.join("config.json").is_file() {
         return Err(model.missing("config.json", root, remedy));
     }
     Ok(weights)
 }
 
-/// The weights in `root`: the files its index lists, else all safetensors, else the only GGUF file.
+/// The weights in `root`, in the format that is preferred among those that are there.
 fn weights_in_flat(
     model: &ModelRef,
     root: &Path,
@@ -214,18 +212,23 @@ fn weights_in_flat(
             false => Err(model.missing(file, root, remedy)),
         };
     }
-    let index = root.join(SAFETENSORS_INDEX);
-    let wanted = if index.is_file() { files_of_index(&index)? } else { safetensors_among(&names) };
+    let Some(choice) = choose_weights(model, &names, &root.display().to_string())? else {
+        let weights = format!("a weight file ({EXPECTED_WEIGHTS})");
+        return Err(no_weights(model, &names).unwrap_or_else(|| model.missing(&weights, root, remedy)));
+    };
+    let wanted = match choice.names {
+        WeightNames::Indexed(index) => files_of_index(&root.join(index))?,
+        WeightNames::Files(files) => files,
+    };
     if let Some(missing) = wanted.iter().find(|name| !names.contains(name)) {
         return Err(model.missing(missing, root, remedy));
     }
-    if !wanted.is_empty() {
-        return Ok(WeightFiles::Safetensors(wanted.iter().map(|name| root.join(name)).collect()));
-    }
-    match only_gguf(model, &names, &root.display().to_string())? {
-        Some(file) => Ok(WeightFiles::Gguf(root.join(file))),
-        None => Err(no_weights(model, &names)
-            .unwrap_or_else(|| model.missing("a weight file (*.safetensors or *.gguf)", root, remedy))),
+    let mut paths: Vec<PathBuf> = wanted.iter().map(|name| root.join(name)).collect();
+    match choice.format {
+        WeightFormat::Safetensors => Ok(WeightFiles::Safetensors(paths)),
+        WeightFormat::Pytorch => Ok(WeightFiles::Pytorch(paths)),
+        // There is exactly one.
+        WeightFormat::Gguf => Ok(WeightFiles::Gguf(paths.swap_remove(0))),
     }
 }
 
@@ -242,7 +245,7 @@ fn file_names(root: &Path) -> Result<Vec<String>, HubError> {
     Ok(names)
 }
 
-/// The files a safetensors index refers to, sorted.
+/// The files an index refers to, sorted; at least one.
 pub(crate) fn files_of_index(path: &Path) -> Result<Vec<String>, HubError> {
     let index = read_object(path)?;
     let wrong = |found: String| {
@@ -261,54 +264,12 @@ pub(crate) fn files_of_index(path: &Path) -> Result<Vec<String>, HubError> {
             _ => return Err(wrong(crate::config::shorten(&file.to_string()))),
         }
     }
+    if files.is_empty() {
+        return Err(wrong("none".to_owned()));
+    }
     files.sort();
     files.dedup();
     Ok(files)
-}
-
-/// The safetensors weight files among the names at a repository's root.
-pub(crate) fn safetensors_among(names: &[String]) -> Vec<String> {
-    let is_weights = |name: &&String| {
-        name.ends_with(".safetensors")
-            && !name.contains('/')
-            && NOT_WEIGHTS.iter().all(|word| !name.contains(word))
-    };
-    let found: Vec<String> = names.iter().filter(is_weights).cloned().collect();
-    // Some repositories hold everything twice: once in their own format under this name.
-    let usual: Vec<String> = found.iter().filter(|name| !name.starts_with("consolidated")).cloned().collect();
-    if usual.is_empty() { found } else { usual }
-}
-
-/// The only GGUF file among the names at a repository's root; `place` is what its name is appended to.
-pub(crate) fn only_gguf(model: &ModelRef, names: &[String], place: &str) -> Result<Option<String>, HubError> {
-    let found: Vec<&String> = names.iter().filter(|name| is_gguf(name) && !name.contains('/')).collect();
-    match found.as_slice() {
-        [] => Ok(None),
-        [file] => Ok(Some((*file).clone())),
-        [first, ..] => Err(HubError::AmbiguousGguf {
-            model_id: model.model_id.clone(),
-            choice: format!("{place}/{first}"),
-            names: found.into_iter().cloned().collect(),
-        }),
-    }
-}
-
-/// The refusal for weights in a format that is not read; `None` when there are none of those either.
-pub(crate) fn no_weights(model: &ModelRef, names: &[String]) -> Option<HubError> {
-    let is_pickle = |name: &&String| {
-        [".bin", ".pt", ".pth"].iter().any(|end| name.ends_with(end)) && !name.contains("training")
-    };
-    let pickle = names.iter().find(is_pickle)?;
-    Some(HubError::UnsupportedWeights {
-        model_id: model.model_id.clone(),
-        found: format!("PyTorch files ({pickle})"),
-        remedy: "PyTorch weights are not read yet; use a revision or a conversion with safetensors"
-            .to_owned(),
-    })
-}
-
-pub(crate) fn is_gguf(name: &str) -> bool {
-    Path::new(name).extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
 }
 
 #[cfg(test)]

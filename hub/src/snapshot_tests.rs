@@ -3,6 +3,7 @@
 use tempfile::TempDir;
 
 use super::*;
+use crate::weight_choice::SAFETENSORS_INDEX;
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
@@ -75,10 +76,10 @@ fn what_is_missing_is_named() {
     assert!(
         locate_in(&directory(&["config.json"]))
             .unwrap_err()
-            .contains("a weight file (*.safetensors or *.gguf)")
+            .contains("a weight file (*.safetensors, pytorch_model*.bin or *.gguf)")
     );
-    let error = locate_in(&directory(&["config.json", "pytorch_model.bin"])).unwrap_err();
-    assert!(error.contains("PyTorch files (pytorch_model.bin)") && error.contains("not read yet"), "{error}");
+    let error = locate_in(&directory(&["config.json", "consolidated.00.pth"])).unwrap_err();
+    assert!(error.contains("its weights as consolidated.00.pth only; expected *.safetensors,"), "{error}");
     let dir = directory(&["notes.txt"]);
     let error = locate_path(dir.path().join("notes.txt").to_str().unwrap()).unwrap_err();
     assert!(error.contains("not .gguf"), "{error}");

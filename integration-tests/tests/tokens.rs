@@ -22,6 +22,22 @@ fn tiny_llama_matches_the_reference_on_1_2_and_3_ranks() {
 }
 
 #[test]
+fn pytorch_shards_match_the_reference() {
+    // The tokenizer is the other tiny model's.
+    let model = tempfile::tempdir().unwrap();
+    for entry in std::fs::read_dir(fixture("tiny-bin")).unwrap() {
+        let path = entry.unwrap().path();
+        std::fs::copy(&path, model.path().join(path.file_name().unwrap())).unwrap();
+    }
+    for name in ["tokenizer.json", "tokenizer_config.json", "generation_config.json"] {
+        std::fs::copy(fixture("tiny-llama").join(name), model.path().join(name)).unwrap();
+    }
+    let cases = cases(&fixture("tiny-bin/golden.jsonl")).unwrap();
+    let server = Server::of(model.path()).args(["--num-shard", "2", "--dtype", "float32"]).start().unwrap();
+    check_server(server.port(), &cases, FLOAT32).unwrap();
+}
+
+#[test]
 fn smollm2_matches_the_reference_on_1_2_and_3_ranks() {
     check_ranks(args::smollm2(), "smollm2-golden.jsonl", BFLOAT16);
 }

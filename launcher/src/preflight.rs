@@ -59,10 +59,7 @@ fn compare(weights: u64, available: &Available) -> Result<(), String> {
 
 fn weight_bytes(weights: &WeightFiles) -> u64 {
     let size = |path: &PathBuf| std::fs::metadata(path).map_or(0, |meta| meta.len());
-    match weights {
-        WeightFiles::Safetensors(paths) => paths.iter().map(size).sum(),
-        WeightFiles::Gguf(path) => size(path),
-    }
+    weights.paths().iter().map(size).sum()
 }
 
 #[cfg(test)]

@@ -1,5 +1,6 @@
 //! The contract between the executor and a device.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use crate::sampling::{Sampled, SamplingRow};
@@ -42,6 +43,99 @@ pub struct RopeFrequencies {
     pub scale: f32,
     /// Pairing.
     pub style: RopeStyle,
+    /// What holds for long prompts instead; none: the same for all.
+    pub beyond: Option<LongContext>,
+}
+
+/// Other frequencies for sequences with a long prompt.
+///
+/// The length of the *prompt* decides, once for the sequence's whole life: keys that are in the cache were turned already, so
+/// a sequence that changed frequencies as it grew would compare queries with keys of another rotation. For the same reason
+/// sequences may only share cached keys when [`RopeFrequencies::for_prompt`] answers both of them the same.
+#[derive(Debug, Clone, PartialEq)]
+pub struct LongContext {
+    /// Prompts of more tokens than this are long.
+    pub context: u32,
+    /// What holds for them.
+    pub frequencies: LongFrequencies,
+}
+
+/// Frequencies of long prompts.
+#[derive(Debug, Clone, PartialEq)]
+pub enum LongFrequencies {
+    /// The same for all of them (LongRoPE, arXiv:2402.13753).
+    Fixed {
+        /// As many as in [`RopeFrequencies::inv_freq`].
+        inv_freq: Vec<f32>,
+        /// Factor on cosine and sine.
+        scale: f32,
+    },
+    /// Dynamic NTK: the base of the frequencies grows with the prompt.
+    Ntk {
+        /// Base of the frequencies of prompts that are not long.
+        theta: f64,
+        /// How steeply it grows.
+        factor: f64,
+    },
+}
+
+impl RopeFrequencies {
+    /// Frequencies `[rotary_dim / 2]` and factor on cosine and sine of a sequence whose prompt has `prompt_len` tokens.
+    pub fn for_prompt(&self, prompt_len: u32) -> (Cow<'_, [f32]>, f32) {
+        match &self.beyond {
+            Some(LongContext { context, frequencies }) if prompt_len > *context => match frequencies {
+                LongFrequencies::Fixed { inv_freq, scale } => (Cow::Borrowed(inv_freq), *scale),
+                LongFrequencies::Ntk { theta, factor } => {
+                    let dim = 2.0 * self.inv_freq.len() as f64;
+                    let stretch = factor * f64::from(prompt_len) / f64::from(*context) - (factor - 1.0);
+                    let theta = theta * stretch.powf(dim / (dim - 2.0));
+                    let pairs = 0..self.inv_freq.len();
+                    (pairs.map(|pair| theta.powf(-2.0 * pair as f64 / dim) as f32).collect(), self.scale)
+                }
+            },
+            _ => (Cow::Borrowed(&self.inv_freq), self.scale),
+        }
+    }
+}
+
+/// Attention with linear biases (ALiBi, arXiv:2108.12409): a key `n` tokens before the query gets `-slope * n`, added to
+/// the score after the factor and before the softmax.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Alibi {
+    /// Query heads of the whole model, from which the slopes follow.
+    pub total_heads: usize,
+    /// The first of them that is this rank's.
+    pub first_head: usize,
+    /// The slopes of `2^k` heads fall geometrically to `2^-max_bias`.
+    pub max_bias: f32,
+    /// Factor on all slopes, usually 1.
+    pub multiplier: f32,
+}
+
+impl Alibi {
+    /// The slope of this rank's head `head`. A model whose heads are no power of two takes the slopes of the next lower one
+    /// first, then every other one of the next higher.
+    pub fn slope(&self, head: usize) -> f32 {
+        let head = self.first_head + head;
+        let lower = 1 << self.total_heads.max(1).ilog2();
+        let (power, heads) =
+            if head < lower { (head + 1, lower) } else { (2 * (head - lower) + 1, 2 * lower) };
+        let exponent = f64::from(self.max_bias) * power as f64 / heads as f64;
+        (-exponent).exp2() as f32 * self.multiplier
+    }
+}
+
+/// Norm of columns that are spread over the ranks.
+#[derive(Debug)]
+pub struct SplitNorm<'a, V> {
+    /// Weight of this rank's columns.
+    pub weight: &'a V,
+    /// Added under the root.
+    pub eps: f32,
+    /// Columns of all ranks together, each counted once.
+    pub total_width: usize,
+    /// Ranks that have these same columns, this one included.
+    pub copies: usize,
 }
 
 /// Heads of this rank and what bounds their attention.
@@ -59,6 +153,8 @@ pub struct AttentionShape {
     pub window: Option<usize>,
     /// Scores become `soft_cap * tanh(score / soft_cap)`.
     pub soft_cap: Option<f32>,
+    /// Biases on the scores.
+    pub alibi: Option<Alibi>,
 }
 
 impl AttentionShape {
@@ -139,6 +235,13 @@ pub trait Backend: Send + Sized + 'static {
         first_id: usize,
         out: &mut Self::Buffer,
     ) -> Result<(), BackendError>;
+    /// `out[t] += table[position_ids[t] + offset]`: learned positions.
+    fn add_positions(
+        &mut self,
+        table: &Self::Linear,
+        offset: usize,
+        out: &mut Self::Buffer,
+    ) -> Result<(), BackendError>;
     /// RMSNorm (arXiv:1910.07467): `out = x / sqrt(mean(x^2) + eps) * weight`, row by row.
     fn rms_norm(
         &mut self,
@@ -181,6 +284,28 @@ pub trait Backend: Send + Sized + 'static {
         weight: &Self::Vector,
         eps: f32,
     ) -> Result<(), BackendError>;
+    /// LayerNorm without a bias of each head in place: the columns `columns` of every row of `x` are heads of `head_dim`, and
+    /// each is normalised by itself with its part of `weight` (`[columns.len()]`).
+    fn layer_norm_heads(
+        &mut self,
+        x: &mut Self::Buffer,
+        columns: Range<usize>,
+        head_dim: usize,
+        norm: (&Self::Vector, f32),
+    ) -> Result<(), BackendError>;
+    /// RMSNorm in place of the columns `columns` of all ranks together, as one. `squares` (`[max rows, 1]`) is where the ranks
+    /// meet.
+    fn rms_norm_across_ranks(
+        &mut self,
+        x: &mut Self::Buffer,
+        columns: Range<usize>,
+        norm: SplitNorm<'_, Self::Vector>,
+        squares: &mut Self::Buffer,
+    ) -> Result<(), BackendError>;
+    /// `x += y`.
+    fn add(&mut self, x: &mut Self::Buffer, y: &Self::Buffer) -> Result<(), BackendError>;
+    /// `x = min(max(x, -limit), limit)`.
+    fn clamp(&mut self, x: &mut Self::Buffer, limit: f32) -> Result<(), BackendError>;
     /// `x *= factor`.
     fn scale(&mut self, x: &mut Self::Buffer, factor: f32) -> Result<(), BackendError>;
     /// `x = cap * tanh(x / cap)`, with a positive `cap`.
@@ -219,6 +344,8 @@ pub trait Backend: Send + Sized + 'static {
         activation: Activation,
         out: &mut Self::Buffer,
     ) -> Result<(), BackendError>;
+    /// `x = activation(x)`.
+    fn activate(&mut self, x: &mut Self::Buffer, activation: Activation) -> Result<(), BackendError>;
     /// `out[i] = x[rows[i]]`.
     fn gather_rows(
         &mut self,

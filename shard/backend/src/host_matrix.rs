@@ -22,6 +22,28 @@ pub struct HostMatrix<'a> {
 }
 
 impl HostMatrix<'_> {
+    /// The same numbers with rows and columns exchanged.
+    ///
+    /// # Panics
+    /// When `bytes` is too short for the matrix.
+    pub fn transposed(&self) -> HostMatrix<'static> {
+        let size = self.dtype.size_bytes();
+        let mut bytes = vec![0; self.rows * self.cols * size];
+        for row in 0..self.rows {
+            let from = &self.bytes[row * self.row_stride * size..][..self.cols * size];
+            for (col, element) in from.chunks_exact(size).enumerate() {
+                bytes[(col * self.rows + row) * size..][..size].copy_from_slice(element);
+            }
+        }
+        HostMatrix {
+            dtype: self.dtype,
+            rows: self.cols,
+            cols: self.rows,
+            row_stride: self.rows,
+            bytes: Cow::Owned(bytes),
+        }
+    }
+
     /// Copies row `row` as f32 into `out` (`[cols]`).
     ///
     /// # Panics

@@ -16,7 +16,10 @@ mod quantized_matrix;
 pub mod sampling;
 mod step_input;
 
-pub use backend::{Activation, AttentionShape, Backend, DeviceInfo, MemoryInfo, RopeFrequencies, RopeStyle};
+pub use backend::{
+    Activation, Alibi, AttentionShape, Backend, DeviceInfo, LongContext, LongFrequencies, MemoryInfo,
+    RopeFrequencies, RopeStyle, SplitNorm,
+};
 pub use dtype::DType;
 pub use error::BackendError;
 pub use host_matrix::HostMatrix;

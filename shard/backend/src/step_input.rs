@@ -15,6 +15,9 @@ pub struct StepInput {
     /// `[num_seqs]`: tokens of the sequence whose keys are in the cache once this step has stored its own. The last
     /// query token of a sequence sees all of them, the one before it one fewer, and so on.
     pub context_lens: Vec<u32>,
+    /// `[num_seqs]`: tokens of the sequence's whole prompt, whichever part of it this step has; the same in every step of
+    /// the sequence. Rotary embeddings that depend on length choose by it (see [`LongContext`](crate::LongContext)).
+    pub prompt_lens: Vec<u32>,
     /// `[num_seqs, max_blocks]` row-major: the sequence's blocks in order; what is past its context is not read.
     pub block_tables: Vec<u32>,
     /// Row width of `block_tables`.

@@ -1,9 +1,9 @@
 //! The executor: runs any [`DecoderSpec`](crate::spec::DecoderSpec) on any backend.
 
 use backend::sampling::{Sampled, SamplingRow};
-use backend::{Backend, BackendError, KvLayout, MemoryInfo, StepInput};
+use backend::{AttentionShape, Backend, BackendError, KvLayout, MemoryInfo, StepInput};
 
-use crate::layers::{Attention, Branch, Embedding, LmHead, Mlp, Norm, Scratch, Stream};
+use crate::layers::{Attention, Embedding, InputOutput, LmHead, Mlp, Norm, Residual, Scratch, Stream};
 use crate::{CausalLm, ModelError, ModelInfo};
 
 /// A loaded model on one rank. Made by [`load`](crate::load).
@@ -35,21 +35,32 @@ pub(crate) struct Layer<B: Backend> {
     pub(crate) mlp: Mlp<B>,
 }
 
-/// The norms of a layer and their places.
-pub(crate) enum Residual<B: Backend> {
-    /// One after the other: `x += multiplier * post_norm(f(norm(x)))`.
-    Sequential {
-        /// Around the mixer.
-        mixer: Branch<B>,
-        /// Around the feed-forward.
-        mlp: Branch<B>,
-    },
-}
-
 /// What mixes tokens.
 pub(crate) enum Mixer<B: Backend> {
     /// Softmax attention over the paged KV cache.
     Attention(Attention<B>),
+}
+
+impl<B: Backend> Mixer<B> {
+    /// `out = mixer(x)`, this rank's part of the sum.
+    fn forward(
+        &self,
+        backend: &mut B,
+        io: InputOutput<'_, B>,
+        scratch: &mut Scratch<B>,
+        cache: &mut B::KvCache,
+    ) -> Result<(), ModelError> {
+        match self {
+            Mixer::Attention(attention) => attention.forward(backend, io, scratch, cache),
+        }
+    }
+
+    /// This rank's heads, from which the KV cache is laid out.
+    pub(crate) fn shape(&self) -> &AttentionShape {
+        match self {
+            Mixer::Attention(attention) => attention.shape(),
+        }
+    }
 }
 
 impl<B: Backend> Decoder<B> {
@@ -82,18 +93,25 @@ impl<B: Backend> Decoder<B> {
             return Err(misuse("a step before the KV cache was allocated".to_owned()));
         };
         let (backend, stream, scratch) = (&mut self.backend, &mut self.stream, &mut self.scratch);
-        self.embedding.embed(backend, stream.begin())?;
-        for Layer { residual: Residual::Sequential { mixer: mixer_branch, mlp: mlp_branch }, mixer, mlp } in
-            &self.layers
-        {
-            let io = stream.norm(backend, &mixer_branch.norm)?;
-            match mixer {
-                Mixer::Attention(attention) => attention.forward(backend, io, scratch, cache)?,
+        self.embedding.embed(backend, stream)?;
+        for Layer { residual, mixer, mlp } in &self.layers {
+            match residual {
+                Residual::Sequential { mixer: mixer_branch, mlp: mlp_branch } => {
+                    let io = stream.input(backend, mixer_branch.norm.as_ref())?;
+                    mixer.forward(backend, io, scratch, cache)?;
+                    stream.finish(backend, mixer_branch)?;
+                    let io = stream.input(backend, mlp_branch.norm.as_ref())?;
+                    mlp.forward(backend, io, scratch)?;
+                    stream.finish(backend, mlp_branch)?;
+                }
+                Residual::Parallel { norm, mlp_norm } => {
+                    let io = stream.input(backend, Some(norm))?;
+                    mixer.forward(backend, io, scratch, cache)?;
+                    let io = stream.input_beside(backend, mlp_norm.as_ref())?;
+                    mlp.forward(backend, io, scratch)?;
+                    stream.finish_beside(backend)?;
+                }
             }
-            stream.finish(backend, mixer_branch)?;
-            let io = stream.norm(backend, &mlp_branch.norm)?;
-            mlp.forward(backend, io, scratch)?;
-            stream.finish(backend, mlp_branch)?;
         }
         Ok(())
     }
@@ -101,7 +119,7 @@ impl<B: Backend> Decoder<B> {
     /// Logits of some tokens of the last step, at most `max_rows_sampled`.
     fn logits(&mut self, rows: &[u32]) -> Result<(), ModelError> {
         self.head_stream.gather(&mut self.backend, &self.stream, rows)?;
-        let (normed, _) = self.head_stream.norm(&mut self.backend, &self.norm)?;
+        let (normed, _) = self.head_stream.input(&mut self.backend, Some(&self.norm))?;
         self.lm_head.forward(&mut self.backend, &self.embedding, normed)?;
         Ok(())
     }

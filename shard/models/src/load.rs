@@ -5,10 +5,10 @@ use std::time::Instant;
 use backend::{AttentionShape, Backend, BackendError, DType, KvLayout};
 use hub::ModelFiles;
 
-use crate::decoder::{Decoder, Layer, Mixer, Residual};
+use crate::decoder::{Decoder, Layer, Mixer};
 use crate::families::decoder_spec;
-use crate::layers::{Attention, Branch, Embedding, LmHead, Loader, Mlp, Norm, Stream};
-use crate::spec::{DecoderSpec, MixerSpec, ResidualSpec};
+use crate::layers::{Attention, Embedding, LmHead, Loader, Mlp, Norm, Residual, Stream};
+use crate::spec::{DecoderSpec, LayerSpec, MixerSpec, ResidualSpec};
 use crate::weights::{self, WeightSource, check_tensors, prevailing_dtype};
 use crate::{ModelError, ModelInfo};
 
@@ -75,14 +75,16 @@ pub(crate) fn assemble<B: Backend>(
     let layers = load_layers(&mut loader, spec)?;
     let norm = Norm::load(&mut loader, &spec.norm, spec.hidden_size)?;
     let lm_head = LmHead::new(&loader, spec, max_rows_sampled)?;
-    let stream = Stream::new(&backend, max_step_tokens, spec.hidden_size)?;
-    let head_stream = Stream::new(&backend, max_rows_sampled, spec.hidden_size)?;
+    let is_parallel = |layer: &LayerSpec| matches!(layer.residual, ResidualSpec::Parallel { .. });
+    let has_parallel = spec.layers.iter().any(is_parallel);
+    let stream = Stream::new(&backend, max_step_tokens, spec.hidden_size, has_parallel)?;
+    let head_stream = Stream::new(&backend, max_rows_sampled, spec.hidden_size, false)?;
     let (weight_bytes, scratch) = (loader.weight_bytes, loader.scratch);
 
     let kv_layout = kv_layout(&layers, options, dtype)?;
     let workspace_bytes = scratch.bytes
-        + Stream::<B>::bytes(max_step_tokens, spec.hidden_size)
-        + Stream::<B>::bytes(max_rows_sampled, spec.hidden_size);
+        + Stream::<B>::bytes(max_step_tokens, spec.hidden_size, has_parallel)
+        + Stream::<B>::bytes(max_rows_sampled, spec.hidden_size, false);
     let info = ModelInfo {
         dtype,
         device: backend.device(),
@@ -152,11 +154,7 @@ fn load_layers<B: Backend>(
     let width = spec.hidden_size;
     let mut layers: Vec<Layer<B>> = Vec::with_capacity(spec.layers.len());
     for layer in &spec.layers {
-        let ResidualSpec::Sequential { mixer, mlp } = &layer.residual;
-        let residual = Residual::Sequential {
-            mixer: Branch::load(loader, mixer, width)?,
-            mlp: Branch::load(loader, mlp, width)?,
-        };
+        let residual = Residual::load(loader, &layer.residual, width)?;
         let mixer = match &layer.mixer {
             MixerSpec::Attention(spec) => {
                 Mixer::Attention(Attention::load(loader, spec, width, layers.len())?)
@@ -173,7 +171,7 @@ fn kv_layout<B: Backend>(
     options: &LoadOptions,
     dtype: DType,
 ) -> Result<KvLayout, ModelError> {
-    let mut shapes = layers.iter().map(|Layer { mixer: Mixer::Attention(attention), .. }| attention.shape());
+    let mut shapes = layers.iter().map(|layer| layer.mixer.shape());
     let size = |shape: &AttentionShape| (shape.num_kv_heads, shape.head_dim);
     let first = shapes.next().map(size).unwrap_or_default();
     if let Some(other) = shapes.map(size).find(|&other| other != first) {

@@ -17,6 +17,8 @@ pub struct HeadSplit {
     pub query: Range<usize>,
     /// KV heads that those query heads read; on more ranks than KV heads, several ranks keep the same one.
     pub kv: Range<usize>,
+    /// Ranks that keep these KV heads, this one included.
+    pub kv_copies: usize,
 }
 
 /// This rank's heads. Ranks share KV heads only when there are more ranks than KV heads.
@@ -35,7 +37,7 @@ pub fn split_heads(
     let group = num_heads / num_kv_heads;
     if world_size <= num_kv_heads {
         let kv = share(num_kv_heads, rank, world_size);
-        return Ok(HeadSplit { query: kv.start * group..kv.end * group, kv });
+        return Ok(HeadSplit { query: kv.start * group..kv.end * group, kv, kv_copies: 1 });
     }
     // Every KV head has a run of ranks, and those share its query heads.
     let (head, ranks) = (0..num_kv_heads)
@@ -43,7 +45,11 @@ pub fn split_heads(
         .find(|(_, ranks)| ranks.contains(&rank))
         .unwrap_or((0, 0..world_size));
     let query = share(group, rank - ranks.start, ranks.len());
-    Ok(HeadSplit { query: head * group + query.start..head * group + query.end, kv: head..head + 1 })
+    Ok(HeadSplit {
+        query: head * group + query.start..head * group + query.end,
+        kv: head..head + 1,
+        kv_copies: ranks.len(),
+    })
 }
 
 /// This rank's part of `len` rows or columns, cut between tiles of 64, or of fewer when there are fewer tiles than ranks;
@@ -88,10 +94,10 @@ mod tests {
     #[test]
     fn smollm2_runs_on_one_two_and_three_ranks() {
         let split = |rank, world_size| split_heads(9, 3, rank, world_size).unwrap();
-        assert_eq!(split(0, 1), HeadSplit { query: 0..9, kv: 0..3 });
-        assert_eq!(split(0, 2), HeadSplit { query: 0..6, kv: 0..2 });
-        assert_eq!(split(1, 2), HeadSplit { query: 6..9, kv: 2..3 });
-        assert_eq!(split(2, 3), HeadSplit { query: 6..9, kv: 2..3 });
+        assert_eq!(split(0, 1), HeadSplit { query: 0..9, kv: 0..3, kv_copies: 1 });
+        assert_eq!(split(0, 2), HeadSplit { query: 0..6, kv: 0..2, kv_copies: 1 });
+        assert_eq!(split(1, 2), HeadSplit { query: 6..9, kv: 2..3, kv_copies: 1 });
+        assert_eq!(split(2, 3), HeadSplit { query: 6..9, kv: 2..3, kv_copies: 1 });
     }
 
     #[test]
@@ -102,6 +108,7 @@ mod tests {
             [0..2, 2..3, 3..4, 4..6, 6..8]
         );
         assert_eq!(splits.iter().map(|split| split.kv.start).collect::<Vec<_>>(), [0, 0, 0, 1, 1]);
+        assert_eq!(splits.iter().map(|split| split.kv_copies).collect::<Vec<_>>(), [3, 3, 3, 2, 2]);
     }
 
     #[test]

@@ -51,6 +51,7 @@ pub(super) fn write_step(step: &mut StepInput, sequences: &[Sequence], rows: &[R
     step.slot_mapping.clear();
     step.cu_seqlens_q.clear();
     step.context_lens.clear();
+    step.prompt_lens.clear();
     step.block_tables.clear();
     step.logits_rows.clear();
     step.max_blocks = rows.iter().map(|row| (row.from + row.len).div_ceil(block_size)).max().unwrap_or(0);
@@ -66,6 +67,7 @@ pub(super) fn write_step(step: &mut StepInput, sequences: &[Sequence], rows: &[R
         }));
         step.cu_seqlens_q.push(step.input_ids.len() as u32);
         step.context_lens.push(end as u32);
+        step.prompt_lens.push(sequence.prompt_len as u32);
         let blocks = &sequence.blocks[..end.div_ceil(block_size)];
         step.block_tables.extend_from_slice(blocks);
         step.block_tables.resize(step.context_lens.len() * step.max_blocks, 0);
@@ -140,6 +142,7 @@ mod tests {
         assert_eq!(step.slot_mapping, [126, 127, 48, 49, 80, 81]);
         assert_eq!(step.cu_seqlens_q, [0, 4, 6]);
         assert_eq!(step.context_lens, [18, 2]);
+        assert_eq!(step.prompt_lens, [20, 2], "of the whole prompt, not of the chunk");
         assert_eq!((step.max_blocks, step.block_tables), (2, vec![7, 3, 5, 0]));
         assert_eq!(step.logits_rows, [5], "the first sequence has prompt left");
     }

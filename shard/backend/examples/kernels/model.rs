@@ -23,6 +23,7 @@ const SHAPE: AttentionShape = AttentionShape {
     scale: 0.125,
     window: None,
     soft_cap: None,
+    alibi: None,
 };
 
 struct Layer {
@@ -92,7 +93,8 @@ impl Model {
         let layers = (0..LAYERS).map(|_| layer()).collect::<Result<Vec<_>, BackendError>>()?;
         let head = pack(&random_matrix(VOCAB, HIDDEN, dtype))?;
         let inv_freq = (0..32u8).map(|i| 10_000f32.powf(-f32::from(i) / 32.0)).collect();
-        let rope = backend.rope(RopeFrequencies { inv_freq, scale: 1.0, style: RopeStyle::Half })?;
+        let rope =
+            backend.rope(RopeFrequencies { inv_freq, scale: 1.0, style: RopeStyle::Half, beyond: None })?;
         let layout = KvLayout { num_layers: LAYERS, num_kv_heads: 3, head_dim: 64, block_size: 16, dtype };
         let cache = backend.kv_cache(layout, MAX_CONTEXT / 16 + 1)?;
         let buffer = |width| backend.buffer(MAX_TOKENS, width);
@@ -136,6 +138,7 @@ impl Model {
             slot_mapping: positions.map(|position| position + 16).collect(),
             cu_seqlens_q: vec![0, tokens as u32],
             context_lens: vec![context as u32],
+            prompt_lens: vec![context as u32],
             block_tables: (1..=blocks as u32).collect(),
             max_blocks: blocks,
             logits_rows: vec![self.last_token],

@@ -113,7 +113,7 @@ impl AttentionPlan {
         let typed = kernels.typed(cache.layout().dtype);
         let config = AttentionConfig { head_dim, scale: shape.scale, soft_cap: shape.soft_cap };
         threads.run(&|index| {
-            let mut rows = [QueryRow { query: 0, out: 0, first_key: 0, end_key: 0 }; 24];
+            let mut rows = [QueryRow { query: 0, out: 0, first_key: 0, end_key: 0, slope: 0.0 }; 24];
             while let Some(Work { tile, keys, partial: merged }) =
                 work.get(next.fetch_add(1, Ordering::Relaxed))
             {
@@ -171,6 +171,7 @@ impl Tile {
                 out: (token * shape.num_heads + head) * shape.head_dim,
                 first_key: shape.window.map_or(0, |window| end_key.saturating_sub(window)),
                 end_key,
+                slope: shape.alibi.map_or(0.0, |alibi| alibi.slope(head)),
             };
         }
         rows

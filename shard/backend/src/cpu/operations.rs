@@ -2,28 +2,18 @@
 
 use std::ops::Range;
 
-use super::threads::{SharedMut, Threads, part};
+use super::norm::RowNorm;
+use super::rows::{SMALL, for_each_row, for_rows};
+use super::threads::{SharedMut, part};
 use super::{
-    CpuBackend, CpuBuffer, CpuKvCache, CpuRope, CpuVector, PackedLinear, matmul, memory, rope, step_check,
+    CpuBackend, CpuBuffer, CpuKvCache, CpuRope, CpuVector, PackedLinear, matmul, memory, norm, rope,
+    step_check,
 };
 use crate::sampling::{Sampled, SamplingRow};
 use crate::{
     Activation, AttentionShape, Backend, BackendError, DType, DeviceInfo, HostMatrix, KvLayout, MemoryInfo,
-    QuantizedMatrix, RopeFrequencies, StepInput,
+    QuantizedMatrix, RopeFrequencies, SplitNorm, StepInput,
 };
-
-/// Elements below which one thread alone is quicker than waking the others: about a microsecond's work.
-const SMALL: usize = 8192;
-
-/// Calls `task` with ranges that cover `0..rows`, on all threads when `rows` of `width` elements are worth it.
-fn for_rows(threads: &mut Threads, rows: usize, width: usize, task: &(dyn Fn(Range<usize>) + Sync)) {
-    if rows * width < SMALL {
-        task(0..rows);
-    } else {
-        let count = threads.count();
-        threads.run(&|index| task(part(rows, index, count)));
-    }
-}
 
 impl Backend for CpuBackend {
     type Buffer = CpuBuffer;
@@ -117,18 +107,43 @@ impl Backend for CpuBackend {
     ) -> Result<(), BackendError> {
         assert_eq!(out.width(), table.in_features, "the embedding and the buffer differ in width");
         out.resize(self.step.num_tokens());
-        let width = out.width();
-        let results = SharedMut::new(out.as_mut_slice());
         let ids = &self.step.input_ids;
-        for_rows(self.threads.get_mut(), ids.len(), width, &|rows| {
-            for row in rows {
-                // SAFETY: each row is one thread's.
-                let out = unsafe { results.slice(row * width..(row + 1) * width) };
-                match (ids[row] as usize).checked_sub(first_id) {
-                    Some(id) if id < table.out_features => table.read_row(id, out),
-                    _ => out.fill(0.0),
-                }
-            }
+        for_each_row(
+            self.threads.get_mut(),
+            out,
+            &|row, out| match (ids[row] as usize).checked_sub(first_id) {
+                Some(id) if id < table.out_features => table.read_row(id, out),
+                _ => out.fill(0.0),
+            },
+        );
+        Ok(())
+    }
+
+    fn add_positions(
+        &mut self,
+        table: &PackedLinear,
+        offset: usize,
+        out: &mut CpuBuffer,
+    ) -> Result<(), BackendError> {
+        let positions = &self.step.position_ids;
+        assert!(
+            out.width() == table.in_features && out.rows() == positions.len(),
+            "positions of {} on {} rows of {}",
+            table.in_features,
+            out.rows(),
+            out.width()
+        );
+        let last = positions.iter().max().map_or(0, |&position| position as usize + offset);
+        if last >= table.out_features {
+            return Err(BackendError::Device {
+                operation: "adding positions".to_owned(),
+                reason: format!("row {last} of a table of {}", table.out_features),
+            });
+        }
+        for_each_row(self.threads.get_mut(), out, &|row, out| {
+            let mut values = vec![0.0; out.len()];
+            table.read_row(positions[row] as usize + offset, &mut values);
+            out.iter_mut().zip(values).for_each(|(out, value)| *out += value);
         });
         Ok(())
     }
@@ -140,23 +155,8 @@ impl Backend for CpuBackend {
         eps: f32,
         out: &mut CpuBuffer,
     ) -> Result<(), BackendError> {
-        assert!(
-            x.width() == out.width() && x.width() == weight.0.len(),
-            "a norm of {} over {}",
-            weight.0.len(),
-            x.width()
-        );
-        out.resize(x.rows());
-        let width = x.width();
-        let results = SharedMut::new(out.as_mut_slice());
-        let kernel = self.kernels.rms_norm;
-        for_rows(self.threads.get_mut(), x.rows(), width, &|rows| {
-            for row in rows {
-                let range = row * width..(row + 1) * width;
-                // SAFETY: each row is one thread's; the processor has the instruction set.
-                unsafe { kernel(&x.as_slice()[range.clone()], &weight.0, eps, results.slice(range)) };
-            }
-        });
+        let tools = (self.kernels, self.threads.get_mut());
+        RowNorm::Rms { weight: &weight.0, eps }.apply(tools, x, out);
         Ok(())
     }
 
@@ -167,35 +167,8 @@ impl Backend for CpuBackend {
         (weight, eps): (&CpuVector, f32),
         out: &mut CpuBuffer,
     ) -> Result<(), BackendError> {
-        assert!(
-            residual.width() == delta.width() && residual.rows() == delta.rows(),
-            "residual {} x {}, delta {} x {}",
-            residual.rows(),
-            residual.width(),
-            delta.rows(),
-            delta.width()
-        );
-        assert!(
-            delta.width() == out.width() && delta.width() == weight.0.len(),
-            "a norm of {}",
-            weight.0.len()
-        );
-        out.resize(delta.rows());
-        let width = delta.width();
-        let sums = SharedMut::new(residual.as_mut_slice());
-        let results = SharedMut::new(out.as_mut_slice());
-        let kernels = self.kernels;
-        for_rows(self.threads.get_mut(), delta.rows(), width, &|rows| {
-            for row in rows {
-                let range = row * width..(row + 1) * width;
-                // SAFETY: each row is one thread's; the processor has the instruction set.
-                unsafe {
-                    let sum = sums.slice(range.clone());
-                    (kernels.add)(sum, &delta.as_slice()[range.clone()]);
-                    (kernels.rms_norm)(sum, &weight.0, eps, results.slice(range));
-                }
-            }
-        });
+        let tools = (self.kernels, self.threads.get_mut());
+        RowNorm::Rms { weight: &weight.0, eps }.add_and_apply(tools, residual, delta, out);
         Ok(())
     }
 
@@ -206,23 +179,8 @@ impl Backend for CpuBackend {
         eps: f32,
         out: &mut CpuBuffer,
     ) -> Result<(), BackendError> {
-        let width = x.width();
-        assert!(
-            width == out.width() && width == weight.0.len() && width == bias.0.len(),
-            "a norm of {} over {width}",
-            weight.0.len()
-        );
-        out.resize(x.rows());
-        let results = SharedMut::new(out.as_mut_slice());
-        let kernel = self.kernels.layer_norm;
-        for_rows(self.threads.get_mut(), x.rows(), width, &|rows| {
-            for row in rows {
-                let range = row * width..(row + 1) * width;
-                let input = &x.as_slice()[range.clone()];
-                // SAFETY: each row is one thread's; the processor has the instruction set.
-                unsafe { kernel(input, (&weight.0, &bias.0), eps, results.slice(range)) };
-            }
-        });
+        let tools = (self.kernels, self.threads.get_mut());
+        RowNorm::Layer { weight: &weight.0, bias: &bias.0, eps }.apply(tools, x, out);
         Ok(())
     }
 
@@ -233,34 +191,8 @@ impl Backend for CpuBackend {
         (weight, bias, eps): (&CpuVector, &CpuVector, f32),
         out: &mut CpuBuffer,
     ) -> Result<(), BackendError> {
-        let width = delta.width();
-        assert!(
-            residual.width() == width && residual.rows() == delta.rows(),
-            "residual {} x {}, delta {} x {width}",
-            residual.rows(),
-            residual.width(),
-            delta.rows()
-        );
-        assert!(
-            width == out.width() && width == weight.0.len() && width == bias.0.len(),
-            "a norm of {} over {width}",
-            weight.0.len()
-        );
-        out.resize(delta.rows());
-        let sums = SharedMut::new(residual.as_mut_slice());
-        let results = SharedMut::new(out.as_mut_slice());
-        let kernels = self.kernels;
-        for_rows(self.threads.get_mut(), delta.rows(), width, &|rows| {
-            for row in rows {
-                let range = row * width..(row + 1) * width;
-                // SAFETY: each row is one thread's; the processor has the instruction set.
-                unsafe {
-                    let sum = sums.slice(range.clone());
-                    (kernels.add)(sum, &delta.as_slice()[range.clone()]);
-                    (kernels.layer_norm)(sum, (&weight.0, &bias.0), eps, results.slice(range));
-                }
-            }
-        });
+        let tools = (self.kernels, self.threads.get_mut());
+        RowNorm::Layer { weight: &weight.0, bias: &bias.0, eps }.add_and_apply(tools, residual, delta, out);
         Ok(())
     }
 
@@ -276,30 +208,71 @@ impl Backend for CpuBackend {
             columns.start <= columns.end && columns.end <= width && columns.len().is_multiple_of(head_dim),
             "heads of {head_dim} in the columns {columns:?} of {width}"
         );
-        let num_rows = x.rows();
-        let results = SharedMut::new(x.as_mut_slice());
         let kernel = self.kernels.rms_norm_in_place;
-        for_rows(self.threads.get_mut(), num_rows, columns.len(), &|rows| {
-            for row in rows {
-                let range = row * width + columns.start..row * width + columns.end;
-                // SAFETY: each row is one thread's; the processor has the instruction set.
-                unsafe {
-                    let heads = results.slice(range).chunks_exact_mut(head_dim);
-                    heads.for_each(|head| kernel(head, &weight.0, eps));
-                }
+        for_each_row(self.threads.get_mut(), x, &|_, row| {
+            for head in row[columns.clone()].chunks_exact_mut(head_dim) {
+                // SAFETY: the processor has the instruction set.
+                unsafe { kernel(head, &weight.0, eps) };
             }
         });
         Ok(())
     }
 
+    fn layer_norm_heads(
+        &mut self,
+        x: &mut CpuBuffer,
+        columns: Range<usize>,
+        head_dim: usize,
+        (weight, eps): (&CpuVector, f32),
+    ) -> Result<(), BackendError> {
+        norm::layer_norm_heads(self.threads.get_mut(), x, columns, head_dim, (&weight.0, eps));
+        Ok(())
+    }
+
+    fn rms_norm_across_ranks(
+        &mut self,
+        x: &mut CpuBuffer,
+        columns: Range<usize>,
+        SplitNorm { weight, eps, total_width, copies }: SplitNorm<'_, CpuVector>,
+        squares: &mut CpuBuffer,
+    ) -> Result<(), BackendError> {
+        norm::squares(self.threads.get_mut(), x, columns.clone(), copies, squares);
+        self.all_reduce(squares)?;
+        norm::scale_by_squares(self.threads.get_mut(), x, columns, (squares, total_width), (&weight.0, eps));
+        Ok(())
+    }
+
+    fn add(&mut self, x: &mut CpuBuffer, y: &CpuBuffer) -> Result<(), BackendError> {
+        let width = y.width();
+        assert!(x.width() == width && x.rows() == y.rows(), "a sum of different shapes");
+        let kernel = self.kernels.add;
+        for_each_row(self.threads.get_mut(), x, &|row, x| {
+            // SAFETY: the processor has the instruction set.
+            unsafe { kernel(x, &y.as_slice()[row * width..(row + 1) * width]) };
+        });
+        Ok(())
+    }
+
+    fn clamp(&mut self, x: &mut CpuBuffer, limit: f32) -> Result<(), BackendError> {
+        assert!(limit > 0.0, "a limit of {limit}");
+        for_each_row(self.threads.get_mut(), x, &|_, row| {
+            row.iter_mut().for_each(|x| *x = x.clamp(-limit, limit));
+        });
+        Ok(())
+    }
+
     fn scale(&mut self, x: &mut CpuBuffer, factor: f32) -> Result<(), BackendError> {
-        self.for_each_row(x, self.kernels.scale, factor);
+        let kernel = self.kernels.scale;
+        // SAFETY: the processor has the instruction set.
+        for_each_row(self.threads.get_mut(), x, &|_, row| unsafe { kernel(row, factor) });
         Ok(())
     }
 
     fn soft_cap(&mut self, x: &mut CpuBuffer, cap: f32) -> Result<(), BackendError> {
         assert!(cap > 0.0, "a soft cap of {cap}");
-        self.for_each_row(x, self.kernels.soft_cap, cap);
+        let kernel = self.kernels.soft_cap;
+        // SAFETY: the processor has the instruction set.
+        for_each_row(self.threads.get_mut(), x, &|_, row| unsafe { kernel(row, cap) });
         Ok(())
     }
 
@@ -327,7 +300,7 @@ impl Backend for CpuBackend {
             if self.rope_tables.len() <= rope.id {
                 self.rope_tables.resize_with(rope.id + 1, rope::RopeTable::default);
             }
-            self.rope_tables[rope.id].prepare(&rope.frequencies, self.step_number, &self.step.position_ids);
+            self.rope_tables[rope.id].prepare(&rope.frequencies, self.step_number, &self.step);
         }
         let table = rope.map(|rope| (&self.rope_tables[rope.id], &rope.frequencies));
         let (step, width, head_dim) = (&self.step, qkv.width(), shape.head_dim);
@@ -378,15 +351,19 @@ impl Backend for CpuBackend {
         let width = out.width();
         assert_eq!(gate_up.width(), 2 * width, "gate and up side by side have twice the width of the result");
         out.resize(gate_up.rows());
-        let results = SharedMut::new(out.as_mut_slice());
         let kernel = self.kernels.gated;
-        for_rows(self.threads.get_mut(), gate_up.rows(), width, &|rows| {
-            for row in rows {
-                let inputs = &gate_up.as_slice()[2 * row * width..2 * (row + 1) * width];
-                // SAFETY: each row is one thread's; the processor has the instruction set.
-                unsafe { kernel(inputs, activation, results.slice(row * width..(row + 1) * width)) };
-            }
+        for_each_row(self.threads.get_mut(), out, &|row, out| {
+            let inputs = &gate_up.as_slice()[2 * row * width..2 * (row + 1) * width];
+            // SAFETY: the processor has the instruction set.
+            unsafe { kernel(inputs, activation, out) };
         });
+        Ok(())
+    }
+
+    fn activate(&mut self, x: &mut CpuBuffer, activation: Activation) -> Result<(), BackendError> {
+        let kernel = self.kernels.activate;
+        // SAFETY: the processor has the instruction set.
+        for_each_row(self.threads.get_mut(), x, &|_, row| unsafe { kernel(row, activation) });
         Ok(())
     }
 
@@ -476,16 +453,6 @@ impl Backend for CpuBackend {
 }
 
 impl CpuBackend {
-    /// Runs a kernel that changes rows in place.
-    fn for_each_row(&mut self, x: &mut CpuBuffer, kernel: unsafe fn(&mut [f32], f32), parameter: f32) {
-        let (num_rows, width) = (x.rows(), x.width());
-        let results = SharedMut::new(x.as_mut_slice());
-        for_rows(self.threads.get_mut(), num_rows, width, &|rows| {
-            // SAFETY: each row is one thread's; the processor has the instruction set.
-            unsafe { kernel(results.slice(rows.start * width..rows.end * width), parameter) };
-        });
-    }
-
     /// That shapes, slots and tables of the step lie within the cache: the kernels rely on it.
     fn check_attention(
         &self,

@@ -1,6 +1,6 @@
 //! Rotary embeddings: cosines and sines are computed once a step and serve all layers.
 
-use crate::{RopeFrequencies, RopeStyle};
+use crate::{RopeFrequencies, RopeStyle, StepInput};
 
 /// A rotary embedding, by its place among the backend's.
 #[derive(Debug)]
@@ -19,20 +19,22 @@ pub(super) struct RopeTable {
 }
 
 impl RopeTable {
-    /// Makes the table for step number `step`, unless it is there.
-    pub(super) fn prepare(&mut self, frequencies: &RopeFrequencies, step: u64, position_ids: &[u32]) {
-        if self.step == step {
+    /// Makes the table for step number `step_number`, unless it is there.
+    pub(super) fn prepare(&mut self, frequencies: &RopeFrequencies, step_number: u64, step: &StepInput) {
+        if self.step == step_number {
             return;
         }
-        self.step = step;
+        self.step = step_number;
         self.turns.clear();
-        let scale = frequencies.scale;
-        for &position in position_ids {
-            // In f32, as the models were trained: an exact angle would differ from theirs at large positions.
-            self.turns.extend(frequencies.inv_freq.iter().map(|&frequency| {
-                let (sin, cos) = (position as f32 * frequency).sin_cos();
-                (cos * scale, sin * scale)
-            }));
+        for (bounds, &prompt_len) in step.cu_seqlens_q.windows(2).zip(&step.prompt_lens) {
+            let (inv_freq, scale) = frequencies.for_prompt(prompt_len);
+            for &position in &step.position_ids[bounds[0] as usize..bounds[1] as usize] {
+                // In f32, as the models were trained: an exact angle would differ from theirs at large positions.
+                self.turns.extend(inv_freq.iter().map(|&frequency| {
+                    let (sin, cos) = (position as f32 * frequency).sin_cos();
+                    (cos * scale, sin * scale)
+                }));
+            }
         }
     }
 

@@ -12,6 +12,7 @@ pub(super) fn check(step: &StepInput) -> Result<(), BackendError> {
         ("position_ids", step.position_ids.len(), tokens),
         ("slot_mapping", step.slot_mapping.len(), tokens),
         ("cu_seqlens_q", step.cu_seqlens_q.len(), seqs + 1),
+        ("prompt_lens", step.prompt_lens.len(), seqs),
         ("block_tables", step.block_tables.len(), seqs * step.max_blocks),
     ] {
         if len != expected {

@@ -79,6 +79,42 @@ fn elementwise_agrees<B: Backend>(backend: &mut B) {
     }
 }
 
+fn activations_alone_agree<B: Backend>(backend: &mut B) {
+    let mut random = Random(33);
+    for activation in [Activation::Silu, Activation::GeluTanh, Activation::Gelu, Activation::Relu] {
+        for (rows, width) in [(1, 1536), (3, 17), (65, 130)] {
+            let x: Vec<f32> = random.vector(rows * width).iter().map(|x| x * 2.0).collect();
+            let mut buffer = upload(backend, &x, width);
+            backend.activate(&mut buffer, activation).unwrap();
+            let magnitude: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
+            let expected: Vec<f64> = magnitude.iter().map(|&x| reference(x, activation)).collect();
+            let found = backend.read(&buffer).unwrap();
+            assert_close(&format!("{activation:?} alone"), &found, &expected, &magnitude, ACTIVATION);
+        }
+    }
+}
+
+fn sums_and_limits_are_exact<B: Backend>(backend: &mut B) {
+    let mut random = Random(34);
+    for (rows, width) in [(1, 33), (70, 130)] {
+        let (x, y) = (random.vector(rows * width), random.vector(rows * width));
+        let mut buffer = upload(backend, &x, width);
+        let addend = upload(backend, &y, width);
+        backend.add(&mut buffer, &addend).unwrap();
+        let sum: Vec<f32> = x.iter().zip(&y).map(|(x, y)| x + y).collect();
+        assert_eq!(backend.read(&buffer).unwrap(), sum);
+        backend.clamp(&mut buffer, 0.75).unwrap();
+        let clamped: Vec<f32> = sum.iter().map(|x| x.clamp(-0.75, 0.75)).collect();
+        assert_eq!(backend.read(&buffer).unwrap(), clamped);
+    }
+}
+
+#[test]
+fn activations_alone_sums_and_limits() {
+    on_every_backend!(activations_alone_agree);
+    on_every_backend!(sums_and_limits_are_exact);
+}
+
 #[test]
 fn factors_and_soft_caps_agree_with_their_formulas() {
     on_every_backend!(elementwise_agrees);

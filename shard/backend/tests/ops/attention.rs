@@ -1,6 +1,6 @@
 //! Attention through the paged cache: whole prompts, chunks of prompts and decoding sequences in one step.
 
-use backend::{AttentionShape, Backend, BackendError, DType, KvLayout, StepInput};
+use backend::{Alibi, AttentionShape, Backend, BackendError, DType, KvLayout, StepInput};
 
 use crate::cases::{Random, best_cpu, on_every_backend, upload};
 use crate::tolerances::{self, assert_close};
@@ -40,6 +40,7 @@ fn step_of(parts: &[(&Sequence, usize, usize)]) -> StepInput {
         }
         step.cu_seqlens_q.push(step.input_ids.len() as u32);
         step.context_lens.push(end as u32);
+        step.prompt_lens.push(end as u32);
         let used = end.div_ceil(BLOCK_SIZE);
         step.block_tables.extend(&sequence.blocks[..used]);
         // What is past the context is never read: an impossible block shows that.
@@ -60,10 +61,12 @@ fn reference(sequence: &Sequence, token: usize, shape: &AttentionShape, dtype: D
         let query = vector(token, head);
         let scores: Vec<f64> = (first..=token)
             .map(|key| {
-                let key = vector(key, shape.num_heads + kv_head);
-                let dot: f64 = query.iter().zip(key).map(|(&q, &k)| f64::from(q) * stored(k)).sum();
+                let stored_key = vector(key, shape.num_heads + kv_head);
+                let dot: f64 = query.iter().zip(stored_key).map(|(&q, &k)| f64::from(q) * stored(k)).sum();
                 let score = dot * f64::from(shape.scale);
-                shape.soft_cap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh())
+                let score =
+                    shape.soft_cap.map_or(score, |cap| f64::from(cap) * (score / f64::from(cap)).tanh());
+                score - shape.alibi.map_or(0.0, |alibi| slope(&alibi, head) * (token - key) as f64)
             })
             .collect();
         let highest = scores.iter().fold(f64::NEG_INFINITY, |a, &b| a.max(b));
@@ -76,6 +79,22 @@ fn reference(sequence: &Sequence, token: usize, shape: &AttentionShape, dtype: D
         }
     }
     out
+}
+
+/// The slope after the paper: of `n` heads the first has `2^(-max_bias / n)`, each next one that much again; the heads beyond a
+/// power of two take every other slope of twice as many.
+fn slope(alibi: &Alibi, head: usize) -> f64 {
+    let head = alibi.first_head + head;
+    let mut power_of_two = 1;
+    while 2 * power_of_two <= alibi.total_heads {
+        power_of_two *= 2;
+    }
+    let slopes = |heads: usize| {
+        let base = 2.0_f64.powf(-f64::from(alibi.max_bias) / heads as f64);
+        (0..heads).map(move |head| base.powi(head as i32 + 1))
+    };
+    let all: Vec<f64> = slopes(power_of_two).chain(slopes(2 * power_of_two).step_by(2)).collect();
+    all[head] * f64::from(alibi.multiplier)
 }
 
 /// Stores and attends the given parts of sequences, and compares each token.
@@ -122,6 +141,7 @@ fn agrees<B: Backend>(backend: &mut B) {
         scale: 0.125,
         window: None,
         soft_cap: None,
+        alibi: None,
     };
     for (shape, dtype) in [
         (base, DType::F32),
@@ -133,6 +153,16 @@ fn agrees<B: Backend>(backend: &mut B) {
         ),
         (
             AttentionShape { num_heads: 8, num_kv_heads: 1, head_dim: 128, soft_cap: Some(2.0), ..base },
+            DType::F32,
+        ),
+        (
+            AttentionShape {
+                num_heads: 6,
+                num_kv_heads: 6,
+                head_dim: 32,
+                alibi: Some(Alibi { total_heads: 12, first_head: 6, max_bias: 8.0, multiplier: 0.5 }),
+                ..base
+            },
             DType::F32,
         ),
         (
@@ -186,6 +216,7 @@ fn rounding_of_the_cache_stays_within_its_tolerance() {
         scale: 0.125,
         window: None,
         soft_cap: None,
+        alibi: None,
     };
     let (found, blocks) = sequences(&mut random, &[200], shape.qkv_width());
     for dtype in [DType::F16, DType::BF16] {
@@ -217,6 +248,7 @@ fn refuses<B: Backend>(backend: &mut B) {
         scale: 1.0,
         window: None,
         soft_cap: None,
+        alibi: None,
     };
     let layout =
         KvLayout { num_layers: 1, num_kv_heads: 1, head_dim: 16, block_size: BLOCK_SIZE, dtype: DType::F32 };
@@ -239,6 +271,9 @@ fn refuses<B: Backend>(backend: &mut B) {
     step.context_lens = vec![0];
     assert!(backend.begin_step(&step).unwrap_err().to_string().contains("context of 0"));
     step.context_lens = vec![1];
+    step.prompt_lens.push(1);
+    assert!(backend.begin_step(&step).unwrap_err().to_string().contains("prompt_lens has 2 elements"));
+    step.prompt_lens.pop();
     step.position_ids.clear();
     assert!(backend.begin_step(&step).unwrap_err().to_string().contains("position_ids has 0 elements"));
 }

@@ -95,6 +95,7 @@ pub(crate) fn prompt(tokens: usize) -> StepInput {
         slot_mapping: (16..16 + count).collect(),
         cu_seqlens_q: vec![0, count],
         context_lens: vec![count],
+        prompt_lens: vec![count],
         block_tables: (1..=count.div_ceil(16)).collect(),
         max_blocks: tokens.div_ceil(16),
         logits_rows: vec![count - 1],

@@ -1,6 +1,6 @@
 //! RMSNorm and LayerNorm, alone and with the residual.
 
-use backend::Backend;
+use backend::{Backend, SplitNorm};
 
 use crate::cases::{Random, on_every_backend, upload};
 use crate::tolerances::{NORM, assert_close};
@@ -100,4 +100,59 @@ fn heads_are_normalised_one_by_one() {
 #[test]
 fn norms_agree_with_plain_sums() {
     on_every_backend!(agrees);
+}
+
+fn heads_with_own_weights_agree<B: Backend>(backend: &mut B) {
+    let mut random = Random(31);
+    for (rows, heads, head_dim) in [(1, 3, 64), (5, 2, 17), (40, 9, 32)] {
+        let (before, width) = (4, 4 + heads * head_dim + 3);
+        let x: Vec<f32> = random.vector(rows * width).iter().map(|x| x + 1.0).collect();
+        let weight = random.vector(heads * head_dim);
+        let norm = backend.vector(weight.clone()).unwrap();
+        let mut buffer = upload(backend, &x, width);
+        let columns = before..before + heads * head_dim;
+        backend.layer_norm_heads(&mut buffer, columns.clone(), head_dim, (&norm, 1e-5)).unwrap();
+        let mut expected: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
+        for (row, expected) in x.chunks(width).zip(expected.chunks_mut(width)) {
+            let heads = row[columns.clone()].chunks(head_dim).zip(weight.chunks(head_dim));
+            let zeros = vec![0.0; head_dim];
+            let normed = heads.flat_map(|(head, weight)| layer_reference(head, (weight, &zeros), 1e-5));
+            expected[columns.clone()].iter_mut().zip(normed).for_each(|(place, value)| *place = value);
+        }
+        let magnitude = vec![4.0; expected.len()];
+        assert_close("layer_norm_heads", &backend.read(&buffer).unwrap(), &expected, &magnitude, NORM);
+    }
+}
+
+/// On one rank; several are tested with whole models.
+fn all_heads_together_agree<B: Backend>(backend: &mut B) {
+    let mut random = Random(32);
+    for (rows, width, columns) in [(1, 96, 0..64), (33, 70, 5..70)] {
+        let (x, weight) = (random.vector(rows * width), random.vector(columns.len()));
+        let norm = backend.vector(weight.clone()).unwrap();
+        let mut buffer = upload(backend, &x, width);
+        let mut squares = backend.buffer(rows, 1).unwrap();
+        // Two ranks with the same columns would bring half each; here half is missing.
+        for copies in [1, 2] {
+            let split = SplitNorm { weight: &norm, eps: 1e-5, total_width: columns.len(), copies };
+            let input = backend.read(&buffer).unwrap();
+            backend.rms_norm_across_ranks(&mut buffer, columns.clone(), split, &mut squares).unwrap();
+            let mut expected: Vec<f64> = input.iter().map(|&x| f64::from(x)).collect();
+            for (row, expected) in input.chunks(width).zip(expected.chunks_mut(width)) {
+                let row = &row[columns.clone()];
+                let squares: f64 = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
+                let factor = 1.0 / (squares / copies as f64 / columns.len() as f64 + 1e-5).sqrt();
+                let normed = row.iter().zip(&weight).map(|(&x, &w)| f64::from(x) * factor * f64::from(w));
+                expected[columns.clone()].iter_mut().zip(normed).for_each(|(place, value)| *place = value);
+            }
+            let found = backend.read(&buffer).unwrap();
+            assert_close("rms_norm_across_ranks", &found, &expected, &expected, NORM);
+        }
+    }
+}
+
+#[test]
+fn norms_of_heads_match_their_references() {
+    on_every_backend!(heads_with_own_weights_agree);
+    on_every_backend!(all_heads_together_agree);
 }

@@ -6,8 +6,8 @@ use backend::{Activation, RopeFrequencies};
 use super::config_reader::ConfigReader;
 use super::rope;
 use crate::spec::{
-    AttentionSpec, BranchSpec, DecoderSpec, LayerSpec, LinearSpec, LmHeadSpec, MixerSpec, MlpSpec, NormKind,
-    NormSpec, ResidualSpec,
+    AttentionSpec, BranchSpec, DecoderSpec, EmbeddingSpec, LayerSpec, LinearSpec, LmHeadSpec, MixerSpec,
+    MlpSpec, NormSpec, QkNormScope, QkNormSpec, ResidualSpec,
 };
 
 /// What a family decides, or takes for granted where config.json is silent.
@@ -59,10 +59,10 @@ impl Dense {
             let prefix = format!("model.layers.{index}");
             let mlp = |name: &str| LinearSpec::new(&format!("{prefix}.mlp.{name}"), self.mlp_bias);
             LayerSpec {
-                residual: ResidualSpec::Sequential {
-                    mixer: branch(rms_norm(&format!("{prefix}.input_layernorm"), eps)),
-                    mlp: branch(rms_norm(&format!("{prefix}.post_attention_layernorm"), eps)),
-                },
+                residual: ResidualSpec::pre_norm(
+                    NormSpec::rms(&format!("{prefix}.input_layernorm"), eps),
+                    NormSpec::rms(&format!("{prefix}.post_attention_layernorm"), eps),
+                ),
                 mixer: MixerSpec::Attention(attention(&prefix)),
                 mlp: MlpSpec::Gated {
                     intermediate_size,
@@ -79,10 +79,9 @@ impl Dense {
             vocab_size: reader.size("vocab_size"),
             hidden_size,
             max_position_embeddings: reader.size_or("max_position_embeddings", self.max_position_embeddings),
-            embed_tokens: "model.embed_tokens.weight".to_owned(),
-            embedding_multiplier: 1.0,
+            embedding: EmbeddingSpec::tokens("model.embed_tokens.weight"),
             layers,
-            norm: rms_norm("model.norm", eps),
+            norm: NormSpec::rms("model.norm", eps),
             lm_head: if is_tied {
                 LmHeadSpec::Tied
             } else {
@@ -117,9 +116,10 @@ impl Dense {
                 num_kv_heads,
                 head_dim,
                 scale: 1.0 / (head_dim as f32).sqrt(),
-                q_norm: None,
-                k_norm: None,
+                clip_qkv: None,
+                qk_norm: None,
                 rope: Some(rope.clone()),
+                alibi: None,
                 window: None,
                 soft_cap: None,
                 q_proj: linear("q_proj", qkv_bias),
@@ -139,43 +139,44 @@ pub(super) fn attentions(spec: &mut DecoderSpec) -> impl Iterator<Item = &mut At
     })
 }
 
-/// A branch with a norm before it.
-fn branch(norm: NormSpec) -> BranchSpec {
-    BranchSpec { norm, post_norm: None, multiplier: 1.0 }
-}
-
 /// Adds norms over query and key heads, with the tensor names of Qwen3.
 pub(super) fn add_head_norms(spec: &mut DecoderSpec) {
+    add_qk_norms(spec, QkNormScope::Head, NormSpec::rms);
+}
+
+/// Adds norms of queries and keys, with the tensor names of Qwen3.
+pub(super) fn add_qk_norms(spec: &mut DecoderSpec, scope: QkNormScope, norm: fn(&str, f32) -> NormSpec) {
     let eps = spec.norm.eps;
     for (index, attention) in attentions(spec).enumerate() {
-        let norm = |name: &str| Some(rms_norm(&format!("model.layers.{index}.self_attn.{name}"), eps));
-        (attention.q_norm, attention.k_norm) = (norm("q_norm"), norm("k_norm"));
+        let norm = |name: &str| norm(&format!("model.layers.{index}.self_attn.{name}"), eps);
+        attention.qk_norm = Some(QkNormSpec { scope, q: norm("q_norm"), k: norm("k_norm") });
     }
 }
 
-/// The branches of all layers, to be changed.
+/// The branches of all layers whose parts follow one another, to be changed.
 pub(super) fn branches(spec: &mut DecoderSpec) -> impl Iterator<Item = &mut BranchSpec> {
-    spec.layers.iter_mut().flat_map(|layer| {
-        let ResidualSpec::Sequential { mixer, mlp } = &mut layer.residual;
-        [mixer, mlp]
+    spec.layers.iter_mut().flat_map(|layer| match &mut layer.residual {
+        ResidualSpec::Sequential { mixer, mlp } => vec![mixer, mlp],
+        ResidualSpec::Parallel { .. } => Vec::new(),
     })
 }
 
 /// Every norm there is, to be changed.
 pub(super) fn norms(spec: &mut DecoderSpec) -> impl Iterator<Item = &mut NormSpec> {
     let of_layers = spec.layers.iter_mut().flat_map(|layer| {
-        let ResidualSpec::Sequential { mixer, mlp } = &mut layer.residual;
         let MixerSpec::Attention(attention) = &mut layer.mixer;
-        let optional =
-            [&mut mixer.post_norm, &mut mlp.post_norm, &mut attention.q_norm, &mut attention.k_norm];
-        optional.into_iter().flatten().chain([&mut mixer.norm, &mut mlp.norm])
+        let of_heads = attention.qk_norm.as_mut().map(|norm| [&mut norm.q, &mut norm.k]);
+        let mut norms: Vec<_> = of_heads.into_iter().flatten().collect();
+        match &mut layer.residual {
+            ResidualSpec::Sequential { mixer, mlp } => {
+                let branches = [&mut mixer.norm, &mut mixer.post_norm, &mut mlp.norm, &mut mlp.post_norm];
+                norms.extend(branches.into_iter().flatten());
+            }
+            ResidualSpec::Parallel { norm, mlp_norm } => norms.extend(mlp_norm.iter_mut().chain([norm])),
+        }
+        norms
     });
     of_layers.chain([&mut spec.norm])
-}
-
-/// RMSNorm with the weight `PREFIX.weight`.
-pub(super) fn rms_norm(prefix: &str, eps: f32) -> NormSpec {
-    NormSpec { kind: NormKind::Rms, weight: format!("{prefix}.weight"), bias: None, weight_offset: 0.0, eps }
 }
 
 /// The activation that `key` names.

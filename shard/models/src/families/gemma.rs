@@ -8,10 +8,10 @@ use backend::{Activation, RopeFrequencies};
 use hub::ModelConfig;
 
 use super::config_reader::ConfigReader;
-use super::dense::{Dense, activation, add_head_norms, attentions, norms, rms_norm};
+use super::dense::{Dense, activation, add_head_norms, attentions, norms};
 use super::{rope, window};
 use crate::ModelError;
-use crate::spec::{DecoderSpec, ResidualSpec};
+use crate::spec::{BranchSpec, DecoderSpec, NormSpec, ResidualSpec};
 
 /// Gemma.
 pub(super) fn gemma(config: &ModelConfig) -> Result<DecoderSpec, ModelError> {
@@ -73,7 +73,7 @@ fn base(
         ..Dense::llama(reader)
     };
     let mut spec = dense.spec(reader);
-    spec.embedding_multiplier = (spec.hidden_size as f32).sqrt();
+    spec.embedding.multiplier = (spec.hidden_size as f32).sqrt();
     spec
 }
 
@@ -85,11 +85,19 @@ fn second_and_third(
 ) {
     let eps = spec.norm.eps;
     for (index, layer) in spec.layers.iter_mut().enumerate() {
-        let norm = |name: &str| rms_norm(&format!("model.layers.{index}.{name}"), eps);
-        let ResidualSpec::Sequential { mixer, mlp } = &mut layer.residual;
-        mixer.post_norm = Some(norm("post_attention_layernorm"));
-        mlp.norm = norm("pre_feedforward_layernorm");
-        mlp.post_norm = Some(norm("post_feedforward_layernorm"));
+        let norm = |name: &str| Some(NormSpec::rms(&format!("model.layers.{index}.{name}"), eps));
+        layer.residual = ResidualSpec::Sequential {
+            mixer: BranchSpec {
+                norm: norm("input_layernorm"),
+                post_norm: norm("post_attention_layernorm"),
+                multiplier: 1.0,
+            },
+            mlp: BranchSpec {
+                norm: norm("pre_feedforward_layernorm"),
+                post_norm: norm("post_feedforward_layernorm"),
+                multiplier: 1.0,
+            },
+        };
     }
     let scale = reader.number_or("query_pre_attn_scalar", 256.0).sqrt().recip() as f32;
     let soft_cap = reader.nullable_number("attn_logit_softcapping", scores).map(|cap| cap as f32);

@@ -11,7 +11,7 @@ use crate::spec::DecoderSpec;
 pub(super) fn spec(config: &ModelConfig) -> Result<DecoderSpec, ModelError> {
     let mut reader = ConfigReader::new(config);
     let mut spec = Dense::llama(&mut reader).spec(&mut reader);
-    spec.embedding_multiplier = reader.number_or("embedding_multiplier", 1.0) as f32;
+    spec.embedding.multiplier = reader.number_or("embedding_multiplier", 1.0) as f32;
     spec.logits_multiplier = reader.number_or("logits_scaling", 1.0).recip() as f32;
     let scale = reader.number_or("attention_multiplier", 1.0) as f32;
     attentions(&mut spec).for_each(|attention| attention.scale = scale);

@@ -1,16 +1,21 @@
 //! From a `config.json` to a [`DecoderSpec`]: one file per family, and the table that finds it.
 
+mod baichuan;
+mod cohere;
 mod config_reader;
 mod dense;
 mod gemma;
 mod granite;
 mod llama;
 mod mistral;
+mod olmo2;
+mod phi;
 mod phi3;
 mod qwen2;
 mod qwen3;
 mod rope;
 mod stablelm;
+mod starcoder2;
 mod window;
 
 use hub::ModelConfig;
@@ -30,16 +35,22 @@ struct Family {
 
 /// Every family there is. A relative that would run but compute something else is not an alias: it has its own line or none.
 const FAMILIES: &[Family] = &[
+    Family { model_type: "baichuan", architecture: "BaiChuanForCausalLM", build: baichuan::spec },
+    Family { model_type: "baichuan", architecture: "BaichuanForCausalLM", build: baichuan::spec },
+    Family { model_type: "cohere", architecture: "CohereForCausalLM", build: cohere::spec },
     Family { model_type: "gemma", architecture: "GemmaForCausalLM", build: gemma::gemma },
     Family { model_type: "gemma2", architecture: "Gemma2ForCausalLM", build: gemma::gemma2 },
     Family { model_type: "gemma3_text", architecture: "Gemma3ForCausalLM", build: gemma::gemma3_text },
     Family { model_type: "granite", architecture: "GraniteForCausalLM", build: granite::spec },
     Family { model_type: "llama", architecture: "LlamaForCausalLM", build: llama::spec },
     Family { model_type: "mistral", architecture: "MistralForCausalLM", build: mistral::spec },
+    Family { model_type: "olmo2", architecture: "Olmo2ForCausalLM", build: olmo2::spec },
+    Family { model_type: "phi", architecture: "PhiForCausalLM", build: phi::spec },
     Family { model_type: "phi3", architecture: "Phi3ForCausalLM", build: phi3::spec },
     Family { model_type: "qwen2", architecture: "Qwen2ForCausalLM", build: qwen2::spec },
     Family { model_type: "qwen3", architecture: "Qwen3ForCausalLM", build: qwen3::spec },
     Family { model_type: "stablelm", architecture: "StableLmForCausalLM", build: stablelm::spec },
+    Family { model_type: "starcoder2", architecture: "Starcoder2ForCausalLM", build: starcoder2::spec },
 ];
 
 /// The architecture that `config` describes.

@@ -29,9 +29,10 @@ pub(super) fn spec(config: &ModelConfig) -> Result<DecoderSpec, ModelError> {
         attention.window = window;
     }
     for (index, layer) in spec.layers.iter_mut().enumerate() {
-        let MlpSpec::Gated { intermediate_size, gate_proj, up_proj, .. } = &mut layer.mlp;
         let prefix = format!("model.layers.{index}.mlp.gate_up_proj");
-        [*gate_proj, *up_proj] = LinearSpec::fused(&prefix, false, [*intermediate_size; 2]);
+        if let MlpSpec::Gated { intermediate_size, gate_proj, up_proj, .. } = &mut layer.mlp {
+            [*gate_proj, *up_proj] = LinearSpec::fused(&prefix, false, [*intermediate_size; 2]);
+        }
     }
     reader.finish(spec)
 }

@@ -5,13 +5,22 @@ use serde_json::{Value, json};
 
 use super::tests::{refusal, spec};
 use super::*;
-use crate::spec::{AttentionSpec, LinearSpec, LmHeadSpec, MixerSpec, MlpSpec, NormKind, ResidualSpec};
+use crate::spec::{
+    AttentionSpec, BranchSpec, LinearSpec, LmHeadSpec, MixerSpec, MlpSpec, NormKind, ResidualSpec,
+};
 
 /// The changes that make the tests' llama a `model_type`.
 fn named(model_type: &str, architecture: &str, mut changes: Value) -> Value {
     changes["model_type"] = json!(model_type);
     changes["architectures"] = json!([architecture]);
     changes
+}
+
+fn branches_of(spec: &DecoderSpec, layer: usize) -> (&BranchSpec, &BranchSpec) {
+    let ResidualSpec::Sequential { mixer, mlp } = &spec.layers[layer].residual else {
+        panic!("layer {layer} has its parts side by side");
+    };
+    (mixer, mlp)
 }
 
 fn attention(spec: &DecoderSpec, layer: usize) -> &AttentionSpec {
@@ -58,7 +67,7 @@ fn qwen3_has_norms_over_heads() {
     let found = spec(qwen3(json!({"attention_bias": true})));
     let layer = attention(&found, 1);
     assert_eq!((layer.head_dim, layer.scale), (128, 128_f32.sqrt().recip()), "the library's default");
-    let norm = layer.k_norm.as_ref().unwrap();
+    let norm = &layer.qk_norm.as_ref().unwrap().k;
     assert_eq!((norm.weight.as_str(), norm.eps), ("model.layers.1.self_attn.k_norm.weight", 1e-5));
     assert!(layer.o_proj.bias.is_some());
     let tensors = found.tensors();
@@ -75,12 +84,12 @@ fn granite_has_factors() {
         "embedding_multiplier": 12.0, "logits_scaling": 8.0, "attention_multiplier": 0.25, "residual_multiplier": 0.22,
     });
     let found = spec(granite(factors));
-    assert_eq!((found.embedding_multiplier, found.logits_multiplier), (12.0, 0.125));
+    assert_eq!((found.embedding.multiplier, found.logits_multiplier), (12.0, 0.125));
     assert_eq!(attention(&found, 1).scale, 0.25);
-    let ResidualSpec::Sequential { mixer, mlp } = &found.layers[1].residual;
+    let (mixer, mlp) = branches_of(&found, 1);
     assert_eq!((mixer.multiplier, mlp.multiplier), (0.22, 0.22));
     let bare = spec(granite(json!({})));
-    assert_eq!((bare.embedding_multiplier, attention(&bare, 0).scale), (1.0, 1.0), "the library's defaults");
+    assert_eq!((bare.embedding.multiplier, attention(&bare, 0).scale), (1.0, 1.0), "the library's defaults");
     let error = refusal(granite(json!({"logits_scaling": 0})));
     assert_eq!(error, "config.json: logits_scaling: found 0, expected a positive number");
 }
@@ -89,12 +98,15 @@ fn granite_has_factors() {
 fn gemma_shifts_norms_and_scales_the_embedding() {
     let gemma = |changes| named("gemma", "GemmaForCausalLM", changes);
     let found = spec(gemma(json!({"hidden_act": "gelu"})));
-    assert_eq!((found.embedding_multiplier, found.norm.weight_offset), (8.0, 1.0));
+    assert_eq!((found.embedding.multiplier, found.norm.weight_offset), (8.0, 1.0));
     assert_eq!((attention(&found, 0).head_dim, &found.lm_head), (256, &LmHeadSpec::Tied));
-    let ResidualSpec::Sequential { mixer, mlp } = &found.layers[1].residual;
-    assert_eq!((mixer.norm.weight_offset, mlp.norm.weight_offset), (1.0, 1.0));
+    let (mixer, mlp) = branches_of(&found, 1);
+    assert_eq!(
+        (mixer.norm.as_ref().unwrap().weight_offset, mlp.norm.as_ref().unwrap().weight_offset),
+        (1.0, 1.0)
+    );
     assert_eq!((&mixer.post_norm, found.logits_soft_cap), (&None, None));
-    let MlpSpec::Gated { activation, .. } = &found.layers[0].mlp;
+    let MlpSpec::Gated { activation, .. } = &found.layers[0].mlp else { panic!() };
     assert_eq!(*activation, Activation::GeluTanh);
     let error = refusal(gemma(json!({"hidden_activation": "mish"})));
     assert!(
@@ -110,10 +122,10 @@ fn gemma2_alternates_windows_and_caps() {
     assert_eq!(windows(&found), [Some(16), None, Some(16)]);
     assert_eq!((attention(&found, 1).scale, attention(&found, 1).soft_cap), (0.25, Some(50.0)));
     assert_eq!(found.logits_soft_cap, Some(30.0));
-    let ResidualSpec::Sequential { mixer, mlp } = &found.layers[2].residual;
+    let (mixer, mlp) = branches_of(&found, 2);
     let post_norm = mixer.post_norm.as_ref().unwrap();
     assert_eq!(post_norm.weight, "model.layers.2.post_attention_layernorm.weight");
-    assert_eq!(mlp.norm.weight, "model.layers.2.pre_feedforward_layernorm.weight");
+    assert_eq!(mlp.norm.as_ref().unwrap().weight, "model.layers.2.pre_feedforward_layernorm.weight");
     assert_eq!((post_norm.weight_offset, mlp.post_norm.as_ref().unwrap().weight_offset), (1.0, 1.0));
     let uncapped = spec(gemma2(json!({"attn_logit_softcapping": null, "final_logit_softcapping": null})));
     assert_eq!((attention(&uncapped, 0).soft_cap, uncapped.logits_soft_cap), (None, None));
@@ -132,7 +144,7 @@ fn gemma3_turns_sliding_layers_at_their_own_rate() {
     let rates = |spec: &DecoderSpec, layer| attention(spec, layer).rope.clone().unwrap().inv_freq;
     assert_eq!(rates(&found, 0), [1.0, 0.1]);
     assert_eq!(rates(&found, 1), [0.125, 0.00125]);
-    assert_eq!(attention(&found, 0).q_norm.as_ref().unwrap().weight_offset, 1.0);
+    assert_eq!(attention(&found, 0).qk_norm.as_ref().unwrap().q.weight_offset, 1.0);
     assert_eq!(found.logits_soft_cap, None);
     let newer = json!({
         "head_dim": 4, "layer_types": ["full_attention", "sliding_attention"],
@@ -175,7 +187,7 @@ fn phi3_fuses_projections_and_turns_a_part_of_each_head() {
     let found = spec(phi3(json!({"partial_rotary_factor": 0.75, "sliding_window": 16})));
     let layer = attention(&found, 1);
     assert_eq!(layer.v_proj.weight, "model.layers.1.self_attn.qkv_proj.weight");
-    assert_eq!(layer.v_proj.rows(0..32), 96..128);
+    assert_eq!(layer.v_proj.row_runs(0..32), std::slice::from_ref(&(96..128)));
     assert_eq!(layer.rope.as_ref().unwrap().inv_freq.len(), 6);
     assert_eq!(windows(&found), [Some(16), Some(16)]);
     assert_eq!(windows(&spec(phi3(json!({})))), [None, None]);

@@ -214,6 +214,7 @@ impl Scaling {
                 1.0
             },
             style: RopeStyle::Half,
+            beyond: None,
         }
     }
 

@@ -38,7 +38,9 @@ fn llama_in_full() {
     assert_eq!((attention.num_heads, attention.num_kv_heads, attention.head_dim), (4, 2, 24));
     assert_eq!(attention.scale, 24_f32.sqrt().recip());
     assert_eq!(attention.q_proj, LinearSpec::new("model.layers.1.self_attn.q_proj", true));
-    let MlpSpec::Gated { intermediate_size, activation, down_proj, .. } = &spec.layers[0].mlp;
+    let MlpSpec::Gated { intermediate_size, activation, down_proj, .. } = &spec.layers[0].mlp else {
+        panic!()
+    };
     assert_eq!((*intermediate_size, *activation), (128, Activation::Silu));
     assert_eq!(*down_proj, LinearSpec::new("model.layers.0.mlp.down_proj", false));
     assert_eq!(spec.lm_head, LmHeadSpec::Tied);

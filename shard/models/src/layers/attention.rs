@@ -1,11 +1,12 @@
 //! Attention, split by KV head groups.
 
-use backend::{AttentionShape, Backend};
+use backend::{Alibi, AttentionShape, Backend};
 
 use super::linear::{ColumnPart, Linear};
-use super::{Loader, Norm, Role, Scratch};
+use super::qk_norm::QkNorm;
+use super::{Loader, Role, Scratch};
 use crate::ModelError;
-use crate::spec::{AttentionSpec, NormSpec};
+use crate::spec::AttentionSpec;
 use crate::tensor_parallel::{HeadSplit, split_heads};
 
 /// This rank's heads of one layer.
@@ -15,8 +16,8 @@ pub(crate) struct Attention<B: Backend> {
     cache_layer: usize,
     qkv_proj: Linear<B>,
     o_proj: Linear<B>,
-    q_norm: Option<Norm<B>>,
-    k_norm: Option<Norm<B>>,
+    clip_qkv: Option<f32>,
+    qk_norm: Option<QkNorm<B>>,
     rope: Option<usize>,
     qkv: usize,
     heads: usize,
@@ -30,8 +31,8 @@ impl<B: Backend> Attention<B> {
         hidden_size: usize,
         cache_layer: usize,
     ) -> Result<Self, ModelError> {
-        let HeadSplit { query, kv } =
-            split_heads(spec.num_heads, spec.num_kv_heads, loader.rank, loader.world_size)?;
+        let split = split_heads(spec.num_heads, spec.num_kv_heads, loader.rank, loader.world_size)?;
+        let HeadSplit { query, kv, .. } = &split;
         let shape = AttentionShape {
             num_heads: query.len(),
             num_kv_heads: kv.len(),
@@ -39,6 +40,12 @@ impl<B: Backend> Attention<B> {
             scale: spec.scale,
             window: spec.window,
             soft_cap: spec.soft_cap,
+            alibi: spec.alibi.map(|alibi| Alibi {
+                total_heads: spec.num_heads,
+                first_head: query.start,
+                max_bias: alibi.max_bias,
+                multiplier: alibi.multiplier,
+            }),
         };
         let queries = query.start * spec.head_dim..query.end * spec.head_dim;
         let keys = kv.start * spec.head_dim..kv.end * spec.head_dim;
@@ -47,13 +54,15 @@ impl<B: Backend> Attention<B> {
             ColumnPart { linear: &spec.k_proj, rows: keys.clone() },
             ColumnPart { linear: &spec.v_proj, rows: keys },
         ];
-        let mut head_norm =
-            |norm: &NormSpec| -> Result<Norm<B>, ModelError> { Norm::load(loader, norm, spec.head_dim) };
         Ok(Self {
             shape,
             cache_layer,
-            q_norm: spec.q_norm.as_ref().map(&mut head_norm).transpose()?,
-            k_norm: spec.k_norm.as_ref().map(&mut head_norm).transpose()?,
+            clip_qkv: spec.clip_qkv,
+            qk_norm: spec
+                .qk_norm
+                .as_ref()
+                .map(|norm| QkNorm::load(loader, norm, spec, &split))
+                .transpose()?,
             qkv_proj: Linear::merged_column_parallel(loader, &parts, hidden_size)?,
             o_proj: Linear::row_parallel(loader, &spec.o_proj, hidden_size, queries)?,
             rope: spec.rope.as_ref().map(|rope| loader.rope(rope)).transpose()?,
@@ -67,7 +76,7 @@ impl<B: Backend> Attention<B> {
         &self.shape
     }
 
-    /// `out = attention(x)`, summed over the ranks; stores keys and values.
+    /// `out = attention(x)`, this rank's part of the sum; stores keys and values.
     pub(crate) fn forward(
         &self,
         backend: &mut B,
@@ -75,23 +84,18 @@ impl<B: Backend> Attention<B> {
         scratch: &mut Scratch<B>,
         cache: &mut B::KvCache,
     ) -> Result<(), ModelError> {
+        let qkv = scratch.one(self.qkv);
+        self.qkv_proj.forward(backend, x, qkv)?;
+        if let Some(limit) = self.clip_qkv {
+            backend.clamp(qkv, limit)?;
+        }
+        if let Some(norm) = &self.qk_norm {
+            norm.forward(backend, &self.shape, self.qkv, scratch)?;
+        }
         let (ropes, qkv, heads) = scratch.ropes_and_pair(self.qkv, self.heads);
         let (rope, layer) = (self.rope.map(|index| &ropes[index]), self.cache_layer);
-        self.qkv_proj.forward(backend, x, qkv)?;
-        let queries = self.shape.num_heads * self.shape.head_dim;
-        if let Some(norm) = &self.q_norm {
-            norm.forward_heads(backend, qkv, 0..queries)?;
-        }
-        if let Some(norm) = &self.k_norm {
-            norm.forward_heads(
-                backend,
-                qkv,
-                queries..queries + self.shape.num_kv_heads * self.shape.head_dim,
-            )?;
-        }
         backend.rope_and_store_kv(qkv, rope, &self.shape, layer, cache)?;
         backend.attention(qkv, &self.shape, layer, cache, heads)?;
-        self.o_proj.forward(backend, heads, out)?;
-        Ok(backend.all_reduce(out)?)
+        self.o_proj.forward(backend, heads, out)
     }
 }

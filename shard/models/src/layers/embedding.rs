@@ -1,11 +1,13 @@
 //! Embedding and logits, split by rows of the vocabulary.
 
+use std::ops::Range;
+
 use backend::Backend;
 
-use super::Loader;
 use super::linear::{ColumnPart, Linear};
+use super::{Loader, Norm, Stream};
 use crate::ModelError;
-use crate::spec::{DecoderSpec, LinearSpec, LmHeadSpec};
+use crate::spec::{DecoderSpec, EmbeddingSpec, LinearSpec, LmHeadSpec};
 use crate::tensor_parallel::split_tiles;
 
 /// This rank's rows of the embedding, and of the logits' matrix where that is another.
@@ -14,36 +16,58 @@ pub(crate) struct Embedding<B: Backend> {
     first_id: usize,
     lm_head: Option<Linear<B>>,
     multiplier: f32,
+    positions: Option<Positions<B>>,
+    norm: Option<Norm<B>>,
+}
+
+/// Learned positions; every rank has all of them.
+struct Positions<B: Backend> {
+    table: Linear<B>,
+    offset: usize,
 }
 
 impl<B: Backend> Embedding<B> {
     /// Loads both; a tied table is packed once.
     pub(crate) fn load(loader: &mut Loader<'_, B>, spec: &DecoderSpec) -> Result<Self, ModelError> {
         let rows = split_tiles(spec.vocab_size, "rows of the vocabulary", loader.rank, loader.world_size)?;
-        let table = LinearSpec { weight: spec.embed_tokens.clone(), bias: None, fused: None };
-        let mut load = |linear: &LinearSpec| {
-            let part = ColumnPart { linear, rows: rows.clone() };
-            Linear::merged_column_parallel(loader, &[part], spec.hidden_size)
+        let EmbeddingSpec { tokens, multiplier, positions, norm } = &spec.embedding;
+        let mut load = |linear: &LinearSpec, rows: Range<usize>| {
+            Linear::merged_column_parallel(loader, &[ColumnPart { linear, rows }], spec.hidden_size)
         };
         Ok(Self {
-            table: load(&table)?,
+            table: load(&LinearSpec::table(tokens), rows.clone())?,
             first_id: rows.start,
-            multiplier: spec.embedding_multiplier,
+            multiplier: *multiplier,
+            positions: match positions {
+                None => None,
+                Some(positions) => Some(Positions {
+                    table: load(&LinearSpec::table(&positions.weight), 0..positions.rows)?,
+                    offset: positions.offset,
+                }),
+            },
             lm_head: match &spec.lm_head {
                 LmHeadSpec::Tied => None,
-                LmHeadSpec::Own(linear) => Some(load(linear)?),
+                LmHeadSpec::Own(linear) => Some(load(linear, rows)?),
             },
+            norm: norm.as_ref().map(|norm| Norm::load(loader, norm, spec.hidden_size)).transpose()?,
         })
     }
 
-    /// `out[t] = multiplier * table[input_ids[t]]`, on every rank.
-    pub(crate) fn embed(&self, backend: &mut B, out: &mut B::Buffer) -> Result<(), ModelError> {
+    /// Begins the stream with `norm(multiplier * table[input_ids[t]] + positions[position_ids[t]])`, on every rank.
+    pub(crate) fn embed(&self, backend: &mut B, stream: &mut Stream<B>) -> Result<(), ModelError> {
+        let out = stream.begin();
         backend.embed(self.table.weight(), self.first_id, out)?;
         backend.all_reduce(out)?;
         if self.multiplier != 1.0 {
             backend.scale(out, self.multiplier)?;
         }
-        Ok(())
+        if let Some(Positions { table, offset }) = &self.positions {
+            backend.add_positions(table.weight(), *offset, out)?;
+        }
+        match &self.norm {
+            Some(norm) => stream.norm_in_place(backend, norm),
+            None => Ok(()),
+        }
     }
 }
 

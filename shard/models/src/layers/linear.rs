@@ -5,9 +5,10 @@ use std::ops::Range;
 use backend::Backend;
 
 use super::Loader;
-use super::packing::Window;
+use super::packing::windows;
 use crate::ModelError;
 use crate::spec::LinearSpec;
+use crate::weights::WeightSource;
 
 /// `y = x weight^T + bias`.
 pub(crate) struct Linear<B: Backend> {
@@ -28,19 +29,13 @@ impl<B: Backend> Linear<B> {
         parts: &[ColumnPart<'_>],
         in_features: usize,
     ) -> Result<Self, ModelError> {
-        let windows: Vec<_> = parts
-            .iter()
-            .map(|part| Window {
-                name: &part.linear.weight,
-                rows: part.linear.rows(part.rows.clone()),
-                cols: 0..in_features,
-            })
-            .collect();
+        let windows: Vec<_> =
+            parts.iter().flat_map(|part| windows(part.linear, part.rows.clone(), 0..in_features)).collect();
         let weight = loader.pack(&windows)?;
         let mut bias = Vec::new();
         for part in parts {
             match &part.linear.bias {
-                Some(name) => bias.extend(loader.source.vector(name, part.linear.rows(part.rows.clone()))?),
+                Some(name) => bias.extend(bias_of(loader.source, name, part.linear, part.rows.clone())?),
                 None => bias.extend(std::iter::repeat_n(0.0, part.rows.len())),
             }
         }
@@ -56,10 +51,10 @@ impl<B: Backend> Linear<B> {
         out_features: usize,
         columns: Range<usize>,
     ) -> Result<Self, ModelError> {
-        let rows = linear.rows(0..out_features);
-        let weight = loader.pack(&[Window { name: &linear.weight, rows, cols: columns }])?;
+        let windows: Vec<_> = windows(linear, 0..out_features, columns).collect();
+        let weight = loader.pack(&windows)?;
         let bias = match &linear.bias {
-            Some(name) if loader.rank == 0 => Some(loader.source.vector(name, linear.rows(0..out_features))?),
+            Some(name) if loader.rank == 0 => Some(bias_of(loader.source, name, linear, 0..out_features)?),
             _ => None,
         };
         Self::new(loader, weight, bias)
@@ -90,4 +85,18 @@ impl<B: Backend> Linear<B> {
     pub(super) fn weight(&self) -> &B::Linear {
         &self.weight
     }
+}
+
+/// The bias of the outputs `rows`.
+fn bias_of(
+    source: &dyn WeightSource,
+    name: &str,
+    linear: &LinearSpec,
+    rows: Range<usize>,
+) -> Result<Vec<f32>, ModelError> {
+    let mut bias = Vec::with_capacity(rows.len());
+    for run in linear.row_runs(rows) {
+        bias.extend(source.vector(name, run)?);
+    }
+    Ok(bias)
 }

@@ -23,6 +23,17 @@ pub(crate) enum Mlp<B: Backend> {
         /// Scratch buffer of their product.
         activated: usize,
     },
+    /// `down(activation(up(x)))`.
+    Plain {
+        /// To the inner width.
+        up_proj: Linear<B>,
+        /// Between the projections.
+        activation: Activation,
+        /// Back to the residual stream's width.
+        down_proj: Linear<B>,
+        /// Scratch buffer between the projections.
+        inner: usize,
+    },
 }
 
 impl<B: Backend> Mlp<B> {
@@ -32,33 +43,56 @@ impl<B: Backend> Mlp<B> {
         spec: &MlpSpec,
         hidden_size: usize,
     ) -> Result<Self, ModelError> {
-        let MlpSpec::Gated { intermediate_size, activation, gate_proj, up_proj, down_proj } = spec;
-        let inner = split_tiles(*intermediate_size, "columns of the MLP", loader.rank, loader.world_size)?;
-        let parts = [
-            ColumnPart { linear: gate_proj, rows: inner.clone() },
-            ColumnPart { linear: up_proj, rows: inner.clone() },
-        ];
-        Ok(Mlp::Gated {
-            gate_up_proj: Linear::merged_column_parallel(loader, &parts, hidden_size)?,
-            activation: *activation,
-            gate_up: loader.reserve(Role::GateUp, 2 * inner.len())?,
-            activated: loader.reserve(Role::Activated, inner.len())?,
-            down_proj: Linear::row_parallel(loader, down_proj, hidden_size, inner)?,
-        })
+        let (rank, world_size) = (loader.rank, loader.world_size);
+        let split = |width: usize| split_tiles(width, "columns of the MLP", rank, world_size);
+        match spec {
+            MlpSpec::Gated { intermediate_size, activation, gate_proj, up_proj, down_proj } => {
+                let inner = split(*intermediate_size)?;
+                let parts = [
+                    ColumnPart { linear: gate_proj, rows: inner.clone() },
+                    ColumnPart { linear: up_proj, rows: inner.clone() },
+                ];
+                Ok(Mlp::Gated {
+                    gate_up_proj: Linear::merged_column_parallel(loader, &parts, hidden_size)?,
+                    activation: *activation,
+                    gate_up: loader.reserve(Role::GateUp, 2 * inner.len())?,
+                    activated: loader.reserve(Role::Activated, inner.len())?,
+                    down_proj: Linear::row_parallel(loader, down_proj, hidden_size, inner)?,
+                })
+            }
+            MlpSpec::Plain { intermediate_size, activation, up_proj, down_proj } => {
+                let inner = split(*intermediate_size)?;
+                let part = ColumnPart { linear: up_proj, rows: inner.clone() };
+                Ok(Mlp::Plain {
+                    up_proj: Linear::merged_column_parallel(loader, &[part], hidden_size)?,
+                    activation: *activation,
+                    inner: loader.reserve(Role::Activated, inner.len())?,
+                    down_proj: Linear::row_parallel(loader, down_proj, hidden_size, inner)?,
+                })
+            }
+        }
     }
 
-    /// `out = mlp(x)`, summed over the ranks.
+    /// `out = mlp(x)`, this rank's part of the sum.
     pub(crate) fn forward(
         &self,
         backend: &mut B,
         (x, out): (&B::Buffer, &mut B::Buffer),
         scratch: &mut Scratch<B>,
     ) -> Result<(), ModelError> {
-        let Mlp::Gated { gate_up_proj, activation, down_proj, gate_up, activated } = self;
-        let (gate_up, activated) = scratch.pair(*gate_up, *activated);
-        gate_up_proj.forward(backend, x, gate_up)?;
-        backend.gated_activation(gate_up, *activation, activated)?;
-        down_proj.forward(backend, activated, out)?;
-        Ok(backend.all_reduce(out)?)
+        match self {
+            Mlp::Gated { gate_up_proj, activation, down_proj, gate_up, activated } => {
+                let (gate_up, activated) = scratch.pair(*gate_up, *activated);
+                gate_up_proj.forward(backend, x, gate_up)?;
+                backend.gated_activation(gate_up, *activation, activated)?;
+                down_proj.forward(backend, activated, out)
+            }
+            Mlp::Plain { up_proj, activation, down_proj, inner } => {
+                let inner = scratch.one(*inner);
+                up_proj.forward(backend, x, inner)?;
+                backend.activate(inner, *activation)?;
+                down_proj.forward(backend, inner, out)
+            }
+        }
     }
 }

@@ -9,6 +9,7 @@ mod linear;
 mod mlp;
 mod norm;
 mod packing;
+mod qk_norm;
 mod residual;
 
 use backend::{Backend, DType, RopeFrequencies};
@@ -17,7 +18,7 @@ pub(crate) use attention::Attention;
 pub(crate) use embedding::{Embedding, LmHead};
 pub(crate) use mlp::Mlp;
 pub(crate) use norm::Norm;
-pub(crate) use residual::{Branch, Stream};
+pub(crate) use residual::{InputOutput, Residual, Stream};
 
 use crate::ModelError;
 use crate::weights::WeightSource;
@@ -92,6 +93,7 @@ impl<'a, B: Backend> Loader<'a, B> {
 enum Role {
     Projected,
     Mixed,
+    Squares,
     GateUp,
     Activated,
 }
@@ -105,6 +107,11 @@ pub(crate) struct Scratch<B: Backend> {
 }
 
 impl<B: Backend> Scratch<B> {
+    /// A buffer.
+    fn one(&mut self, index: usize) -> &mut B::Buffer {
+        &mut self.buffers[index].2
+    }
+
     /// Two different buffers, both writable.
     fn pair(&mut self, first: usize, second: usize) -> (&mut B::Buffer, &mut B::Buffer) {
         let (_, first, second) = self.ropes_and_pair(first, second);

@@ -1,14 +1,12 @@
 //! Normalisations.
 
-use std::ops::Range;
-
-use backend::{Backend, BackendError};
+use backend::Backend;
 
 use super::Loader;
 use crate::ModelError;
 use crate::spec::{NormKind, NormSpec};
 
-/// A normalisation over the width of the residual stream or of a head; every rank has all of it.
+/// A normalisation over the width of the residual stream; every rank has all of it.
 pub(crate) struct Norm<B: Backend> {
     kind: Kind<B>,
     weight: B::Vector,
@@ -54,22 +52,6 @@ impl<B: Backend> Norm<B> {
         match &self.kind {
             Kind::Rms => Ok(backend.rms_norm(x, &self.weight, self.eps, out)?),
             Kind::Layer { bias } => Ok(backend.layer_norm(x, (&self.weight, bias), self.eps, out)?),
-        }
-    }
-
-    /// Normalises each head in the columns `columns` of `x` by itself.
-    pub(super) fn forward_heads(
-        &self,
-        backend: &mut B,
-        x: &mut B::Buffer,
-        columns: Range<usize>,
-    ) -> Result<(), ModelError> {
-        match &self.kind {
-            Kind::Rms => Ok(backend.rms_norm_heads(x, columns, &self.weight, self.eps)?),
-            Kind::Layer { .. } => Err(ModelError::Backend(BackendError::Device {
-                operation: "norm of heads".to_owned(),
-                reason: "LayerNorm, expected RMSNorm".to_owned(),
-            })),
         }
     }
 

@@ -6,12 +6,32 @@ use backend::{Backend, QuantizedMatrix};
 
 use super::Loader;
 use crate::ModelError;
+use crate::spec::LinearSpec;
 
 /// A window of a stored matrix.
 pub(super) struct Window<'a> {
-    pub(super) name: &'a str,
-    pub(super) rows: Range<usize>,
-    pub(super) cols: Range<usize>,
+    name: &'a str,
+    /// Outputs.
+    rows: Range<usize>,
+    /// Inputs.
+    cols: Range<usize>,
+    /// The tensor is `[in_features, out_features]`.
+    is_transposed: bool,
+}
+
+/// The outputs `rows` and inputs `columns` of a projection, stacked along the outputs.
+pub(super) fn windows(
+    linear: &LinearSpec,
+    rows: Range<usize>,
+    columns: Range<usize>,
+) -> impl Iterator<Item = Window<'_>> {
+    let cols = linear.column_range(columns);
+    linear.row_runs(rows).into_iter().map(move |rows| Window {
+        name: &linear.weight,
+        rows,
+        cols: cols.clone(),
+        is_transposed: linear.is_transposed,
+    })
 }
 
 impl<B: Backend> Loader<'_, B> {
@@ -22,10 +42,15 @@ impl<B: Backend> Loader<'_, B> {
             parts.into_iter().for_each(|part| self.source.recycle_quantized(part));
             return Ok(weight);
         }
-        let matrices = windows
-            .iter()
-            .map(|window| self.source.matrix(window.name, window.rows.clone(), window.cols.clone()))
-            .collect::<Result<Vec<_>, _>>()?;
+        let matrix = |window: &Window<'_>| {
+            let (rows, cols) = (window.rows.clone(), window.cols.clone());
+            if window.is_transposed {
+                Ok(self.source.matrix(window.name, cols, rows)?.transposed())
+            } else {
+                self.source.matrix(window.name, rows, cols)
+            }
+        };
+        let matrices = windows.iter().map(matrix).collect::<Result<Vec<_>, _>>()?;
         let weight = self.backend.linear(&matrices, self.dtype)?;
         matrices.into_iter().for_each(|matrix| self.source.recycle(matrix));
         Ok(weight)
@@ -37,7 +62,8 @@ impl<B: Backend> Loader<'_, B> {
         let is_whole = |window: &Window<'_>| {
             let quantized = self.source.meta(window.name).and_then(|meta| meta.quantized);
             quantized.is_some_and(|quantized| {
-                window.cols.start.is_multiple_of(quantized.group_size)
+                quantized.is_transposed == window.is_transposed
+                    && window.cols.start.is_multiple_of(quantized.group_size)
                     && window.cols.end.is_multiple_of(quantized.group_size)
             })
         };

@@ -1,54 +1,101 @@
-//! The residual stream.
+//! The residual stream, and how the parts of a layer are joined to it.
 
 use backend::Backend;
 
 use super::{Loader, Norm};
 use crate::ModelError;
-use crate::spec::BranchSpec;
+use crate::spec::{BranchSpec, ResidualSpec};
+
+/// The norms of a layer and their places.
+pub(crate) enum Residual<B: Backend> {
+    /// One after the other: `x += multiplier * post_norm(f(norm(x)))`.
+    Sequential {
+        /// Around the mixer.
+        mixer: Branch<B>,
+        /// Around the feed-forward.
+        mlp: Branch<B>,
+    },
+    /// Side by side: `x += mixer(norm(x)) + mlp(mlp_norm(x))`.
+    Parallel {
+        /// Of what goes into the mixer.
+        norm: Norm<B>,
+        /// Of what goes into the feed-forward; none: the same.
+        mlp_norm: Option<Norm<B>>,
+    },
+}
+
+impl<B: Backend> Residual<B> {
+    /// Loads the norms, `[width]`.
+    pub(crate) fn load(
+        loader: &mut Loader<'_, B>,
+        spec: &ResidualSpec,
+        width: usize,
+    ) -> Result<Self, ModelError> {
+        Ok(match spec {
+            ResidualSpec::Sequential { mixer, mlp } => Residual::Sequential {
+                mixer: Branch::load(loader, mixer, width)?,
+                mlp: Branch::load(loader, mlp, width)?,
+            },
+            ResidualSpec::Parallel { norm, mlp_norm } => Residual::Parallel {
+                norm: Norm::load(loader, norm, width)?,
+                mlp_norm: mlp_norm.as_ref().map(|norm| Norm::load(loader, norm, width)).transpose()?,
+            },
+        })
+    }
+}
 
 /// What surrounds a mixer or feed-forward.
 pub(crate) struct Branch<B: Backend> {
     /// Of what goes in.
-    pub(crate) norm: Norm<B>,
+    pub(crate) norm: Option<Norm<B>>,
     post_norm: Option<Norm<B>>,
     multiplier: f32,
 }
 
 impl<B: Backend> Branch<B> {
-    /// Loads the norms, `[width]`.
-    pub(crate) fn load(
-        loader: &mut Loader<'_, B>,
-        spec: &BranchSpec,
-        width: usize,
-    ) -> Result<Self, ModelError> {
-        let norm = Norm::load(loader, &spec.norm, width)?;
-        let post_norm = spec.post_norm.as_ref().map(|norm| Norm::load(loader, norm, width)).transpose()?;
-        Ok(Self { norm, post_norm, multiplier: spec.multiplier })
+    fn load(loader: &mut Loader<'_, B>, spec: &BranchSpec, width: usize) -> Result<Self, ModelError> {
+        Ok(Self {
+            norm: spec.norm.as_ref().map(|norm| Norm::load(loader, norm, width)).transpose()?,
+            post_norm: spec.post_norm.as_ref().map(|norm| Norm::load(loader, norm, width)).transpose()?,
+            multiplier: spec.multiplier,
+        })
     }
 }
+
+/// Where the next part of a layer reads and writes.
+pub(crate) type InputOutput<'a, B> = (&'a <B as Backend>::Buffer, &'a mut <B as Backend>::Buffer);
 
 /// The stream that layers add to. What a layer adds stays in `delta` until the next norm, which adds and normalises in one
 /// pass over memory.
 pub(crate) struct Stream<B: Backend> {
     residual: B::Buffer,
-    /// Output of the last mixer or feed-forward, summed over the ranks.
-    pub(crate) delta: B::Buffer,
+    /// Output of the last part, summed over the ranks.
+    delta: B::Buffer,
     /// Input of the next one.
-    pub(crate) normed: B::Buffer,
+    normed: B::Buffer,
+    /// Output of a feed-forward beside a mixer, where there are any.
+    beside: Option<B::Buffer>,
     /// Whether `delta` is still to be added.
     is_pending: bool,
 }
 
 impl<B: Backend> Stream<B> {
-    /// A stream of at most `max_rows` tokens.
-    pub(crate) fn new(backend: &B, max_rows: usize, width: usize) -> Result<Self, ModelError> {
+    /// A stream of at most `max_rows` tokens; `has_parallel`: some layers have their parts side by side.
+    pub(crate) fn new(
+        backend: &B,
+        max_rows: usize,
+        width: usize,
+        has_parallel: bool,
+    ) -> Result<Self, ModelError> {
         let buffer = || backend.buffer(max_rows, width);
-        Ok(Self { residual: buffer()?, delta: buffer()?, normed: buffer()?, is_pending: false })
+        let beside = has_parallel.then(buffer).transpose()?;
+        Ok(Self { residual: buffer()?, delta: buffer()?, normed: buffer()?, beside, is_pending: false })
     }
 
     /// Bytes of a stream.
-    pub(crate) const fn bytes(max_rows: usize, width: usize) -> usize {
-        3 * max_rows * width * size_of::<f32>()
+    pub(crate) const fn bytes(max_rows: usize, width: usize, has_parallel: bool) -> usize {
+        let buffers = if has_parallel { 4 } else { 3 };
+        buffers * max_rows * width * size_of::<f32>()
     }
 
     /// Starts afresh: what the caller writes to the result is the stream.
@@ -57,24 +104,65 @@ impl<B: Backend> Stream<B> {
         &mut self.residual
     }
 
-    /// `normed = norm(stream)`, and gives the places of the next input and output.
-    pub(crate) fn norm(
-        &mut self,
-        backend: &mut B,
-        norm: &Norm<B>,
-    ) -> Result<(&B::Buffer, &mut B::Buffer), ModelError> {
-        if self.is_pending {
-            norm.add_forward(backend, &mut self.residual, &self.delta, &mut self.normed)?;
-        } else {
-            norm.forward(backend, &self.residual, &mut self.normed)?;
-        }
-        // Whoever asks for the norm writes `delta` next.
-        self.is_pending = true;
-        Ok((&self.normed, &mut self.delta))
+    /// Normalises what [`Stream::begin`] gave.
+    pub(crate) fn norm_in_place(&mut self, backend: &mut B, norm: &Norm<B>) -> Result<(), ModelError> {
+        norm.forward(backend, &self.residual, &mut self.normed)?;
+        std::mem::swap(&mut self.residual, &mut self.normed);
+        Ok(())
     }
 
-    /// Does to `delta`, once it is written, what the branch does before it is added.
+    /// Where the next part reads, the stream or its norm, and writes.
+    pub(crate) fn input(
+        &mut self,
+        backend: &mut B,
+        norm: Option<&Norm<B>>,
+    ) -> Result<InputOutput<'_, B>, ModelError> {
+        // Whoever asks for the input writes `delta` next.
+        let is_pending = std::mem::replace(&mut self.is_pending, true);
+        let input = match norm {
+            Some(norm) => {
+                if is_pending {
+                    norm.add_forward(backend, &mut self.residual, &self.delta, &mut self.normed)?;
+                } else {
+                    norm.forward(backend, &self.residual, &mut self.normed)?;
+                }
+                &self.normed
+            }
+            None => {
+                if is_pending {
+                    backend.add(&mut self.residual, &self.delta)?;
+                }
+                &self.residual
+            }
+        };
+        Ok((input, &mut self.delta))
+    }
+
+    /// Where the feed-forward beside a mixer reads and writes, once the mixer has written; without a norm it reads what the
+    /// mixer read.
+    pub(crate) fn input_beside(
+        &mut self,
+        backend: &mut B,
+        norm: Option<&Norm<B>>,
+    ) -> Result<InputOutput<'_, B>, ModelError> {
+        if let Some(norm) = norm {
+            norm.forward(backend, &self.residual, &mut self.normed)?;
+        }
+        // Without parallel layers nobody asks; with them the buffer is there.
+        Ok((&self.normed, self.beside.as_mut().unwrap_or(&mut self.delta)))
+    }
+
+    /// Adds what the feed-forward beside the mixer wrote, and sums over the ranks.
+    pub(crate) fn finish_beside(&mut self, backend: &mut B) -> Result<(), ModelError> {
+        if let Some(beside) = &self.beside {
+            backend.add(&mut self.delta, beside)?;
+        }
+        Ok(backend.all_reduce(&mut self.delta)?)
+    }
+
+    /// Sums over the ranks what a part wrote, and does to it what the branch does before it is added.
     pub(crate) fn finish(&mut self, backend: &mut B, branch: &Branch<B>) -> Result<(), ModelError> {
+        backend.all_reduce(&mut self.delta)?;
         if let Some(norm) = &branch.post_norm {
             norm.forward(backend, &self.delta, &mut self.normed)?;
             std::mem::swap(&mut self.delta, &mut self.normed);

@@ -116,9 +116,11 @@ impl WeightSource for GgufWeights {
             dtype: plain_dtype(tensor.ggml_type)
                 .or_else(|| blocks::format(tensor.ggml_type).map(|_| DType::BF16)),
             stored: tensor.ggml_type.to_string(),
-            quantized: tensor
-                .blocks()
-                .map(|format| QuantizedMeta { bits: format.bits, group_size: format.group }),
+            quantized: tensor.blocks().map(|format| QuantizedMeta {
+                bits: format.bits,
+                group_size: format.group,
+                is_transposed: false,
+            }),
         })
     }
 

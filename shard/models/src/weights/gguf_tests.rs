@@ -110,7 +110,10 @@ fn quantized_windows_equal_the_dequantized_ones() {
     let tensor = random("blk.0.ffn_down.weight", [300, 512], Q4_K, (256, 144));
     let plain = open(std::slice::from_ref(&tensor), 1).unwrap();
     let threaded = open(&[tensor], 3).unwrap();
-    assert_eq!(threaded.meta(name).unwrap().quantized, Some(QuantizedMeta { bits: 4, group_size: 32 }));
+    assert_eq!(
+        threaded.meta(name).unwrap().quantized,
+        Some(QuantizedMeta { bits: 4, group_size: 32, is_transposed: false })
+    );
     for (rows, cols) in [(0..300, 0..512), (17..18, 0..512), (100..299, 96..416), (5..5, 0..32)] {
         let quantized = threaded.quantized(name, rows.clone(), cols.clone()).unwrap().unwrap();
         let expected = values(&plain.matrix(name, rows, cols).unwrap());

@@ -5,13 +5,18 @@ mod check;
 mod gguf;
 mod gguf_layout;
 mod gguf_names;
+mod pickle;
+mod pytorch;
 mod safetensors;
 mod spare_buffers;
 
+use std::fs::File;
 use std::ops::Range;
+use std::path::Path;
 
 use backend::{DType, HostMatrix, QuantizedMatrix};
 use hub::{ModelFiles, WeightFiles};
+use memmap2::Mmap;
 
 pub(crate) use check::{check_tensors, prevailing_dtype};
 
@@ -37,6 +42,9 @@ pub(crate) struct QuantizedMeta {
     pub(crate) bits: u32,
     /// Elements that share a scale and an offset.
     pub(crate) group_size: usize,
+    /// The file holds the transpose of what Hugging Face's files do: rows and columns of [`WeightSource::quantized`] are those of
+    /// the transpose.
+    pub(crate) is_transposed: bool,
 }
 
 /// The tensors of a model, under Hugging Face's names whatever the file format.
@@ -94,11 +102,21 @@ pub(crate) trait WeightSource: Send + Sync {
 pub(crate) fn open(files: &ModelFiles, threads: usize) -> Result<Box<dyn WeightSource>, ModelError> {
     match &files.weights {
         WeightFiles::Safetensors(paths) => Ok(Box::new(safetensors::Safetensors::open(paths)?)),
+        WeightFiles::Pytorch(paths) => Ok(Box::new(pytorch::Pytorch::open(paths)?)),
         WeightFiles::Gguf(path) => match files.gguf()? {
             Some(file) => Ok(Box::new(gguf::GgufWeights::new(file, path, threads)?)),
             None => Err(unusable(format!("{}: no GGUF file", path.display()))),
         },
     }
+}
+
+/// Maps a file of weights.
+fn map(path: &Path) -> Result<Mmap, ModelError> {
+    let wrong = |error: std::io::Error| unusable(format!("cannot map {}: {error}", path.display()));
+    let file = File::open(path).map_err(wrong)?;
+    // SAFETY: the map is only read. A model file that is changed in place while it is served is not supported;
+    // downloads replace files by renaming, which leaves this map alone.
+    unsafe { Mmap::map(&file) }.map_err(wrong)
 }
 
 /// Rows and columns of a shape: a vector is one row.

@@ -2,7 +2,6 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
-use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -10,7 +9,7 @@ use ::safetensors::tensor::{Dtype, Metadata, SafeTensors};
 use backend::{DType, HostMatrix};
 use memmap2::Mmap;
 
-use super::{TensorMeta, WeightSource, is_within, rows_and_cols, unusable};
+use super::{TensorMeta, WeightSource, is_within, map, rows_and_cols, unusable};
 use crate::ModelError;
 
 /// Parsing costs a multiple of the header's size. The largest published headers, of thousands of tensors, have 2 MiB.
@@ -103,14 +102,6 @@ impl WeightSource for Safetensors {
             bytes: Cow::Borrowed(bytes.get(start..).unwrap_or_default()),
         })
     }
-}
-
-fn map(path: &Path) -> Result<Mmap, ModelError> {
-    let wrong = |error: std::io::Error| unusable(format!("cannot map {}: {error}", path.display()));
-    let file = File::open(path).map_err(wrong)?;
-    // SAFETY: the map is only read. A model file that is changed in place while it is served is not supported;
-    // downloads replace files by renaming, which leaves this map alone.
-    unsafe { Mmap::map(&file) }.map_err(wrong)
 }
 
 fn read_header(path: &Path, bytes: &[u8]) -> Result<(usize, Metadata), ModelError> {

@@ -80,6 +80,8 @@ struct Part<'a> {
     num_new: usize,
     /// Its blocks are `first_block`, `first_block + 3` and so on.
     first_block: u32,
+    /// Of its whole prompt.
+    prompt_len: usize,
 }
 
 /// A step that wants the logits of every token.
@@ -96,6 +98,7 @@ fn step(parts: &[Part<'_>]) -> StepInput {
         }
         step.cu_seqlens_q.push(step.input_ids.len() as u32);
         step.context_lens.push(part.tokens.len() as u32);
+        step.prompt_lens.push(part.prompt_len as u32);
         step.block_tables.extend(table);
     }
     step.logits_rows = (0..step.input_ids.len() as u32).collect();
@@ -118,7 +121,10 @@ fn in_pieces(decoder: &mut CpuDecoder, tokens: &[u32], sizes: &[usize]) -> Vec<V
         if end > tokens.len() {
             return logits;
         }
-        logits.extend(run(decoder, &[Part { tokens: &tokens[..end], num_new: size, first_block: 1 }]));
+        logits.extend(run(
+            decoder,
+            &[Part { tokens: &tokens[..end], num_new: size, first_block: 1, prompt_len: tokens.len() }],
+        ));
     }
     logits
 }
@@ -164,14 +170,14 @@ fn a_sequence_is_the_same_alone_and_in_a_batch() {
     alone(&fixture, &options(), |decoder| {
         let expected = [&a, &b, &c].map(|tokens| in_pieces(decoder, tokens, &[tokens.len()]));
         // Prefill of one, a chunk of another and decode of the third in the same step.
-        run(decoder, &[Part { tokens: &b[..34], num_new: 34, first_block: 2 }]);
-        run(decoder, &[Part { tokens: &c[..14], num_new: 14, first_block: 3 }]);
+        run(decoder, &[Part { tokens: &b[..34], num_new: 34, first_block: 2, prompt_len: 35 }]);
+        run(decoder, &[Part { tokens: &c[..14], num_new: 14, first_block: 3, prompt_len: 22 }]);
         let together = run(
             decoder,
             &[
-                Part { tokens: &a, num_new: 19, first_block: 1 },
-                Part { tokens: &b, num_new: 1, first_block: 2 },
-                Part { tokens: &c, num_new: 8, first_block: 3 },
+                Part { tokens: &a, num_new: 19, first_block: 1, prompt_len: 19 },
+                Part { tokens: &b, num_new: 1, first_block: 2, prompt_len: 35 },
+                Part { tokens: &c, num_new: 8, first_block: 3, prompt_len: 22 },
             ],
         );
         let expected: Vec<_> =
@@ -211,7 +217,8 @@ fn samples_and_prompt_logprobs_take_more_rows_than_fit_at_once() {
     };
     for world_size in [1, 2] {
         on_ranks(&fixture, world_size, &options(), |decoder| {
-            let logits = run(decoder, &[Part { tokens: &tokens, num_new: 11, first_block: 1 }]);
+            let logits =
+                run(decoder, &[Part { tokens: &tokens, num_new: 11, first_block: 1, prompt_len: 11 }]);
             let logprobs: Vec<_> = logits.iter().map(|row| log_softmax(row)).collect();
             let rows: Vec<_> = (0..tokens.len())
                 .map(|last| SamplingRow { params: &greedy, history: &tokens[..=last], top_n: 0 })
@@ -247,7 +254,7 @@ fn a_gguf_file_is_the_same_model() {
 fn impossible_steps_are_refused_and_the_next_one_works() {
     let fixture = Fixture::plain(Stored::F32);
     alone(&fixture, &options(), |decoder| {
-        let part = Part { tokens: &[1, 2, 3], num_new: 3, first_block: 1 };
+        let part = Part { tokens: &[1, 2, 3], num_new: 3, first_block: 1, prompt_len: 3 };
         let good = step(&[part]);
         let mut bad = good.clone();
         bad.input_ids[1] = fixture.vocab_size as u32;

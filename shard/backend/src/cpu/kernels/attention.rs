@@ -7,6 +7,17 @@ use super::simd::{LANES, Simd, exp, tanh};
 /// Keys whose scores are held at a time: 24 rows of them take 12 KiB, which leaves room in a 32 KiB cache.
 pub(in crate::cpu) const KEY_TILE: usize = 128;
 
+/// 0 to 15.
+const LANE_INDICES: [f32; LANES] = {
+    let mut indices = [0.0; LANES];
+    let mut lane = 0;
+    while lane < LANES {
+        indices[lane] = lane as f32;
+        lane += 1;
+    }
+    indices
+};
+
 /// One head of one token.
 #[derive(Clone, Copy)]
 pub(in crate::cpu) struct QueryRow {
@@ -18,6 +29,8 @@ pub(in crate::cpu) struct QueryRow {
     pub(in crate::cpu) first_key: usize,
     /// See `first_key`; greater than it.
     pub(in crate::cpu) end_key: usize,
+    /// A key `n` tokens before the row's own gets `-slope * n`; 0: no biases.
+    pub(in crate::cpu) slope: f32,
 }
 
 /// Where the keys and values of one KV head of one sequence are.
@@ -249,6 +262,17 @@ impl<const T: usize> Softmax<T> {
                     for chunk in scores.as_chunks_mut::<LANES>().0 {
                         let bent = tanh::<S>(S::mul(S::load(chunk.as_ptr()), S::splat(1.0 / cap)));
                         S::store(chunk.as_mut_ptr(), S::mul(bent, S::splat(cap)));
+                    }
+                }
+                if row.slope != 0.0 {
+                    for (chunk, key) in
+                        scores.as_chunks_mut::<LANES>().0.iter_mut().zip((keys.start..).step_by(LANES))
+                    {
+                        // Relative to the row's own key: small numbers where the weights are large.
+                        let first = key as f32 - (row.end_key - 1) as f32;
+                        let distances = S::add(S::load(LANE_INDICES.as_ptr()), S::splat(first));
+                        let biased = S::fma(distances, S::splat(row.slope), S::load(chunk.as_ptr()));
+                        S::store(chunk.as_mut_ptr(), biased);
                     }
                 }
                 let first = row.first_key.saturating_sub(keys.start).min(padded_keys);

@@ -171,26 +171,52 @@ pub(super) unsafe fn gated<S: Simd>(gate_up: &[f32], activation: Activation, out
     let (gate, up) = gate_up.split_at(out.len());
     // SAFETY: arithmetic, and loads bounded by `load` and `store`.
     unsafe {
+        vectors!(out.len(), |at, n| {
+            let activated = activated::<S>(load::<S>(gate, at, n), activation);
+            store::<S>(out, at, n, S::mul(activated, load::<S>(up, at, n)));
+        });
+    }
+}
+
+/// `x = activation(x)` of one row.
+///
+/// # Safety
+/// The processor has the instruction set.
+#[inline(always)]
+pub(super) unsafe fn activate<S: Simd>(x: &mut [f32], activation: Activation) {
+    // SAFETY: arithmetic, and loads bounded by `load` and `store`.
+    unsafe {
+        vectors!(x.len(), |at, n| {
+            let activated = activated::<S>(load::<S>(x, at, n), activation);
+            store::<S>(x, at, n, activated);
+        });
+    }
+}
+
+/// The activation of sixteen elements.
+///
+/// # Safety
+/// The processor has the instruction set.
+#[inline(always)]
+unsafe fn activated<S: Simd>(x: S::V, activation: Activation) -> S::V {
+    // SAFETY: arithmetic only.
+    unsafe {
         let zero = S::splat(0.0);
         let half = S::splat(0.5);
         let one = S::splat(1.0);
-        vectors!(out.len(), |at, n| {
-            let x = load::<S>(gate, at, n);
-            let activated = match activation {
-                Activation::Silu => S::div(x, S::add(one, exp::<S>(S::sub(zero, x)))),
-                Activation::GeluTanh => {
-                    let cubed = S::mul(S::mul(x, x), x);
-                    let inner = S::mul(S::fma(cubed, S::splat(0.044_715), x), S::splat(0.797_884_6));
-                    S::mul(S::mul(x, half), S::add(one, tanh::<S>(inner)))
-                }
-                Activation::Gelu => {
-                    let scaled = S::mul(x, S::splat(std::f32::consts::FRAC_1_SQRT_2));
-                    S::mul(S::mul(x, half), S::add(one, erf::<S>(scaled)))
-                }
-                Activation::Relu => S::max(x, zero),
-            };
-            store::<S>(out, at, n, S::mul(activated, load::<S>(up, at, n)));
-        });
+        match activation {
+            Activation::Silu => S::div(x, S::add(one, exp::<S>(S::sub(zero, x)))),
+            Activation::GeluTanh => {
+                let cubed = S::mul(S::mul(x, x), x);
+                let inner = S::mul(S::fma(cubed, S::splat(0.044_715), x), S::splat(0.797_884_6));
+                S::mul(S::mul(x, half), S::add(one, tanh::<S>(inner)))
+            }
+            Activation::Gelu => {
+                let scaled = S::mul(x, S::splat(std::f32::consts::FRAC_1_SQRT_2));
+                S::mul(S::mul(x, half), S::add(one, erf::<S>(scaled)))
+            }
+            Activation::Relu => S::max(x, zero),
+        }
     }
 }
 

@@ -59,6 +59,8 @@ pub(super) struct Kernels {
     pub(super) add: unsafe fn(&mut [f32], &[f32]),
     /// `out = activation(gate) * up`.
     pub(super) gated: unsafe fn(&[f32], Activation, &mut [f32]),
+    /// `x = activation(x)`.
+    pub(super) activate: unsafe fn(&mut [f32], Activation),
     /// Largest element.
     pub(super) maximum: unsafe fn(&[f32]) -> f32,
     /// Sum of `exp(x - shift)`.
@@ -125,6 +127,14 @@ macro_rules! kernels {
                     Activation::Relu => elementwise::gated::<S>(gate_up, Activation::Relu, out),
                 }
             } $(, $feature)?);
+            kernels!(@fn fn activate(x: &mut [f32], activation: Activation) {
+                match activation {
+                    Activation::Silu => elementwise::activate::<S>(x, Activation::Silu),
+                    Activation::GeluTanh => elementwise::activate::<S>(x, Activation::GeluTanh),
+                    Activation::Gelu => elementwise::activate::<S>(x, Activation::Gelu),
+                    Activation::Relu => elementwise::activate::<S>(x, Activation::Relu),
+                }
+            } $(, $feature)?);
             kernels!(@fn fn maximum(x: &[f32]) -> f32 { elementwise::maximum::<S>(x) } $(, $feature)?);
             kernels!(@fn fn sum_exp(x: &[f32], shift: f32) -> f64 { elementwise::sum_exp::<S>(x, shift) } $(, $feature)?);
 
@@ -140,6 +150,7 @@ macro_rules! kernels {
                 soft_cap,
                 add,
                 gated,
+                activate,
                 maximum,
                 sum_exp,
             };

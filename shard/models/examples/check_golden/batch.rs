@@ -1,0 +1,173 @@
+//! Runs prompts through a model, some at a time, and compares.
+
+use std::ops::Range;
+
+use backend::StepInput;
+use backend::cpu::CpuBackend;
+use backend::sampling::{SamplingParams, SamplingRow};
+use models::{CausalLm, Decoder};
+
+use crate::Failure;
+use crate::golden::Case;
+
+/// Below this gap the reference itself could have chosen otherwise.
+const NEAR_TIE: f64 = 0.02;
+/// Tokens of a KV block.
+pub(crate) const BLOCK_SIZE: usize = 16;
+
+/// What came of one prompt.
+#[derive(Clone, PartialEq, Default)]
+pub(crate) struct Outcome {
+    pub(crate) ids: Vec<u32>,
+    /// Steps before the first near-tie.
+    pub(crate) comparable: usize,
+    /// Steps of those whose ids are equal.
+    pub(crate) equal: usize,
+    pub(crate) worst_generated: f64,
+    pub(crate) worst_last: f64,
+    pub(crate) worst_prefill: f64,
+}
+
+/// A prompt under way.
+struct Sequence<'a> {
+    case: &'a Case,
+    /// Prompt, then what was generated.
+    ids: Vec<u32>,
+    /// How many of them the cache holds.
+    cached: usize,
+    blocks: Range<u32>,
+    is_done: bool,
+    outcome: Outcome,
+}
+
+/// Blocks that a prompt and its answer take.
+pub(crate) fn num_blocks(case: &Case) -> usize {
+    (case.input_ids.len() + case.generated_ids.len()).div_ceil(BLOCK_SIZE)
+}
+
+/// Computes all `cases` in the same steps, at most `chunk` tokens of a prompt at a time.
+pub(crate) fn check(
+    decoder: &mut Decoder<CpuBackend>,
+    cases: &[&Case],
+    chunk: usize,
+) -> Result<Vec<Outcome>, Failure> {
+    let mut next_block = 1;
+    let mut sequences: Vec<Sequence<'_>> = cases
+        .iter()
+        .map(|case| {
+            let blocks = next_block..next_block + num_blocks(case) as u32;
+            next_block = blocks.end;
+            let comparable = case.gaps.iter().position(|&gap| gap < NEAR_TIE).unwrap_or(case.gaps.len());
+            let outcome = Outcome { comparable, ..Outcome::default() };
+            let ids = case.input_ids.clone();
+            Sequence { case, ids, cached: 0, blocks, is_done: false, outcome }
+        })
+        .collect();
+    loop {
+        let mut room = decoder.info().max_step_tokens;
+        let mut parts = Vec::new();
+        for sequence in sequences.iter_mut().filter(|sequence| !sequence.is_done) {
+            let len = (sequence.ids.len() - sequence.cached).min(chunk).min(room);
+            if len > 0 {
+                room -= len;
+                parts.push((sequence, len));
+            }
+        }
+        if parts.is_empty() {
+            return Ok(sequences.into_iter().map(|sequence| sequence.outcome).collect());
+        }
+        decoder.forward(&step(&parts))?;
+        compare(decoder, parts)?;
+    }
+}
+
+/// Compares what a step gave, and appends the generated tokens.
+fn compare(decoder: &mut Decoder<CpuBackend>, parts: Vec<(&mut Sequence<'_>, usize)>) -> Result<(), Failure> {
+    let worst = |worst: &mut f64, found: f64, expected: f64| *worst = worst.max((found - expected).abs());
+    let mut first_row = 0;
+    let mut sampled = Vec::new();
+    for (sequence, len) in parts {
+        let Sequence { case, ids, cached, outcome, .. } = &mut *sequence;
+        let prompt = &case.input_ids;
+        // The targets are the prompt's following tokens; after its last one there is none.
+        let targets = prompt.get(*cached + 1..(*cached + len + 1).min(prompt.len())).unwrap_or_default();
+        if !targets.is_empty() {
+            let rows: Vec<u32> = (first_row as u32..).take(targets.len()).collect();
+            let logprobs = decoder.token_logprobs(&rows, targets)?;
+            for (logprob, &expected) in logprobs.iter().zip(case.prefill.iter().skip(*cached)) {
+                worst(&mut outcome.worst_prefill, f64::from(*logprob), expected);
+            }
+        }
+        first_row += len;
+        *cached += len;
+        if *cached < ids.len() {
+            continue;
+        }
+        if ids.len() == prompt.len() {
+            let logprobs = log_softmax(&decoder.read_logits(&[first_row as u32 - 1])?);
+            for (logprob, &expected) in logprobs.iter().zip(&case.last_logprobs) {
+                worst(&mut outcome.worst_last, *logprob, expected);
+            }
+        }
+        sampled.push(sequence);
+    }
+    let histories: Vec<Vec<u32>> = sampled.iter().map(|sequence| sequence.ids.clone()).collect();
+    let rows: Vec<_> =
+        histories.iter().map(|history| SamplingRow { params: &GREEDY, history, top_n: 0 }).collect();
+    let tokens = if rows.is_empty() { Vec::new() } else { decoder.sample(&rows)? };
+    for (sequence, token) in sampled.into_iter().zip(tokens) {
+        let Sequence { case, ids, is_done, outcome, .. } = sequence;
+        let index = ids.len() - case.input_ids.len();
+        outcome.ids.push(token.id);
+        if index >= outcome.comparable || token.id != case.generated_ids[index] {
+            *is_done = true;
+            continue;
+        }
+        outcome.equal += 1;
+        worst(&mut outcome.worst_generated, f64::from(token.logprob), case.logprobs[index]);
+        ids.push(token.id);
+        *is_done = index + 1 == case.generated_ids.len();
+    }
+    Ok(())
+}
+
+const GREEDY: SamplingParams = SamplingParams {
+    temperature: 1.0,
+    top_k: 0,
+    top_p: 1.0,
+    typical_p: 1.0,
+    do_sample: false,
+    seed: 0,
+    repetition_penalty: 1.0,
+    frequency_penalty: 0.0,
+};
+
+/// A step of the next tokens of each sequence.
+fn step(parts: &[(&mut Sequence<'_>, usize)]) -> StepInput {
+    let max_blocks = parts.iter().map(|(sequence, _)| sequence.blocks.len()).max().unwrap_or(0);
+    let mut step = StepInput { cu_seqlens_q: vec![0], max_blocks, ..StepInput::default() };
+    for (sequence, len) in parts {
+        let end = sequence.cached + len;
+        step.input_ids.extend_from_slice(&sequence.ids[sequence.cached..end]);
+        step.position_ids.extend(sequence.cached as u32..end as u32);
+        step.slot_mapping.extend((sequence.cached..end).map(|position| {
+            let block = sequence.blocks.start + (position / BLOCK_SIZE) as u32;
+            block * BLOCK_SIZE as u32 + (position % BLOCK_SIZE) as u32
+        }));
+        step.cu_seqlens_q.push(step.input_ids.len() as u32);
+        step.context_lens.push(end as u32);
+        step.prompt_lens.push(sequence.case.input_ids.len() as u32);
+        step.block_tables.extend(sequence.blocks.clone());
+        step.block_tables.resize(step.context_lens.len() * max_blocks, 0);
+        if end == sequence.ids.len() {
+            step.logits_rows.push(step.input_ids.len() as u32 - 1);
+        }
+    }
+    step
+}
+
+fn log_softmax(logits: &[f32]) -> Vec<f64> {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|logit| f64::from(logit - max).exp()).sum();
+    logits.iter().map(|logit| f64::from(logit - max) - sum.ln()).collect()
+}
