@@ -190,7 +190,8 @@ fn normalise(raw: &mut Map<String, Value>) {
             raw.entry(key).or_insert(value);
         }
     }
-    let is_default = rope.get("rope_type").is_none_or(|kind| kind == "default");
+    let kind = rope.get("rope_type").or_else(|| rope.get("type"));
+    let is_default = kind.is_none_or(|kind| kind == "default");
     let scaling = if is_default { Value::Null } else { Value::Object(rope) };
     raw.entry("rope_scaling").or_insert(scaling);
 }
@@ -246,6 +247,8 @@ mod tests {
         let newer = config(json!({"rope_parameters": {"rope_theta": 1e4, "rope_type": "default"}}));
         assert_eq!(newer.rope_theta().unwrap(), Some(1e4));
         assert!(newer.rope_scaling().is_none());
+        let half_renamed = config(json!({"rope_parameters": {"type": "dynamic", "factor": 2.0}}));
+        assert!(half_renamed.rope_scaling().is_some());
     }
 
     #[test]

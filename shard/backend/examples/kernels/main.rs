@@ -1,6 +1,6 @@
 //! How fast the CPU kernels are at SmolLM2-135M's shapes, beside a plain loop that only reads memory.
 //!
-//! `cargo run --release -p backend --example kernels -- [--json] [--threads N] [--dtype bfloat16] [--isa portable|avx2|avx512|bf16]
+//! `cargo run --release -p backend --example kernels -- [--json] [--threads N] [--dtype bfloat16] [--isa portable|avx2|avx512|vnni|bf16]
 //! [--cpu-time]`; the last counts the processor time of the first thread, for `--threads 1` on a busy machine.
 //! Every figure is the median of several runs. Figures of a machine that does something else meanwhile are worthless.
 
@@ -10,10 +10,10 @@ mod model;
 use std::io::Write;
 
 use backend::cpu::Isa;
-use backend::{Activation, DType};
+use backend::{Activation, BackendError, DType};
 
 use measure::{Figure, median_seconds, memory_read};
-use model::{LAYERS, Model};
+use model::{LAYERS, Model, Weights};
 
 struct Options {
     json: bool,
@@ -40,7 +40,7 @@ fn options() -> Result<Options, String> {
             }
             "--isa" => {
                 let name = value()?;
-                let names = ["portable", "avx2", "avx512", "bf16"];
+                let names = ["portable", "avx2", "avx512", "vnni", "bf16"];
                 let index =
                     names.iter().position(|&known| known == name).ok_or(format!("--isa {name}: unknown"))?;
                 options.isa = Some(Isa::ALL[index]);
@@ -58,7 +58,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     figures.push(Figure::new("memory read, huge pages", read, "GB/s"));
 
     let started = std::time::Instant::now();
-    let mut model = Model::new(options.threads, options.isa, options.dtype)?;
+    let mut model = Model::new(options.threads, options.isa, Weights::Plain(options.dtype))?;
     let bytes = model.weight_bytes() as f64;
     figures.push(Figure::new("packing the whole model", started.elapsed().as_secs_f64() * 1e3, "ms"));
 
@@ -96,6 +96,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let seconds = median_seconds(30, || model.sample_only());
     figures.push(Figure::new("sampling, greedy", seconds * 1e6, "us"));
 
+    for bits in [8, 4] {
+        quantized(&options, bits, &mut figures)?;
+    }
+
     let mut out = std::io::stdout().lock();
     if options.json {
         writeln!(out, "{{\"device\":\"{}\",\"figures\":[", model.description())?;
@@ -109,5 +113,28 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             writeln!(out, "{figure}")?;
         }
     }
+    Ok(())
+}
+
+/// The same model from quantized weights.
+fn quantized(options: &Options, bits: u32, figures: &mut Vec<Figure>) -> Result<(), BackendError> {
+    let mut model = Model::new(options.threads, options.isa, Weights::Quantized(bits))?;
+    let bytes = model.weight_bytes() as f64;
+    let mut add =
+        |name: &str, value, unit| figures.push(Figure::new(format!("{bits}-bit {name}"), value, unit));
+    for rows in [1, 8] {
+        let seconds = median_seconds(20, || model.weights_only(rows));
+        add(&format!("weights of one step, {rows} rows"), seconds * 1e3, "ms");
+        add(&format!("weights of one step, {rows} rows"), bytes / seconds / 1e9, "GB/s");
+    }
+    let seconds = median_seconds(5, || model.layers_only(512));
+    let operations = 2.0 * 512.0 * model.layer_parameters() as f64;
+    add("all layers' products, 512 rows", operations / seconds / 1e9, "GFLOP/s");
+    model.begin(1, 160)?;
+    let seconds = median_seconds(30, || model.step());
+    add("decode step, context 160", 1.0 / seconds, "tokens/s");
+    model.begin(512, 512)?;
+    let seconds = median_seconds(5, || model.step());
+    add("prefill step, 512 tokens", 512.0 / seconds, "tokens/s");
     Ok(())
 }

@@ -6,8 +6,8 @@ use backend::collectives::Single;
 use backend::cpu::{CpuBackend, CpuBuffer, CpuKvCache, CpuOptions, CpuRope, CpuVector, Isa, PackedLinear};
 use backend::sampling::{SamplingParams, SamplingRow};
 use backend::{
-    Activation, AttentionShape, Backend, BackendError, DType, HostMatrix, KvLayout, RopeFrequencies,
-    RopeStyle, StepInput,
+    Activation, AttentionShape, Backend, BackendError, DType, HostMatrix, KvLayout, QuantizedMatrix,
+    RopeFrequencies, RopeStyle, StepInput,
 };
 
 pub(crate) const LAYERS: usize = 30;
@@ -71,27 +71,54 @@ fn random_matrix(rows: usize, cols: usize, dtype: DType) -> HostMatrix<'static> 
     HostMatrix { dtype, rows, cols, row_stride: cols, bytes: Cow::Owned(bytes) }
 }
 
+/// A matrix of random small integers: of 4 bits as Q4_1 has them, of 8 as Q8_0.
+fn random_quantized(rows: usize, cols: usize, bits: u32) -> QuantizedMatrix {
+    let mut state = (rows * cols) as u32;
+    let mut next = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        state >> 16
+    };
+    let values = (0..rows * cols).map(|_| (next() >> (16 - bits)) as u8).collect();
+    let scales: Vec<f32> =
+        (0..rows * cols / 32).map(|_| half::f16::from_f32(next() as f32 * 1e-9).to_f32()).collect();
+    let offsets = match bits {
+        8 => scales.iter().map(|scale| -128.0 * scale).collect(),
+        _ => (0..scales.len()).map(|_| half::f16::from_f32(next() as f32 * -1e-8).to_f32()).collect(),
+    };
+    QuantizedMatrix { rows, cols, bits, group_size: 32, values, scales, offsets }
+}
+
+/// How weights are stored.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Weights {
+    Plain(DType),
+    /// So many bits.
+    Quantized(u32),
+}
+
 impl Model {
-    pub(crate) fn new(threads: usize, isa: Option<Isa>, dtype: DType) -> Result<Self, BackendError> {
+    pub(crate) fn new(threads: usize, isa: Option<Isa>, weights: Weights) -> Result<Self, BackendError> {
         let backend = CpuBackend::new(CpuOptions { threads, isa }, Box::new(Single))?;
-        let [qkv, output, gate_up, down] = [
-            (SHAPE.qkv_width(), HIDDEN),
-            (HIDDEN, HIDDEN),
-            (2 * INTERMEDIATE, HIDDEN),
-            (HIDDEN, INTERMEDIATE),
-        ]
-        .map(|(rows, cols)| random_matrix(rows, cols, dtype));
-        let pack = |matrix: &HostMatrix<'static>| backend.linear(std::slice::from_ref(matrix), dtype);
-        let layer = || {
-            Ok(Layer {
-                qkv: pack(&qkv)?,
-                output: pack(&output)?,
-                gate_up: pack(&gate_up)?,
-                down: pack(&down)?,
-            })
+        let pack = |count, rows, cols| match weights {
+            Weights::Plain(dtype) => {
+                let matrix = [random_matrix(rows, cols, dtype)];
+                (0..count).map(|_| backend.linear(&matrix, dtype)).collect::<Result<Vec<_>, _>>()
+            }
+            Weights::Quantized(bits) => {
+                let matrix = [random_quantized(rows, cols, bits)];
+                (0..count).map(|_| backend.quantized_linear(&matrix)).collect()
+            }
         };
-        let layers = (0..LAYERS).map(|_| layer()).collect::<Result<Vec<_>, BackendError>>()?;
-        let head = pack(&random_matrix(VOCAB, HIDDEN, dtype))?;
+        let (qkv, output) = (pack(LAYERS, SHAPE.qkv_width(), HIDDEN)?, pack(LAYERS, HIDDEN, HIDDEN)?);
+        let (gate_up, down) = (pack(LAYERS, 2 * INTERMEDIATE, HIDDEN)?, pack(LAYERS, HIDDEN, INTERMEDIATE)?);
+        let layers = qkv.into_iter().zip(output).zip(gate_up.into_iter().zip(down));
+        let layers =
+            layers.map(|((qkv, output), (gate_up, down))| Layer { qkv, output, gate_up, down }).collect();
+        let head = pack(1, VOCAB, HIDDEN)?.remove(0);
+        let dtype = match weights {
+            Weights::Plain(dtype) => dtype,
+            Weights::Quantized(_) => DType::BF16,
+        };
         let inv_freq = (0..32u8).map(|i| 10_000f32.powf(-f32::from(i) / 32.0)).collect();
         let rope =
             backend.rope(RopeFrequencies { inv_freq, scale: 1.0, style: RopeStyle::Half, beyond: None })?;

@@ -13,13 +13,15 @@ pub enum Isa {
     Avx2,
     /// AVX-512F.
     Avx512,
-    /// AVX-512F with the dot product of bf16 pairs.
+    /// AVX-512F with the dot product of bytes.
+    Avx512Vnni,
+    /// AVX-512F with the dot products of bytes and of bf16 pairs: every processor with the second has the first.
     Avx512Bf16,
 }
 
 impl Isa {
     /// All of them, poorest first.
-    pub const ALL: [Isa; 4] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Bf16];
+    pub const ALL: [Isa; 5] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Vnni, Isa::Avx512Bf16];
 
     /// Whether this processor has it.
     pub fn is_available(self) -> bool {
@@ -34,12 +36,14 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => Isa::Avx2.is_available() && is_x86_feature_detected!("avx512f"),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512Bf16 => {
+            Isa::Avx512Vnni => {
                 Isa::Avx512.is_available()
-                    && is_x86_feature_detected!("avx512bf16")
+                    && is_x86_feature_detected!("avx512vnni")
                     && is_x86_feature_detected!("avx512bw")
                     && is_x86_feature_detected!("avx512vl")
             }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Bf16 => Isa::Avx512Vnni.is_available() && is_x86_feature_detected!("avx512bf16"),
             #[cfg(not(target_arch = "x86_64"))]
             _ => false,
         }
@@ -69,6 +73,7 @@ impl fmt::Display for Isa {
             Isa::Portable => "portable",
             Isa::Avx2 => "AVX2",
             Isa::Avx512 => "AVX-512",
+            Isa::Avx512Vnni => "AVX-512 VNNI",
             Isa::Avx512Bf16 => "AVX-512 BF16",
         })
     }

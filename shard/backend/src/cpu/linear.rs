@@ -8,9 +8,9 @@ use super::kernels::{LANES, TypedKernels};
 use super::threads::{SharedMut, Threads, part};
 use crate::{BackendError, DType, HostMatrix};
 
-/// A packed linear layer.
+/// A packed linear layer of plain numbers.
 #[derive(Debug)]
-pub struct PackedLinear {
+pub(super) struct PlainLinear {
     pub(super) memory: Region,
     pub(super) dtype: DType,
     pub(super) out_features: usize,
@@ -20,7 +20,7 @@ pub struct PackedLinear {
     step_inputs: usize,
 }
 
-impl PackedLinear {
+impl PlainLinear {
     /// Packs `parts`, stacked along their rows.
     pub(super) fn pack(
         parts: &[HostMatrix<'_>],
@@ -35,14 +35,8 @@ impl PackedLinear {
         let panel_bytes = steps * kernels.step_bytes;
         let memory = arena
             .region(panels * panel_bytes, &format!("a weight of {out_features} x {in_features} {dtype}"))?;
-        let mut packed = PackedLinear {
-            memory,
-            dtype,
-            out_features,
-            in_features,
-            steps,
-            step_inputs: kernels.step_inputs,
-        };
+        let mut packed =
+            PlainLinear { memory, dtype, out_features, in_features, steps, step_inputs: kernels.step_inputs };
         let count = threads.count();
         let target = SharedMut::new(packed.memory.as_mut_slice::<u8>());
         threads.run(&|index| {

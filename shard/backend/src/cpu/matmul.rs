@@ -1,9 +1,11 @@
 //! Spreads a matrix product over the threads.
 
+use std::ops::Range;
+
 use super::buffer::CpuBuffer;
-use super::kernels::{Kernels, LANES, MatmulArgs, PackArgs, padded_tile};
-use super::linear::PackedLinear;
+use super::kernels::{Kernels, LANES, MatmulArgs, PackArgs, padded_tile, padded_tokens};
 use super::memory::Memory;
+use super::packed_linear::{PackedLinear, Storage};
 use super::threads::{SharedMut, Threads, part};
 use crate::BackendError;
 
@@ -26,6 +28,22 @@ impl Workspace {
     }
 }
 
+/// How a product is computed, whatever the weight's storage.
+struct Product<'a> {
+    /// Outputs.
+    out_features: usize,
+    /// 32-bit elements of a row's packed activations.
+    row_elements: usize,
+    /// Largest tile of tokens.
+    max_tile: usize,
+    /// The tokens a tile of so many is padded to.
+    padded: fn(usize) -> usize,
+    /// Packs a tile. Unsafe for the instruction set.
+    pack: &'a (dyn Fn(PackArgs<'_>) + Sync),
+    /// Multiplies panels: which, with the packed activations and the results.
+    multiply: &'a (dyn Fn(Range<usize>, *const u32, *mut f32) + Sync),
+}
+
 /// `out = x weight^T (+ bias)`.
 pub(super) fn matmul(
     (kernels, threads, workspace): (&Kernels, &mut Threads, &mut Workspace),
@@ -34,65 +52,103 @@ pub(super) fn matmul(
     bias: Option<&[f32]>,
     out: &mut CpuBuffer,
 ) -> Result<(), BackendError> {
+    let (in_features, out_features) = (weight.in_features(), weight.out_features());
     assert!(
-        x.width() == weight.in_features && out.width() == weight.out_features,
-        "a weight of {} x {} between buffers of width {} and {}",
-        weight.out_features,
-        weight.in_features,
+        x.width() == in_features && out.width() == out_features,
+        "a weight of {out_features} x {in_features} between buffers of width {} and {}",
         x.width(),
         out.width()
     );
     assert!(
-        bias.is_none_or(|bias| bias.len() == weight.out_features),
+        bias.is_none_or(|bias| bias.len() == out_features),
         "the bias has another width than the outputs"
     );
     let rows = x.rows();
-    out.resize(rows);
-    let typed = kernels.typed(weight.dtype);
-    let row_elements = weight.steps * typed.step_inputs;
-    let tiles = rows.div_ceil(kernels.max_tile);
-    let threads_count = threads.count();
-    // One row is packed by each thread for itself, which is quicker than waiting for one another.
-    let copies = if rows == 1 { threads_count } else { 1 };
-    let copy_elements = (rows + kernels.max_tile) * row_elements;
-    let packed = SharedMut::new(workspace.at_least(copies * copy_elements)?);
-    let results = SharedMut::new(out.as_mut_slice());
-    let panels = weight.out_features.div_ceil(LANES);
-    let barrier = threads.barrier();
-    threads.run(&|index| {
-        let own_copy = if copies > 1 { index * copy_elements } else { 0 };
-        let own_tiles = if copies > 1 { 0..tiles } else { part(tiles, index, threads_count) };
-        for tile in own_tiles {
-            let first = tile * kernels.max_tile;
-            let count = (rows - first).min(kernels.max_tile);
-            let start = own_copy + first * row_elements;
-            // SAFETY: the tile is this thread's, and all before it are full, so that it starts here. The processor has
-            // the instruction set.
-            unsafe {
-                (typed.pack)(PackArgs {
+    match &weight.0 {
+        Storage::Plain(weight) => {
+            let typed = kernels.typed(weight.dtype);
+            let product = Product {
+                out_features,
+                row_elements: weight.steps * typed.step_inputs,
+                max_tile: kernels.max_tile,
+                padded: padded_tile,
+                // SAFETY: the processor has the instruction set.
+                pack: &|args| unsafe { (typed.pack)(args) },
+                multiply: &|panels, x, out| {
+                    let weights = weight.memory.as_slice::<u8>().as_ptr();
+                    let steps = weight.steps;
+                    let args =
+                        MatmulArgs { weights, panels, steps, x, rows, out, out_width: out_features, bias };
+                    // SAFETY: weights, activations and results have the sizes given; the panels are this thread's.
+                    unsafe { (typed.matmul)(&args) };
+                },
+            };
+            product.compute((threads, workspace), x, out)
+        }
+        Storage::Quantized(weight) => {
+            let (kernels, layout) = (&kernels.quantized, &weight.layout);
+            let product = Product {
+                out_features,
+                row_elements: layout.row_elements(),
+                max_tile: kernels.max_tokens,
+                padded: padded_tokens,
+                // SAFETY: the processor has the instruction set.
+                pack: &|args| unsafe { (kernels.pack)(args, layout) },
+                multiply: &|panels, x, out| {
+                    let weights = weight.memory.as_slice::<u8>().as_ptr();
+                    let steps = layout.groups;
+                    let args =
+                        MatmulArgs { weights, panels, steps, x, rows, out, out_width: out_features, bias };
+                    // SAFETY: weights, activations and results have the sizes given; the panels are this thread's.
+                    unsafe { (kernels.matmul)(&args, layout) };
+                },
+            };
+            product.compute((threads, workspace), x, out)
+        }
+    }
+}
+
+impl Product<'_> {
+    fn compute(
+        &self,
+        (threads, workspace): (&mut Threads, &mut Workspace),
+        x: &CpuBuffer,
+        out: &mut CpuBuffer,
+    ) -> Result<(), BackendError> {
+        let &Product { row_elements, max_tile, .. } = self;
+        let rows = x.rows();
+        out.resize(rows);
+        let tiles = rows.div_ceil(max_tile);
+        let threads_count = threads.count();
+        // One row is packed by each thread for itself, which is quicker than waiting for one another.
+        let copies = if rows == 1 { threads_count } else { 1 };
+        let copy_elements = (rows + max_tile) * row_elements;
+        let packed = SharedMut::new(workspace.at_least(copies * copy_elements)?);
+        let results = SharedMut::new(out.as_mut_slice());
+        let panels = self.out_features.div_ceil(LANES);
+        let barrier = threads.barrier();
+        threads.run(&|index| {
+            let own_copy = if copies > 1 { index * copy_elements } else { 0 };
+            let own_tiles = if copies > 1 { 0..tiles } else { part(tiles, index, threads_count) };
+            for tile in own_tiles {
+                let first = tile * max_tile;
+                let count = (rows - first).min(max_tile);
+                let start = own_copy + first * row_elements;
+                (self.pack)(PackArgs {
                     x: &x.as_slice()[first * x.width()..(first + count) * x.width()],
                     width: x.width(),
                     rows: count,
-                    out: packed.slice(start..start + padded_tile(count) * row_elements),
+                    // SAFETY: the tile is this thread's, and all before it are full, so that it starts here.
+                    out: unsafe { packed.slice(start..start + (self.padded)(count) * row_elements) },
                 });
             }
-        }
-        if copies == 1 {
-            barrier.wait();
-        }
-        let args = MatmulArgs {
-            weights: weight.memory.as_slice::<u8>().as_ptr(),
-            panels: part(panels, index, threads_count),
-            steps: weight.steps,
+            if copies == 1 {
+                barrier.wait();
+            }
             // SAFETY: within the workspace.
-            x: unsafe { packed.get().add(own_copy) },
-            rows,
-            out: results.get(),
-            out_width: weight.out_features,
-            bias,
-        };
-        // SAFETY: weights, activations and results have the sizes given; the panels are this thread's.
-        unsafe { (typed.matmul)(&args) };
-    });
-    Ok(())
+            let x = unsafe { packed.get().add(own_copy) };
+            (self.multiply)(part(panels, index, threads_count), x, results.get());
+        });
+        Ok(())
+    }
 }

@@ -1,6 +1,7 @@
 //! The CPU backend: readable reference, and a product for small models.
 //!
-//! Reading order: [`operations`] is `impl Backend`; [`linear`], [`kv_cache`] and [`buffer`] say how things lie in memory;
+//! Reading order: [`operations`] is `impl Backend`; [`linear`], [`quantized_linear`], [`kv_cache`] and [`buffer`] say
+//! how things lie in memory;
 //! [`matmul`] and [`attention`] spread work over [`threads`]; [`kernels`] holds the arithmetic, written once over
 //! sixteen lanes and compiled for each instruction set of [`isa`].
 //!
@@ -10,15 +11,21 @@
 mod arena;
 mod attention;
 mod buffer;
+mod experts;
+mod heads;
 mod isa;
 mod kernels;
 mod kv_cache;
 mod linear;
+mod linear_kernels;
 mod matmul;
 mod memory;
 mod norm;
 mod operations;
+mod packed_linear;
+mod quantized_linear;
 mod rope;
+mod router;
 mod rows;
 mod sampling;
 mod step_check;
@@ -28,9 +35,10 @@ use std::cell::{Cell, RefCell};
 use std::fs;
 
 pub use buffer::CpuBuffer;
+pub use experts::CpuExperts;
 pub use isa::Isa;
 pub use kv_cache::CpuKvCache;
-pub use linear::PackedLinear;
+pub use packed_linear::PackedLinear;
 pub use rope::CpuRope;
 
 use crate::collectives::Communicator;
@@ -66,6 +74,8 @@ pub struct CpuBackend {
     rope_tables: Vec<rope::RopeTable>,
     workspace: matmul::Workspace,
     attention_plan: attention::AttentionPlan,
+    expert_plan: experts::ExpertPlan,
+    head_plan: heads::HeadPlan,
     samplers: Vec<sampling::Sampler>,
 }
 
@@ -97,6 +107,8 @@ impl CpuBackend {
             rope_tables: Vec::new(),
             workspace: matmul::Workspace::new()?,
             attention_plan: attention::AttentionPlan::default(),
+            expert_plan: experts::ExpertPlan::default(),
+            head_plan: heads::HeadPlan::default(),
             samplers: (0..options.threads).map(|_| sampling::Sampler::new(kernels)).collect(),
         })
     }

@@ -2,23 +2,27 @@
 
 use std::ops::Range;
 
+use super::linear::PlainLinear;
 use super::norm::RowNorm;
+use super::packed_linear::Storage;
+use super::quantized_linear::QuantizedLinear;
 use super::rows::{SMALL, for_each_row, for_rows};
 use super::threads::{SharedMut, part};
 use super::{
-    CpuBackend, CpuBuffer, CpuKvCache, CpuRope, CpuVector, PackedLinear, matmul, memory, norm, rope,
-    step_check,
+    CpuBackend, CpuBuffer, CpuExperts, CpuKvCache, CpuRope, CpuVector, PackedLinear, heads, matmul, memory,
+    norm, rope, step_check,
 };
 use crate::sampling::{Sampled, SamplingRow};
 use crate::{
-    Activation, AttentionShape, Backend, BackendError, DType, DeviceInfo, HostMatrix, KvLayout, MemoryInfo,
-    QuantizedMatrix, RopeFrequencies, SplitNorm, StepInput,
+    Activation, AttentionShape, Backend, BackendError, DType, DeviceInfo, HeadColumns, HostMatrix, KvLayout,
+    MemoryInfo, QuantizedMatrix, RopeFrequencies, Routing, SplitNorm, StepInput,
 };
 
 impl Backend for CpuBackend {
     type Buffer = CpuBuffer;
     type Linear = PackedLinear;
     type Vector = CpuVector;
+    type Experts = CpuExperts;
     type Rope = CpuRope;
     type KvCache = CpuKvCache;
 
@@ -49,29 +53,21 @@ impl Backend for CpuBackend {
 
     fn linear(&self, parts: &[HostMatrix<'_>], dtype: DType) -> Result<PackedLinear, BackendError> {
         let tools = (&mut *self.threads.borrow_mut(), &mut *self.arena.borrow_mut());
-        PackedLinear::pack(parts, dtype, self.kernels.typed(dtype), tools)
+        let linear = PlainLinear::pack(parts, dtype, self.kernels.typed(dtype), tools)?;
+        Ok(PackedLinear(Storage::Plain(linear)))
     }
 
     fn quantized_linear(&self, parts: &[QuantizedMatrix]) -> Result<PackedLinear, BackendError> {
-        let plain: Vec<_> = parts
-            .iter()
-            .map(|part| {
-                let mut row = vec![0.0; part.cols];
-                let mut bytes = Vec::with_capacity(part.rows * part.cols * size_of::<f32>());
-                for index in 0..part.rows {
-                    part.read_row(index, &mut row);
-                    bytes.extend(row.iter().flat_map(|value| value.to_le_bytes()));
-                }
-                HostMatrix {
-                    dtype: DType::F32,
-                    rows: part.rows,
-                    cols: part.cols,
-                    row_stride: part.cols,
-                    bytes: bytes.into(),
-                }
-            })
-            .collect();
-        self.linear(&plain, DType::F32)
+        let tools = (&mut *self.threads.borrow_mut(), &mut *self.arena.borrow_mut());
+        Ok(PackedLinear(Storage::Quantized(QuantizedLinear::pack(parts, tools)?)))
+    }
+
+    fn experts(
+        &self,
+        projections: Vec<(PackedLinear, PackedLinear)>,
+        activation: Activation,
+    ) -> Result<CpuExperts, BackendError> {
+        CpuExperts::new(projections, activation)
     }
 
     fn vector(&self, values: Vec<f32>) -> Result<CpuVector, BackendError> {
@@ -89,7 +85,7 @@ impl Backend for CpuBackend {
     }
 
     fn linear_bytes(&self, weight: &PackedLinear) -> usize {
-        weight.memory.len()
+        weight.bytes()
     }
 
     fn begin_step(&mut self, step: &StepInput) -> Result<(), BackendError> {
@@ -105,14 +101,14 @@ impl Backend for CpuBackend {
         first_id: usize,
         out: &mut CpuBuffer,
     ) -> Result<(), BackendError> {
-        assert_eq!(out.width(), table.in_features, "the embedding and the buffer differ in width");
+        assert_eq!(out.width(), table.in_features(), "the embedding and the buffer differ in width");
         out.resize(self.step.num_tokens());
         let ids = &self.step.input_ids;
         for_each_row(
             self.threads.get_mut(),
             out,
             &|row, out| match (ids[row] as usize).checked_sub(first_id) {
-                Some(id) if id < table.out_features => table.read_row(id, out),
+                Some(id) if id < table.out_features() => table.read_row(id, out),
                 _ => out.fill(0.0),
             },
         );
@@ -127,17 +123,17 @@ impl Backend for CpuBackend {
     ) -> Result<(), BackendError> {
         let positions = &self.step.position_ids;
         assert!(
-            out.width() == table.in_features && out.rows() == positions.len(),
+            out.width() == table.in_features() && out.rows() == positions.len(),
             "positions of {} on {} rows of {}",
-            table.in_features,
+            table.in_features(),
             out.rows(),
             out.width()
         );
         let last = positions.iter().max().map_or(0, |&position| position as usize + offset);
-        if last >= table.out_features {
+        if last >= table.out_features() {
             return Err(BackendError::Device {
                 operation: "adding positions".to_owned(),
-                reason: format!("row {last} of a table of {}", table.out_features),
+                reason: format!("row {last} of a table of {}", table.out_features()),
             });
         }
         for_each_row(self.threads.get_mut(), out, &|row, out| {
@@ -357,6 +353,40 @@ impl Backend for CpuBackend {
             // SAFETY: the processor has the instruction set.
             unsafe { kernel(inputs, activation, out) };
         });
+        Ok(())
+    }
+
+    fn mixture_of_experts(
+        &mut self,
+        x: &CpuBuffer,
+        router_logits: &CpuBuffer,
+        (routing, correction): (&Routing, Option<&CpuVector>),
+        experts: &CpuExperts,
+        out: &mut CpuBuffer,
+    ) -> Result<(), BackendError> {
+        let tools = (self.kernels, self.threads.get_mut());
+        let routing = (routing, correction.map(|correction| correction.0.as_slice()));
+        self.expert_plan.run(tools, (x, router_logits), routing, experts, out);
+        Ok(())
+    }
+
+    fn matmul_heads(
+        &mut self,
+        x: (&CpuBuffer, HeadColumns),
+        weights: &[PackedLinear],
+        out: (&mut CpuBuffer, HeadColumns),
+    ) -> Result<(), BackendError> {
+        self.head_plan.matmul((self.kernels, self.threads.get_mut()), x, weights, out);
+        Ok(())
+    }
+
+    fn copy_heads(
+        &mut self,
+        x: (&CpuBuffer, HeadColumns),
+        num_heads: usize,
+        out: (&mut CpuBuffer, HeadColumns),
+    ) -> Result<(), BackendError> {
+        heads::copy(x, num_heads, out);
         Ok(())
     }
 

@@ -20,7 +20,7 @@ pub(crate) use on_every_backend;
 /// CPU backends of every instruction set this processor has, with one, two and three threads.
 pub(crate) fn cpu_backends() -> Vec<(String, CpuBackend)> {
     let isas = Isa::ALL.into_iter().filter(|isa| isa.is_available());
-    isas.zip([1, 3, 1, 2])
+    isas.zip([1, 3, 1, 2, 2])
         .map(|(isa, threads)| (format!("{isa}, {threads} threads"), cpu(isa, threads)))
         .collect()
 }

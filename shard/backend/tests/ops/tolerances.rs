@@ -23,12 +23,25 @@ pub(crate) const fn matmul(dtype: DType) -> Tolerance {
     }
 }
 
+/// Matrix product with quantized weights. Activations are rounded by at most 1/65278 of their group's largest; the magnitude is
+/// as for [`matmul`] with each activation replaced by that.
+pub(crate) const QUANTIZED_MATMUL: Tolerance = tolerance(1e-6, 1.6e-5);
+
 /// Attention over a cache of `dtype`, whose rounding the expected values do not have; magnitude 1.
 pub(crate) const fn attention(dtype: DType) -> Tolerance {
     match dtype {
         DType::F32 => tolerance(2e-6, 0.0),
         DType::F16 => tolerance(2e-3, 0.0),
         DType::BF16 => tolerance(2e-2, 0.0),
+    }
+}
+
+/// A mixture of experts with weights of `dtype`; the magnitude is that of the projections out of products of the absolute sums
+/// of the projections in.
+pub(crate) const fn experts(dtype: DType) -> Tolerance {
+    match dtype {
+        DType::F32 | DType::F16 => tolerance(1e-6, 1e-6),
+        DType::BF16 => tolerance(1e-6, 8e-6),
     }
 }
 

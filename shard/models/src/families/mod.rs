@@ -1,19 +1,29 @@
 //! From a `config.json` to a [`DecoderSpec`]: one file per family, and the table that finds it.
 
 mod baichuan;
+mod bloom;
+mod classic;
 mod cohere;
 mod config_reader;
 mod dense;
+mod falcon;
 mod gemma;
+mod gpt2;
+mod gpt_neox;
+mod gptj;
 mod granite;
 mod llama;
 mod mistral;
+mod mpt;
 mod olmo2;
+mod opt;
 mod phi;
 mod phi3;
 mod qwen2;
 mod qwen3;
+mod respelled;
 mod rope;
+mod rope_scaling;
 mod stablelm;
 mod starcoder2;
 mod window;
@@ -37,14 +47,24 @@ struct Family {
 const FAMILIES: &[Family] = &[
     Family { model_type: "baichuan", architecture: "BaiChuanForCausalLM", build: baichuan::spec },
     Family { model_type: "baichuan", architecture: "BaichuanForCausalLM", build: baichuan::spec },
+    Family { model_type: "bloom", architecture: "BloomForCausalLM", build: bloom::spec },
+    Family { model_type: "codegen", architecture: "CodeGenForCausalLM", build: gptj::codegen },
     Family { model_type: "cohere", architecture: "CohereForCausalLM", build: cohere::spec },
+    Family { model_type: "falcon", architecture: "FalconForCausalLM", build: falcon::spec },
     Family { model_type: "gemma", architecture: "GemmaForCausalLM", build: gemma::gemma },
     Family { model_type: "gemma2", architecture: "Gemma2ForCausalLM", build: gemma::gemma2 },
     Family { model_type: "gemma3_text", architecture: "Gemma3ForCausalLM", build: gemma::gemma3_text },
+    Family { model_type: "gpt2", architecture: "GPT2LMHeadModel", build: gpt2::gpt2 },
+    Family { model_type: "gpt_bigcode", architecture: "GPTBigCodeForCausalLM", build: gpt2::gpt_bigcode },
+    Family { model_type: "gpt_neox", architecture: "GPTNeoXForCausalLM", build: gpt_neox::spec },
+    Family { model_type: "gptj", architecture: "GPTJForCausalLM", build: gptj::gptj },
     Family { model_type: "granite", architecture: "GraniteForCausalLM", build: granite::spec },
     Family { model_type: "llama", architecture: "LlamaForCausalLM", build: llama::spec },
     Family { model_type: "mistral", architecture: "MistralForCausalLM", build: mistral::spec },
+    Family { model_type: "mpt", architecture: "MPTForCausalLM", build: mpt::spec },
+    Family { model_type: "mpt", architecture: "MptForCausalLM", build: mpt::spec },
     Family { model_type: "olmo2", architecture: "Olmo2ForCausalLM", build: olmo2::spec },
+    Family { model_type: "opt", architecture: "OPTForCausalLM", build: opt::spec },
     Family { model_type: "phi", architecture: "PhiForCausalLM", build: phi::spec },
     Family { model_type: "phi3", architecture: "Phi3ForCausalLM", build: phi3::spec },
     Family { model_type: "qwen2", architecture: "Qwen2ForCausalLM", build: qwen2::spec },
@@ -90,5 +110,7 @@ fn find(config: &ModelConfig) -> Result<&'static Family, ModelError> {
 
 #[cfg(test)]
 mod relatives_tests;
+#[cfg(test)]
+mod rope_tests;
 #[cfg(test)]
 mod tests;

@@ -90,24 +90,8 @@ fn rotary_scalings() {
 }
 
 #[test]
-fn scalings_that_come_later_are_named() {
-    for kind in ["dynamic", "longrope"] {
-        let error = refusal(json!({"rope_scaling": {"rope_type": kind, "factor": 2.0}}));
-        assert!(
-            error.starts_with(&format!("config.json: rope_scaling: found type {kind:?}, which comes later")),
-            "{error}"
-        );
-    }
-    assert_eq!(
-        refusal(json!({"rope_scaling": {"rope_type": "llama3", "factor": 0}})).lines().count(),
-        5,
-        "every mistake has a line"
-    );
-    assert!(
-        refusal(json!({"rope_scaling": {}}))
-            .ends_with("found no type, expected default, linear, llama3 or yarn")
-    );
-    assert!(refusal(json!({"rope_scaling": 2})).contains("expected an object or null"));
+fn every_mistake_in_a_scaling_has_a_line() {
+    assert_eq!(refusal(json!({"rope_scaling": {"rope_type": "llama3", "factor": 0}})).lines().count(), 5);
 }
 
 #[test]

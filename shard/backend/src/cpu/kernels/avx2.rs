@@ -2,7 +2,8 @@
 
 use std::arch::x86_64::*;
 
-use super::simd::Simd;
+use super::quantized::{IntegerDot, split_pairs};
+use super::simd::{LANES, Simd};
 
 /// Two registers of eight.
 #[derive(Clone, Copy)]
@@ -85,5 +86,58 @@ impl Simd for Avx2 {
             lanes.iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a })
         }
         fn prefetch(from: *const u8) { _mm_prefetch::<_MM_HINT_T0>(from.cast()) }
+    }
+}
+
+/// Products of 16-bit pairs: the values of a step are widened to even and odd inputs. `maddubs` would be shorter, but its sums
+/// saturate.
+impl IntegerDot for Avx2 {
+    /// Even inputs of outputs 0 to 7 and 8 to 15, then the odd ones.
+    type Values = [__m256i; 4];
+    type Sums = [__m256i; 2];
+    const MAX_TOKENS: usize = 4;
+
+    lanes! {
+        fn load_bytes(from: *const u8) -> [__m256i; 4] {
+            let [a, b] = [_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(32).cast())];
+            let even = _mm256_set1_epi16(0x00FF);
+            [
+                _mm256_and_si256(a, even),
+                _mm256_and_si256(b, even),
+                _mm256_srli_epi16::<8>(a),
+                _mm256_srli_epi16::<8>(b),
+            ]
+        }
+        fn load_nibbles(from: *const u8) -> [[__m256i; 4]; 2] {
+            let [a, b] = [_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(32).cast())];
+            let nibble = _mm256_set1_epi16(0x000F);
+            let first = [
+                _mm256_and_si256(a, nibble),
+                _mm256_and_si256(b, nibble),
+                _mm256_and_si256(_mm256_srli_epi16::<8>(a), nibble),
+                _mm256_and_si256(_mm256_srli_epi16::<8>(b), nibble),
+            ];
+            let second = [
+                _mm256_and_si256(_mm256_srli_epi16::<4>(a), nibble),
+                _mm256_and_si256(_mm256_srli_epi16::<4>(b), nibble),
+                _mm256_srli_epi16::<12>(a),
+                _mm256_srli_epi16::<12>(b),
+            ];
+            [first, second]
+        }
+        fn start(start: i32) -> [__m256i; 2] { [_mm256_set1_epi32(start); 2] }
+        fn dot(sums: [__m256i; 2], values: [__m256i; 4], x: *const u32) -> [__m256i; 2] {
+            let even = _mm256_set1_epi32(x.read().cast_signed());
+            let odd = _mm256_set1_epi32(x.add(1).read().cast_signed());
+            let a = _mm256_add_epi32(_mm256_madd_epi16(values[0], even), _mm256_madd_epi16(values[2], odd));
+            let b = _mm256_add_epi32(_mm256_madd_epi16(values[1], even), _mm256_madd_epi16(values[3], odd));
+            [_mm256_add_epi32(sums[0], a), _mm256_add_epi32(sums[1], b)]
+        }
+        fn finish(sums: [__m256i; 2]) -> V { [_mm256_cvtepi32_ps(sums[0]), _mm256_cvtepi32_ps(sums[1])] }
+    }
+
+    #[inline(always)]
+    unsafe fn split(x: &[i32; LANES]) -> [[u32; 2]; 4] {
+        split_pairs(x)
     }
 }

@@ -1,9 +1,11 @@
-//! AVX-512F: sixteen lanes in one register. With AVX512-BF16 also [`Bf16Dot`], a dot product of pairs.
+//! AVX-512F: sixteen lanes in one register. With AVX512-BF16 also [`Bf16Dot`], a dot product of pairs; with AVX512-VNNI
+//! [`IntegerDot`], a dot product of four bytes.
 
 use std::arch::x86_64::*;
 
 use super::matmul::Weight;
-use super::simd::Simd;
+use super::quantized::IntegerDot;
+use super::simd::{LANES, Simd};
 
 /// One register.
 #[derive(Clone, Copy)]
@@ -98,4 +100,38 @@ impl Weight<Avx512> for Bf16Dot {
 fn bf16_nearest(x: f32) -> u32 {
     let bits = x.to_bits();
     bits.wrapping_add(0x7FFF + (bits >> 16 & 1)) >> 16
+}
+
+/// Activations split into a high and a low byte, each with sums of its own: `256 * high + low`. Only for kernels compiled with
+/// AVX512-VNNI.
+impl IntegerDot for Avx512 {
+    type Values = __m512i;
+    type Sums = [__m512i; 2];
+    const MAX_TOKENS: usize = 8;
+
+    lanes! {
+        fn load_bytes(from: *const u8) -> __m512i { _mm512_loadu_si512(from.cast()) }
+        fn load_nibbles(from: *const u8) -> [__m512i; 2] {
+            let raw = _mm512_loadu_si512(from.cast());
+            let mask = _mm512_set1_epi32(0x0F0F_0F0F);
+            [_mm512_and_si512(raw, mask), _mm512_and_si512(_mm512_srli_epi32::<4>(raw), mask)]
+        }
+        fn start(start: i32) -> [__m512i; 2] { [_mm512_setzero_si512(), _mm512_set1_epi32(start)] }
+        fn dot(sums: [__m512i; 2], values: __m512i, x: *const u32) -> [__m512i; 2] {
+            let high = _mm512_set1_epi32(x.read().cast_signed());
+            let low = _mm512_set1_epi32(x.add(1).read().cast_signed());
+            [_mm512_dpbusd_epi32(sums[0], values, high), _mm512_dpbusd_epi32(sums[1], values, low)]
+        }
+        fn finish(sums: [__m512i; 2]) -> V {
+            _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32::<8>(sums[0]), sums[1]))
+        }
+        fn split(x: &[i32; LANES]) -> [[u32; 2]; 4] {
+            let x = _mm512_loadu_si512(x.as_ptr().cast());
+            let high = _mm512_srai_epi32::<8>(_mm512_add_epi32(x, _mm512_set1_epi32(128)));
+            // The low byte of `x` is that of `x - 256 * high` too.
+            let (high, low) = (_mm512_cvtepi32_epi8(high), _mm512_cvtepi32_epi8(x));
+            let halves = [_mm_unpacklo_epi32(high, low), _mm_unpackhi_epi32(high, low)];
+            std::mem::transmute::<[__m128i; 2], [[u32; 2]; 4]>(halves)
+        }
+    }
 }

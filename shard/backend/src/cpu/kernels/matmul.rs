@@ -240,11 +240,11 @@ pub(super) unsafe fn tile<S: Simd, W: Weight<S>, const T: usize, const U: usize>
 }
 
 /// Where a tile's results go.
-struct Place<'a> {
-    args: &'a MatmulArgs<'a>,
-    panel: usize,
-    row: usize,
-    count: usize,
+pub(super) struct Place<'a> {
+    pub(super) args: &'a MatmulArgs<'a>,
+    pub(super) panel: usize,
+    pub(super) row: usize,
+    pub(super) count: usize,
 }
 
 impl Place<'_> {
@@ -255,7 +255,7 @@ impl Place<'_> {
         clippy::needless_range_loop,
         reason = "plain indices with constant bounds are unrolled into registers"
     )]
-    unsafe fn store<S: Simd, const T: usize>(&self, values: [S::V; T]) {
+    pub(super) unsafe fn store<S: Simd, const T: usize>(&self, values: [S::V; T]) {
         let column = self.panel * LANES;
         let lanes = (self.args.out_width - column).min(LANES);
         // SAFETY: `lanes` keeps within the row; `count` within the rows.

@@ -8,12 +8,14 @@ mod avx512;
 mod elementwise;
 mod matmul;
 mod portable;
+mod quantized;
 mod simd;
 
 pub(super) use attention::{
     AttentionArgs, AttentionConfig, KeysValues, QueryRow, Target, merge, partial_len, scratch_len,
 };
 pub(super) use matmul::{MatmulArgs, PackArgs, padded_tile};
+pub(super) use quantized::{GroupLayout, STEP, STEP_BYTES, padded_tokens};
 pub(super) use simd::LANES;
 
 use super::isa::Isa;
@@ -35,6 +37,16 @@ pub(super) struct TypedKernels {
     pub(super) attention: unsafe fn(AttentionArgs<'_>),
 }
 
+/// The kernels of quantized weights.
+pub(super) struct QuantizedKernels {
+    /// Largest tile of tokens.
+    pub(super) max_tokens: usize,
+    /// Packs a tile of activations.
+    pub(super) pack: unsafe fn(PackArgs<'_>, &GroupLayout),
+    /// Multiplies panels.
+    pub(super) matmul: unsafe fn(&MatmulArgs<'_>, &GroupLayout),
+}
+
 /// Of a row, its weight and bias, the epsilon, and the result.
 type LayerNorm = unsafe fn(&[f32], (&[f32], &[f32]), f32, &mut [f32]);
 
@@ -45,6 +57,8 @@ pub(super) struct Kernels {
     f32: TypedKernels,
     f16: TypedKernels,
     bf16: TypedKernels,
+    /// Products with quantized weights.
+    pub(super) quantized: QuantizedKernels,
     /// `out = rms_norm(x) * weight`.
     pub(super) rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
     /// `out = layer_norm(x) * weight + bias`.
@@ -77,6 +91,8 @@ impl Kernels {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => &avx512_kernels::KERNELS,
             #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Vnni => &avx512_vnni_kernels::KERNELS,
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx512Bf16 => &avx512_bf16_kernels::KERNELS,
             #[cfg(not(target_arch = "x86_64"))]
             _ => &portable_kernels::KERNELS,
@@ -93,9 +109,10 @@ impl Kernels {
     }
 }
 
-/// Instantiates every kernel for one instruction set: `module, Simd type, bf16 weight type, features`.
+/// Instantiates every kernel for one instruction set: `module, Simd type, bf16 weight type, integer type,
+/// features`.
 macro_rules! kernels {
-    ($module:ident, $simd:ty, $bf16:ty $(, $feature:literal)?) => {
+    ($module:ident, $simd:ty, $bf16:ty, $integer:ty $(, $feature:literal)?) => {
         mod $module {
             use super::matmul::{Bf16, F16, F32, Widened};
             use super::*;
@@ -105,6 +122,13 @@ macro_rules! kernels {
             kernels!(@typed typed_f32, S, Widened<F32>, Widened<F32> $(, $feature)?);
             kernels!(@typed typed_f16, S, Widened<F16>, Widened<F16> $(, $feature)?);
             kernels!(@typed typed_bf16, S, $bf16, Widened<Bf16> $(, $feature)?);
+
+            kernels!(@fn fn quantized_pack(args: PackArgs<'_>, layout: &GroupLayout) {
+                quantized::pack::<$integer>(args, layout)
+            } $(, $feature)?);
+            kernels!(@fn fn quantized_matmul(args: &MatmulArgs<'_>, layout: &GroupLayout) {
+                quantized::panels::<$integer>(args, layout)
+            } $(, $feature)?);
 
             kernels!(@fn fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
                 elementwise::rms_norm::<S>(x, weight, eps, out)
@@ -143,6 +167,11 @@ macro_rules! kernels {
                 f32: typed_f32::KERNELS,
                 f16: typed_f16::KERNELS,
                 bf16: typed_bf16::KERNELS,
+                quantized: QuantizedKernels {
+                    max_tokens: <$integer as quantized::IntegerDot>::MAX_TOKENS,
+                    pack: quantized_pack,
+                    matmul: quantized_matmul,
+                },
                 rms_norm,
                 layer_norm,
                 rms_norm_in_place,
@@ -184,15 +213,24 @@ macro_rules! kernels {
     };
 }
 
-kernels!(portable_kernels, portable::Portable, matmul::Bf16Pairs);
+kernels!(portable_kernels, portable::Portable, matmul::Bf16Pairs, portable::Portable);
 #[cfg(target_arch = "x86_64")]
-kernels!(avx2_kernels, avx2::Avx2, matmul::Bf16Pairs, "avx2,fma,f16c");
+kernels!(avx2_kernels, avx2::Avx2, matmul::Bf16Pairs, avx2::Avx2, "avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
-kernels!(avx512_kernels, avx512::Avx512, matmul::Bf16Pairs, "avx512f,avx2,fma,f16c");
+kernels!(avx512_kernels, avx512::Avx512, matmul::Bf16Pairs, avx2::Avx2, "avx512f,avx2,fma,f16c");
+#[cfg(target_arch = "x86_64")]
+kernels!(
+    avx512_vnni_kernels,
+    avx512::Avx512,
+    matmul::Bf16Pairs,
+    avx512::Avx512,
+    "avx512f,avx512vnni,avx512bw,avx512vl,avx2,fma,f16c"
+);
 #[cfg(target_arch = "x86_64")]
 kernels!(
     avx512_bf16_kernels,
     avx512::Avx512,
     avx512::Bf16Dot,
-    "avx512f,avx512bf16,avx512bw,avx512vl,avx2,fma,f16c"
+    avx512::Avx512,
+    "avx512f,avx512bf16,avx512vnni,avx512bw,avx512vl,avx2,fma,f16c"
 );

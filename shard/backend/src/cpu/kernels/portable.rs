@@ -1,5 +1,6 @@
 //! Plain Rust: every processor, and what the others are compared with.
 
+use super::quantized::{IntegerDot, split_pairs};
 use super::simd::{LANES, Simd};
 
 /// Sixteen f32 in an array.
@@ -97,4 +98,47 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn prefetch(_from: *const u8) {}
+}
+
+/// Products of 16-bit pairs, as with AVX2.
+impl IntegerDot for Portable {
+    type Values = [[u8; 4]; LANES];
+    type Sums = [i32; LANES];
+    const MAX_TOKENS: usize = 4;
+
+    #[inline(always)]
+    unsafe fn load_bytes(from: *const u8) -> Self::Values {
+        // SAFETY: the caller gives 64 bytes.
+        unsafe { from.cast::<Self::Values>().read() }
+    }
+    #[inline(always)]
+    unsafe fn load_nibbles(from: *const u8) -> [Self::Values; 2] {
+        // SAFETY: the caller gives 64 bytes.
+        let raw = unsafe { from.cast::<Self::Values>().read() };
+        [raw.map(|lane| lane.map(|x| x & 0x0F)), raw.map(|lane| lane.map(|x| x >> 4))]
+    }
+    #[inline(always)]
+    unsafe fn start(start: i32) -> Self::Sums {
+        [start; LANES]
+    }
+    #[inline(always)]
+    unsafe fn dot(sums: Self::Sums, values: Self::Values, x: *const u32) -> Self::Sums {
+        // SAFETY: the caller gives two elements.
+        let [even, odd] = unsafe { x.cast::<[u32; 2]>().read() };
+        let low = |pair: u32| i32::from((pair as u16).cast_signed());
+        let high = |pair: u32| pair.cast_signed() >> 16;
+        let x = [low(even), low(odd), high(even), high(odd)];
+        std::array::from_fn(|lane| {
+            let products: [i32; 4] = std::array::from_fn(|i| i32::from(values[lane][i]) * x[i]);
+            sums[lane] + products[0] + products[1] + products[2] + products[3]
+        })
+    }
+    #[inline(always)]
+    unsafe fn finish(sums: Self::Sums) -> V {
+        sums.map(|x| x as f32)
+    }
+    #[inline(always)]
+    unsafe fn split(x: &[i32; LANES]) -> [[u32; 2]; 4] {
+        split_pairs(x)
+    }
 }

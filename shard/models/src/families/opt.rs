@@ -1,0 +1,70 @@
+//! OPT (arXiv:2205.01068): learned positions whose table begins with two unused rows, LayerNorm before each part, ReLU.
+
+use backend::Activation;
+use hub::ModelConfig;
+
+use super::classic::{SizeKeys, Sizes, expect_flag};
+use super::config_reader::ConfigReader;
+use super::dense::activation;
+use crate::ModelError;
+use crate::spec::{
+    DecoderSpec, EmbeddingSpec, LayerSpec, LinearSpec, LmHeadSpec, MixerSpec, NormSpec, PositionTableSpec,
+    ResidualSpec,
+};
+
+const KEYS: SizeKeys = SizeKeys {
+    hidden_size: "hidden_size",
+    num_heads: "num_attention_heads",
+    num_layers: "num_hidden_layers",
+    intermediate_size: "ffn_dim",
+    // Not a key of the family, so always 1e-5.
+    eps: "layer_norm_eps",
+};
+
+/// Rows of the position table before that of the first position.
+const POSITION_OFFSET: usize = 2;
+
+/// The classic decoder; the 350M model alone normalises after the parts, which comes later.
+pub(super) fn spec(config: &ModelConfig) -> Result<DecoderSpec, ModelError> {
+    let mut reader = ConfigReader::new(config);
+    expect_flag(&mut reader, "do_layer_norm_before", true);
+    expect_flag(&mut reader, "layer_norm_elementwise_affine", true);
+    expect_flag(&mut reader, "_remove_final_layer_norm", false);
+    let sizes = Sizes::read(&mut reader, &KEYS);
+    let embedding_width = reader.size_or("word_embed_proj_dim", sizes.hidden_size);
+    if embedding_width != sizes.hidden_size {
+        reader.wrong(format!(
+            "word_embed_proj_dim: found {embedding_width}, which comes later, expected hidden_size, {}",
+            sizes.hidden_size
+        ));
+    }
+    let activation = activation(&mut reader, "activation_function", Activation::Relu);
+    let has_bias = reader.flag_or("enable_bias", true);
+    let layers = (0..sizes.num_layers).map(|index| {
+        let prefix = format!("model.decoder.layers.{index}");
+        let norm = |name: &str| NormSpec::layer(&format!("{prefix}.{name}"), true, sizes.eps);
+        let linear = |name: &str| LinearSpec::new(&format!("{prefix}.{name}"), has_bias);
+        let qkv = ["q_proj", "k_proj", "v_proj"].map(|name| linear(&format!("self_attn.{name}")));
+        LayerSpec {
+            residual: ResidualSpec::pre_norm(norm("self_attn_layer_norm"), norm("final_layer_norm")),
+            mixer: MixerSpec::Attention(sizes.attention(qkv, linear("self_attn.out_proj"))),
+            mlp: sizes.mlp(activation, linear("fc1"), linear("fc2")),
+        }
+    });
+    let layers = layers.collect();
+    let longest = reader.size_or("max_position_embeddings", 2048);
+    let embedding = EmbeddingSpec {
+        positions: Some(PositionTableSpec {
+            weight: "model.decoder.embed_positions.weight".to_owned(),
+            rows: longest + POSITION_OFFSET,
+            offset: POSITION_OFFSET,
+        }),
+        ..EmbeddingSpec::tokens("model.decoder.embed_tokens.weight")
+    };
+    let norm = NormSpec::layer("model.decoder.final_layer_norm", true, sizes.eps);
+    let mut spec = sizes.decoder(embedding, layers, norm, longest);
+    if !reader.flag_or("tie_word_embeddings", true) {
+        spec.lm_head = LmHeadSpec::Own(LinearSpec::new("lm_head", false));
+    }
+    reader.finish(spec)
+}
