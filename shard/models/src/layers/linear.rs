@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use backend::Backend;
+use backend::{Backend, DType};
 
 use super::Loader;
 use super::packing::windows;
@@ -60,6 +60,21 @@ impl<B: Backend> Linear<B> {
         Self::new(loader, weight, bias)
     }
 
+    /// All of a projection on every rank, in f32 whatever type the other weights get.
+    pub(super) fn precise(
+        loader: &mut Loader<'_, B>,
+        linear: &LinearSpec,
+        [out_features, in_features]: [usize; 2],
+    ) -> Result<Self, ModelError> {
+        let windows: Vec<_> = windows(linear, 0..out_features, 0..in_features).collect();
+        let weight = loader.pack_plain(&windows, DType::F32)?;
+        let bias = match &linear.bias {
+            Some(name) => Some(bias_of(loader.source, name, linear, 0..out_features)?),
+            None => None,
+        };
+        Self::new(loader, weight, bias)
+    }
+
     fn new(
         loader: &mut Loader<'_, B>,
         weight: B::Linear,
@@ -84,6 +99,11 @@ impl<B: Backend> Linear<B> {
     /// The packed weight.
     pub(super) fn weight(&self) -> &B::Linear {
         &self.weight
+    }
+
+    /// The packed weight alone, of a projection that has no bias.
+    pub(super) fn into_weight(self) -> B::Linear {
+        self.weight
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use backend::{Backend, QuantizedMatrix};
+use backend::{Backend, DType, HostMatrix, QuantizedMatrix};
 
 use super::Loader;
 use crate::ModelError;
@@ -34,7 +34,7 @@ pub(super) fn windows(
     })
 }
 
-impl<B: Backend> Loader<'_, B> {
+impl<'a, B: Backend> Loader<'a, B> {
     /// Packs the windows, stacked along their rows; all have the same number of columns.
     pub(super) fn pack(&self, windows: &[Window<'_>]) -> Result<B::Linear, ModelError> {
         if let Some(parts) = self.quantized_parts(windows)? {
@@ -42,6 +42,19 @@ impl<B: Backend> Loader<'_, B> {
             parts.into_iter().for_each(|part| self.source.recycle_quantized(part));
             return Ok(weight);
         }
+        self.pack_plain(windows, self.dtype)
+    }
+
+    /// Packs the windows in `dtype`, dequantized where they are not plain.
+    pub(super) fn pack_plain(&self, windows: &[Window<'_>], dtype: DType) -> Result<B::Linear, ModelError> {
+        let matrices = self.matrices(windows)?;
+        let weight = self.backend.linear(&matrices, dtype)?;
+        matrices.into_iter().for_each(|matrix| self.source.recycle(matrix));
+        Ok(weight)
+    }
+
+    /// The windows as plain numbers.
+    pub(super) fn matrices(&self, windows: &[Window<'_>]) -> Result<Vec<HostMatrix<'a>>, ModelError> {
         let matrix = |window: &Window<'_>| {
             let (rows, cols) = (window.rows.clone(), window.cols.clone());
             if window.is_transposed {
@@ -50,10 +63,7 @@ impl<B: Backend> Loader<'_, B> {
                 self.source.matrix(window.name, rows, cols)
             }
         };
-        let matrices = windows.iter().map(matrix).collect::<Result<Vec<_>, _>>()?;
-        let weight = self.backend.linear(&matrices, self.dtype)?;
-        matrices.into_iter().for_each(|matrix| self.source.recycle(matrix));
-        Ok(weight)
+        windows.iter().map(matrix).collect()
     }
 
     /// The quantized blocks of all windows; none where one is stored plain or cuts a group, or the weights are to be of a
