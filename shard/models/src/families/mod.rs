@@ -124,6 +124,8 @@ fn find(config: &ModelConfig) -> Result<&'static Family, ModelError> {
 }
 
 #[cfg(test)]
+mod experts_tests;
+#[cfg(test)]
 mod relatives_tests;
 #[cfg(test)]
 mod rope_tests;
