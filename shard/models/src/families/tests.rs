@@ -97,12 +97,12 @@ fn every_mistake_in_a_scaling_has_a_line() {
 #[test]
 fn relatives_do_not_run_as_llama() {
     for (architecture, model_type) in
-        [("LlamaForCausalLM", "mistral"), ("MistralForCausalLM", "llama"), ("BloomForCausalLM", "bloom")]
+        [("LlamaForCausalLM", "mistral"), ("MistralForCausalLM", "llama"), ("MambaForCausalLM", "mamba")]
     {
         let error = refusal(json!({"architectures": [architecture], "model_type": model_type}));
         let found = format!(
             "config.json: found architectures [{architecture:?}] and model_type {model_type:?}, supported are \
-             GemmaForCausalLM (gemma), "
+             BaiChuanForCausalLM (baichuan), "
         );
         assert!(error.starts_with(&found), "{error}");
         assert!(error.contains(", LlamaForCausalLM (llama), MistralForCausalLM (mistral), "), "{error}");

@@ -25,8 +25,11 @@ pub(super) struct BlockFormat {
     pub(super) group: usize,
     /// Values are below `2^bits`: 4 or 8, as backends pack them.
     pub(super) bits: u32,
-    unpack: fn(&[u8], Groups<'_>),
+    unpack: Unpack,
 }
+
+/// Unpacks one block.
+type Unpack = fn(&[u8], Groups<'_>);
 
 /// Where unpacked blocks go: `[elements]`, `[elements / group]`, `[elements / group]`.
 pub(super) struct Groups<'a> {
@@ -43,7 +46,7 @@ impl Groups<'_> {
 
 /// The format of a type; none for types that are plain or not read.
 pub(super) fn format(ggml_type: GgmlType) -> Option<BlockFormat> {
-    let (bits, group, unpack): (u32, usize, fn(&[u8], Groups<'_>)) = match ggml_type {
+    let (bits, group, unpack): (u32, usize, Unpack) = match ggml_type {
         GgmlType::Q4_0 => (4, 32, q4_0),
         GgmlType::Q4_1 => (4, 32, q4_1),
         GgmlType::Q5_0 => (8, 32, q5_0),
