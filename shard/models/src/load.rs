@@ -8,8 +8,8 @@ use hub::ModelFiles;
 use crate::decoder::{Decoder, Layer, Mixer};
 use crate::families::decoder_spec;
 use crate::layers::{Attention, Embedding, LatentAttention, LmHead, Loader, Mlp, Norm, Residual, Stream};
-use crate::spec::{DecoderSpec, LayerSpec, MixerSpec, ResidualSpec};
-use crate::weights::{self, WeightSource, check_tensors, prevailing_dtype};
+use crate::spec::{DecoderSpec, ExpectedTensor, LayerSpec, MixerSpec, ResidualSpec};
+use crate::weights::{self, WeightSource, check_tensors, prevailing_dtype, with_names_of};
 use crate::{ModelError, ModelInfo};
 
 /// How a model is to be loaded.
@@ -46,7 +46,7 @@ pub fn load<B: Backend>(
 ) -> Result<Decoder<B>, ModelError> {
     let begin = Instant::now();
     let spec = decoder_spec(&files.config()?)?;
-    let source = weights::open(files, options.threads)?;
+    let source = with_names_of(&spec, weights::open(files, options.threads)?);
     check_tensors(&spec, source.as_ref())?;
     let decoder = assemble(backend, &spec, source.as_ref(), options)?;
     tracing::debug!(elapsed_ms = begin.elapsed().as_millis(), "weights loaded");
@@ -64,7 +64,7 @@ pub(crate) fn assemble<B: Backend>(
     let (_, world_size) = backend.rank_and_world();
     let keeps_quantized = options.dtype.is_none();
     check_memory(
-        weight_bytes(source, dtype, keeps_quantized) / world_size,
+        weight_bytes(spec, source, (dtype, keeps_quantized)) / world_size,
         backend.memory()?.available_bytes,
     )?;
     let max_step_tokens = backend.max_step_tokens().max(1);
@@ -117,21 +117,25 @@ pub(crate) fn assemble<B: Backend>(
     })
 }
 
-/// What all tensors take once they are packed: in `dtype`, or those that stay quantized with a scale and an offset of 32 bits
-/// for each group.
-fn weight_bytes(source: &dyn WeightSource, dtype: DType, keeps_quantized: bool) -> usize {
-    let bytes = |name: &str| {
-        let Some(meta) = source.meta(name) else { return 0 };
-        let elements = meta.shape.iter().product::<usize>();
-        match meta.quantized.filter(|_| keeps_quantized) {
+/// What the tensors of the model take once they are packed: in `dtype`, or those that stay quantized with a scale and an offset
+/// of 32 bits for each group. Files may hold more, of any size.
+fn weight_bytes(
+    spec: &DecoderSpec,
+    source: &dyn WeightSource,
+    (dtype, keeps_quantized): (DType, bool),
+) -> usize {
+    let product = |sum: usize, size: &usize| sum.saturating_mul(*size);
+    let bytes = |tensor: &ExpectedTensor| {
+        let elements = tensor.shape.iter().fold(1, product);
+        match source.meta(&tensor.name).and_then(|meta| meta.quantized).filter(|_| keeps_quantized) {
             Some(quantized) => {
                 let values = elements.saturating_mul(quantized.bits as usize) / 8;
-                values.saturating_add(elements / quantized.group_size * 2 * size_of::<f32>())
+                values.saturating_add((elements / quantized.group_size).saturating_mul(2 * size_of::<f32>()))
             }
             None => elements.saturating_mul(dtype.size_bytes()),
         }
     };
-    source.names().into_iter().map(bytes).fold(0, usize::saturating_add)
+    spec.tensors().iter().map(bytes).fold(0, usize::saturating_add)
 }
 
 /// Pages are only taken when they are written, so a model that does not fit would end in the system's killer rather than
