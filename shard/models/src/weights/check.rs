@@ -122,7 +122,12 @@ mod tests {
 
         fn meta(&self, name: &str) -> Option<TensorMeta> {
             let (_, shape) = self.0.iter().find(|(known, _)| known == name)?;
-            Some(TensorMeta { shape: shape.clone(), dtype: Some(DType::F32), stored: "F32".to_owned() })
+            Some(TensorMeta {
+                shape: shape.clone(),
+                dtype: Some(DType::F32),
+                stored: "F32".to_owned(),
+                quantized: None,
+            })
         }
 
         fn matrix(&self, _: &str, _: Range<usize>, _: Range<usize>) -> Result<HostMatrix<'_>, ModelError> {
