@@ -8,14 +8,14 @@ use hub::ModelFiles;
 use crate::decoder::{Decoder, Layer, Mixer};
 use crate::families::decoder_spec;
 use crate::layers::{Attention, Embedding, LatentAttention, LmHead, Loader, Mlp, Norm, Residual, Stream};
-use crate::spec::{DecoderSpec, LayerSpec, MixerSpec, ResidualSpec};
+use crate::spec::{DecoderSpec, ExpectedTensor, LayerSpec, MixerSpec, ResidualSpec};
 use crate::weights::{self, WeightSource, check_tensors, prevailing_dtype, with_names_of};
 use crate::{ModelError, ModelInfo};
 
 /// How a model is to be loaded.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LoadOptions {
-    /// Type of the weights; none: what the backend makes of the stored one.
+    /// Type of the weights; none: what the backend makes of the stored one, and quantized ones stay as they are.
     pub dtype: Option<DType>,
     /// Type of the KV cache; none: float32 for float32 weights, else float16.
     pub kv_dtype: Option<DType>,
@@ -62,10 +62,14 @@ pub(crate) fn assemble<B: Backend>(
 ) -> Result<Decoder<B>, ModelError> {
     let dtype = options.dtype.unwrap_or_else(|| backend.default_dtype(prevailing_dtype(spec, source)));
     let (_, world_size) = backend.rank_and_world();
-    check_memory(weight_bytes(spec, dtype) / world_size, backend.memory()?.available_bytes)?;
+    let keeps_quantized = options.dtype.is_none();
+    check_memory(
+        weight_bytes(spec, source, (dtype, keeps_quantized)) / world_size,
+        backend.memory()?.available_bytes,
+    )?;
     let max_step_tokens = backend.max_step_tokens().max(1);
     let max_rows_sampled = options.max_rows_sampled.max(1);
-    let mut loader = Loader::new(&backend, source, dtype, max_step_tokens);
+    let mut loader = Loader::new(&backend, source, (dtype, keeps_quantized), max_step_tokens);
 
     let embedding = Embedding::load(&mut loader, spec)?;
     let layers = load_layers(&mut loader, spec)?;
@@ -113,15 +117,25 @@ pub(crate) fn assemble<B: Backend>(
     })
 }
 
-/// What all tensors take once they are packed in `dtype`; files may hold more, of any size.
-fn weight_bytes(spec: &DecoderSpec, dtype: DType) -> usize {
+/// What the tensors of the model take once they are packed: in `dtype`, or those that stay quantized with a scale and an offset
+/// of 32 bits for each group. Files may hold more, of any size.
+fn weight_bytes(
+    spec: &DecoderSpec,
+    source: &dyn WeightSource,
+    (dtype, keeps_quantized): (DType, bool),
+) -> usize {
     let product = |sum: usize, size: &usize| sum.saturating_mul(*size);
-    let elements = spec
-        .tensors()
-        .iter()
-        .map(|tensor| tensor.shape.iter().fold(1, product))
-        .fold(0, usize::saturating_add);
-    elements.saturating_mul(dtype.size_bytes())
+    let bytes = |tensor: &ExpectedTensor| {
+        let elements = tensor.shape.iter().fold(1, product);
+        match source.meta(&tensor.name).and_then(|meta| meta.quantized).filter(|_| keeps_quantized) {
+            Some(quantized) => {
+                let values = elements.saturating_mul(quantized.bits as usize) / 8;
+                values.saturating_add((elements / quantized.group_size).saturating_mul(2 * size_of::<f32>()))
+            }
+            None => elements.saturating_mul(dtype.size_bytes()),
+        }
+    };
+    spec.tensors().iter().map(bytes).fold(0, usize::saturating_add)
 }
 
 /// Pages are only taken when they are written, so a model that does not fit would end in the system's killer rather than

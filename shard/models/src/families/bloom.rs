@@ -4,7 +4,7 @@
 use backend::Activation;
 use hub::ModelConfig;
 
-use super::classic::{ALIBI, SizeKeys, Sizes, expect_flag};
+use super::classic::{ALIBI, SizeKeys, Sizes, expect_flag, lm_head};
 use super::config_reader::ConfigReader;
 use super::respelled::respelled;
 use crate::ModelError;
@@ -50,5 +50,7 @@ pub(super) fn spec(config: &ModelConfig) -> Result<DecoderSpec, ModelError> {
     };
     // Biases have no end; this is what the models were trained with.
     let longest = reader.size_or("seq_length", 2048);
-    reader.finish(sizes.decoder(embedding, layers, norm("transformer.ln_f"), longest))
+    let mut spec = sizes.decoder(embedding, layers, norm("transformer.ln_f"), longest);
+    spec.lm_head = lm_head(&mut reader, "lm_head", true);
+    reader.finish(spec)
 }

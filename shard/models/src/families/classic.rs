@@ -56,7 +56,7 @@ impl Sizes {
             hidden_size,
             num_heads,
             num_kv_heads: num_heads,
-            head_dim: (hidden_size / num_heads).max(1),
+            head_dim: reader.head_dim((hidden_size / num_heads).max(1)),
             intermediate_size: reader.size_or(keys.intermediate_size, 4 * hidden_size),
             num_layers: reader.num_layers(keys.num_layers),
             eps: reader.number_or(keys.eps, 1e-5) as f32,
@@ -122,6 +122,15 @@ impl Sizes {
 
 /// The slopes of the paper.
 pub(super) const ALIBI: AlibiSpec = AlibiSpec { max_bias: 8.0, multiplier: 1.0 };
+
+/// Where the logits come from: the embedding, or the matrix `own` without a bias.
+pub(super) fn lm_head(reader: &mut ConfigReader<'_>, own: &str, is_tied: bool) -> LmHeadSpec {
+    if reader.flag_or("tie_word_embeddings", is_tied) {
+        LmHeadSpec::Tied
+    } else {
+        LmHeadSpec::Own(LinearSpec::new(own, false))
+    }
+}
 
 /// Refuses a switch whose other position would compute something else.
 pub(super) fn expect_flag(reader: &mut ConfigReader<'_>, key: &str, expected: bool) {

@@ -193,7 +193,7 @@ pub(super) fn activation(reader: &mut ConfigReader<'_>, key: &str, default: Acti
         None => default,
         Some("silu" | "swish") => Activation::Silu,
         Some("gelu") => Activation::Gelu,
-        Some("gelu_new" | "gelu_pytorch_tanh") => Activation::GeluTanh,
+        Some("gelu_new" | "gelu_fast" | "gelu_pytorch_tanh") => Activation::GeluTanh,
         Some("relu") => Activation::Relu,
         Some(other) => {
             reader.wrong(format!(

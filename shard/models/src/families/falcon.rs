@@ -4,15 +4,14 @@
 use backend::Activation;
 use hub::ModelConfig;
 
-use super::classic::{ALIBI, SizeKeys, Sizes};
+use super::classic::{ALIBI, SizeKeys, Sizes, expect_flag, lm_head};
 use super::config_reader::ConfigReader;
 use super::dense::activation;
 use super::respelled::respelled;
 use super::rope;
 use crate::ModelError;
 use crate::spec::{
-    AlibiSpec, DecoderSpec, EmbeddingSpec, LayerSpec, LinearSpec, LmHeadSpec, MixerSpec, NormSpec,
-    ResidualSpec,
+    AlibiSpec, DecoderSpec, EmbeddingSpec, LayerSpec, LinearSpec, MixerSpec, NormSpec, ResidualSpec,
 };
 
 const KEYS: SizeKeys = SizeKeys {
@@ -38,9 +37,35 @@ enum Layout {
     ParallelTwoNorms,
 }
 
+/// What a file that does not say so is taken to have.
+#[derive(Debug, Clone, Copy)]
+struct Defaults {
+    /// The layout of 40B.
+    is_new: bool,
+    /// The two switches that make the layout of 7B.
+    is_multi_query: bool,
+    is_parallel: bool,
+}
+
+/// As transformers reads it: 7B.
+pub(super) fn falcon(config: &ModelConfig) -> Result<DecoderSpec, ModelError> {
+    spec(config, Defaults { is_new: false, is_multi_query: true, is_parallel: true })
+}
+
+/// The first files of 40B, which do not name their layout.
+pub(super) fn refined_web(config: &ModelConfig) -> Result<DecoderSpec, ModelError> {
+    spec(config, Defaults { is_new: true, is_multi_query: false, is_parallel: true })
+}
+
+/// The first files of 7B and of the models before it, in which an absent switch is off.
+pub(super) fn refined_web_model(config: &ModelConfig) -> Result<DecoderSpec, ModelError> {
+    spec(config, Defaults { is_new: false, is_multi_query: false, is_parallel: false })
+}
+
 /// Reads which of the layouts it is.
-pub(super) fn spec(config: &ModelConfig) -> Result<DecoderSpec, ModelError> {
+fn spec(config: &ModelConfig, defaults: Defaults) -> Result<DecoderSpec, ModelError> {
     let names = [
+        ("hidden_size", "n_embed"),
         ("num_attention_heads", "n_head"),
         ("num_hidden_layers", "n_layer"),
         ("num_kv_heads", "n_head_kv"),
@@ -49,20 +74,11 @@ pub(super) fn spec(config: &ModelConfig) -> Result<DecoderSpec, ModelError> {
     let config = respelled(config, &names);
     let mut reader = ConfigReader::new(&config);
     let mut sizes = Sizes::read(&mut reader, &KEYS);
-    let is_new = reader.flag_or("new_decoder_architecture", false);
-    let is_multi_query = reader.flag_or("multi_query", true);
-    if is_new {
-        sizes.num_kv_heads = reader.size_or("num_kv_heads", sizes.num_heads);
-        if !sizes.num_heads.is_multiple_of(sizes.num_kv_heads) && !reader.has_mistakes() {
-            reader.wrong(format!(
-                "num_kv_heads: found {}, expected a divisor of num_attention_heads, {}",
-                sizes.num_kv_heads, sizes.num_heads
-            ));
-        }
-    } else if is_multi_query {
-        sizes.num_kv_heads = 1;
-    }
-    let layout = layout(&mut reader, is_new);
+    expect_flag(&mut reader, "apply_residual_connection_post_layernorm", false);
+    let is_new = reader.flag_or("new_decoder_architecture", defaults.is_new);
+    let is_multi_query = reader.flag_or("multi_query", defaults.is_multi_query);
+    sizes.num_kv_heads = kv_heads(&mut reader, &sizes, is_new, is_multi_query);
+    let layout = layout(&mut reader, is_new, defaults.is_parallel);
     let has_bias = reader.flag_or("bias", false);
     let activation = activation(&mut reader, "activation", Activation::Gelu);
     let has_alibi = reader.flag_or("alibi", false);
@@ -86,22 +102,41 @@ pub(super) fn spec(config: &ModelConfig) -> Result<DecoderSpec, ModelError> {
     let norm = NormSpec::layer("transformer.ln_f", true, sizes.eps);
     let longest = reader.size_or("max_position_embeddings", 2048);
     let mut spec = sizes.decoder(embedding, layers, norm, longest);
-    if !reader.flag_or("tie_word_embeddings", true) {
-        spec.lm_head = LmHeadSpec::Own(LinearSpec::new("lm_head", false));
-    }
+    spec.lm_head = lm_head(&mut reader, "lm_head", true);
     reader.finish(spec)
 }
 
-fn layout(reader: &mut ConfigReader<'_>, is_new: bool) -> Layout {
-    if !is_new {
-        let is_parallel = reader.flag_or("parallel_attn", true);
-        return if is_parallel { Layout::Parallel } else { Layout::Sequential };
+/// One KV head, or as many as the file says: a group of query heads to each in the new architecture, one to each before.
+fn kv_heads(reader: &mut ConfigReader<'_>, sizes: &Sizes, is_new: bool, is_multi_query: bool) -> usize {
+    // Files of 7B name the query heads here.
+    if is_multi_query && !is_new {
+        return 1;
     }
-    match reader.size_or("num_ln_in_parallel_attn", 2) {
-        1 => Layout::Parallel,
-        2 => Layout::ParallelTwoNorms,
-        other => {
-            reader.wrong(format!("num_ln_in_parallel_attn: found {other}, expected 1 or 2"));
+    let (found, num_heads) = (reader.size_or("num_kv_heads", sizes.num_heads), sizes.num_heads);
+    if found == num_heads || is_new && num_heads.is_multiple_of(found) {
+        return found;
+    }
+    if !reader.has_mistakes() {
+        let expected = if is_new { "a divisor of num_attention_heads" } else { "num_attention_heads" };
+        reader.wrong(format!("num_kv_heads: found {found}, expected {expected}, {num_heads}"));
+    }
+    1
+}
+
+fn layout(reader: &mut ConfigReader<'_>, is_new: bool, default_parallel: bool) -> Layout {
+    let is_parallel = reader.flag_or("parallel_attn", default_parallel);
+    let norms = reader.size_or("num_ln_in_parallel_attn", if is_new { 2 } else { 1 });
+    match (is_new, is_parallel, norms) {
+        (false, false, _) => Layout::Sequential,
+        (_, true, 1) => Layout::Parallel,
+        (true, true, 2) => Layout::ParallelTwoNorms,
+        (true, false, _) => {
+            reader.wrong("parallel_attn: found false, expected true with new_decoder_architecture");
+            Layout::Sequential
+        }
+        (_, true, other) => {
+            let expected = if is_new { "1 or 2" } else { "1 without new_decoder_architecture" };
+            reader.wrong(format!("num_ln_in_parallel_attn: found {other}, expected {expected}"));
             Layout::Parallel
         }
     }

@@ -5,7 +5,7 @@
 use backend::Activation;
 use hub::ModelConfig;
 
-use super::classic::{GPT2_KEYS, Sizes};
+use super::classic::{GPT2_KEYS, Sizes, expect_flag, lm_head};
 use super::config_reader::ConfigReader;
 use super::dense::activation;
 use super::respelled::respelled;
@@ -45,6 +45,7 @@ fn build(
         &[("n_embd", "hidden_size"), ("n_head", "num_attention_heads"), ("n_layer", "num_hidden_layers")],
     );
     let mut reader = ConfigReader::new(&config);
+    expect_flag(&mut reader, "add_cross_attention", false);
     let mut sizes = Sizes::read(&mut reader, &GPT2_KEYS);
     let activation = activation(&mut reader, "activation_function", default_activation);
     let positions = reader.size_or("n_positions", 1024);
@@ -83,6 +84,7 @@ fn build(
         ..EmbeddingSpec::tokens("transformer.wte.weight")
     };
     let norm = NormSpec::layer("transformer.ln_f", true, sizes.eps);
-    let spec = sizes.decoder(embedding, layers, norm, positions);
+    let mut spec = sizes.decoder(embedding, layers, norm, positions);
+    spec.lm_head = lm_head(&mut reader, "lm_head", true);
     reader.finish(spec)
 }

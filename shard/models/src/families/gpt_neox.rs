@@ -4,15 +4,13 @@
 use backend::Activation;
 use hub::ModelConfig;
 
-use super::classic::{SizeKeys, Sizes};
+use super::classic::{SizeKeys, Sizes, lm_head};
 use super::config_reader::ConfigReader;
 use super::dense::activation;
 use super::respelled::respelled;
 use super::rope;
 use crate::ModelError;
-use crate::spec::{
-    DecoderSpec, EmbeddingSpec, LayerSpec, LinearSpec, LmHeadSpec, MixerSpec, NormSpec, ResidualSpec,
-};
+use crate::spec::{DecoderSpec, EmbeddingSpec, LayerSpec, LinearSpec, MixerSpec, NormSpec, ResidualSpec};
 
 const KEYS: SizeKeys = SizeKeys {
     hidden_size: "hidden_size",
@@ -55,8 +53,6 @@ pub(super) fn spec(config: &ModelConfig) -> Result<DecoderSpec, ModelError> {
     let norm = NormSpec::layer("gpt_neox.final_layer_norm", true, sizes.eps);
     let longest = reader.size_or("max_position_embeddings", 2048);
     let mut spec = sizes.decoder(embedding, layers, norm, longest);
-    if !reader.flag_or("tie_word_embeddings", false) {
-        spec.lm_head = LmHeadSpec::Own(LinearSpec::new("embed_out", false));
-    }
+    spec.lm_head = lm_head(&mut reader, "embed_out", false);
     reader.finish(spec)
 }

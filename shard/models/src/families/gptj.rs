@@ -15,6 +15,8 @@ use crate::spec::{
 
 /// CodeGen's tensor was laid out for so many devices: each one's share of the queries, of the values, of the keys.
 const CODEGEN_GROUPS: usize = 4;
+/// The embedding.
+const TABLE: &str = "transformer.wte.weight";
 
 /// GPT-J.
 pub(super) fn gptj(config: &ModelConfig) -> Result<DecoderSpec, ModelError> {
@@ -46,6 +48,9 @@ fn build(
     let mut reader = ConfigReader::new(config);
     let sizes = Sizes::read(&mut reader, &GPT2_KEYS);
     let activation = activation(&mut reader, "activation_function", Activation::GeluTanh);
+    if config.raw.get("rotary_dim").is_some_and(serde_json::Value::is_null) {
+        reader.wrong("rotary_dim: found null, expected an even number of a head's elements");
+    }
     let rotary_dim = reader.size_or("rotary_dim", 64);
     if (rotary_dim > sizes.head_dim || rotary_dim % 2 == 1) && !reader.has_mistakes() {
         reader.wrong(format!(
@@ -53,7 +58,7 @@ fn build(
             sizes.head_dim
         ));
     }
-    let mut rope = rope::unscaled(10_000.0, rotary_dim);
+    let mut rope = rope::unscaled(10_000.0, rotary_dim.min(sizes.head_dim));
     rope.style = RopeStyle::Interleaved;
     let mut layers = Vec::new();
     for index in 0..sizes.num_layers {
@@ -71,12 +76,15 @@ fn build(
             mlp: sizes.mlp(activation, linear("mlp.fc_in", true), linear("mlp.fc_out", true)),
         });
     }
-    let embedding = EmbeddingSpec::tokens("transformer.wte.weight");
+    let embedding = EmbeddingSpec::tokens(TABLE);
     let norm = NormSpec::layer("transformer.ln_f", true, sizes.eps);
     let longest = reader.size_or("n_positions", 2048);
     let mut spec = sizes.decoder(embedding, layers, norm, longest);
-    if !reader.flag_or("tie_word_embeddings", false) {
-        spec.lm_head = LmHeadSpec::Own(LinearSpec::new("lm_head", true));
+    let mut lm_head = LinearSpec::new("lm_head", true);
+    if reader.flag_or("tie_word_embeddings", false) {
+        // The bias stays the logits' own.
+        lm_head.weight = TABLE.to_owned();
     }
+    spec.lm_head = LmHeadSpec::Own(lm_head);
     reader.finish(spec)
 }

@@ -61,7 +61,8 @@ const FAMILIES: &[Family] = &[
     Family { model_type: "dbrx", architecture: "DbrxForCausalLM", build: dbrx::spec },
     Family { model_type: "deepseek_v2", architecture: "DeepseekV2ForCausalLM", build: deepseek::v2 },
     Family { model_type: "deepseek_v3", architecture: "DeepseekV3ForCausalLM", build: deepseek::v3 },
-    Family { model_type: "falcon", architecture: "FalconForCausalLM", build: falcon::spec },
+    Family { model_type: "falcon", architecture: "FalconForCausalLM", build: falcon::falcon },
+    Family { model_type: "falcon", architecture: "RWForCausalLM", build: falcon::falcon },
     Family { model_type: "gemma", architecture: "GemmaForCausalLM", build: gemma::gemma },
     Family { model_type: "gemma2", architecture: "Gemma2ForCausalLM", build: gemma::gemma2 },
     Family { model_type: "gemma3_text", architecture: "Gemma3ForCausalLM", build: gemma::gemma3_text },
@@ -85,6 +86,8 @@ const FAMILIES: &[Family] = &[
     Family { model_type: "qwen2_moe", architecture: "Qwen2MoeForCausalLM", build: qwen2_moe::spec },
     Family { model_type: "qwen3", architecture: "Qwen3ForCausalLM", build: qwen3::spec },
     Family { model_type: "qwen3_moe", architecture: "Qwen3MoeForCausalLM", build: qwen3_moe::spec },
+    Family { model_type: "RefinedWeb", architecture: "RWForCausalLM", build: falcon::refined_web },
+    Family { model_type: "RefinedWebModel", architecture: "RWForCausalLM", build: falcon::refined_web_model },
     Family { model_type: "stablelm", architecture: "StableLmForCausalLM", build: stablelm::spec },
     Family { model_type: "starcoder2", architecture: "Starcoder2ForCausalLM", build: starcoder2::spec },
 ];
@@ -117,6 +120,8 @@ fn find(config: &ModelConfig) -> Result<&'static Family, ModelError> {
 
 #[cfg(test)]
 mod experts_tests;
+#[cfg(test)]
+mod gpt_tests;
 #[cfg(test)]
 mod relatives_tests;
 #[cfg(test)]

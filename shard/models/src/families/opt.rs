@@ -3,13 +3,12 @@
 use backend::Activation;
 use hub::ModelConfig;
 
-use super::classic::{SizeKeys, Sizes, expect_flag};
+use super::classic::{SizeKeys, Sizes, expect_flag, lm_head};
 use super::config_reader::ConfigReader;
 use super::dense::activation;
 use crate::ModelError;
 use crate::spec::{
-    DecoderSpec, EmbeddingSpec, LayerSpec, LinearSpec, LmHeadSpec, MixerSpec, NormSpec, PositionTableSpec,
-    ResidualSpec,
+    DecoderSpec, EmbeddingSpec, LayerSpec, LinearSpec, MixerSpec, NormSpec, PositionTableSpec, ResidualSpec,
 };
 
 const KEYS: SizeKeys = SizeKeys {
@@ -63,8 +62,6 @@ pub(super) fn spec(config: &ModelConfig) -> Result<DecoderSpec, ModelError> {
     };
     let norm = NormSpec::layer("model.decoder.final_layer_norm", true, sizes.eps);
     let mut spec = sizes.decoder(embedding, layers, norm, longest);
-    if !reader.flag_or("tie_word_embeddings", true) {
-        spec.lm_head = LmHeadSpec::Own(LinearSpec::new("lm_head", false));
-    }
+    spec.lm_head = lm_head(&mut reader, "lm_head", true);
     reader.finish(spec)
 }

@@ -6,7 +6,8 @@
 
 use backend::{AttentionShape, Backend, HeadColumns};
 
-use super::linear::{ColumnPart, Linear, windows};
+use super::linear::{ColumnPart, Linear};
+use super::packing::windows;
 use super::{InputOutput, Loader, Role, Scratch};
 use crate::ModelError;
 use crate::spec::{LatentAttentionSpec, LatentProjectionSpec, NormSpec};
@@ -190,11 +191,13 @@ fn load_head<B: Backend>(
     let first = head * (spec.plain_dim + spec.value_dim);
     let (keys, values) =
         (first..first + spec.plain_dim, first + spec.plain_dim..first + spec.plain_dim + spec.value_dim);
-    let keys = windows(loader.source, &spec.kv_up, keys, 0..spec.latent_dim)?;
+    let keys: Vec<_> = windows(&spec.kv_up, keys, 0..spec.latent_dim).collect();
+    let keys = loader.matrices(&keys)?;
     // One run of rows: the heads of a projection of its own lie side by side.
     let transposed: Vec<_> = keys.iter().map(|keys| keys.transposed()).collect();
     let key_up = loader.backend.linear(&transposed, loader.dtype)?;
-    let values = windows(loader.source, &spec.kv_up, values, 0..spec.latent_dim)?;
+    let values: Vec<_> = windows(&spec.kv_up, values, 0..spec.latent_dim).collect();
+    let values = loader.matrices(&values)?;
     let value_up = loader.backend.linear(&values, loader.dtype)?;
     loader.weight_bytes += loader.backend.linear_bytes(&key_up) + loader.backend.linear_bytes(&value_up);
     keys.into_iter().chain(values).for_each(|matrix| loader.source.recycle(matrix));

@@ -2,9 +2,10 @@
 
 use std::ops::Range;
 
-use backend::{Backend, DType, HostMatrix};
+use backend::{Backend, DType};
 
 use super::Loader;
+use super::packing::windows;
 use crate::ModelError;
 use crate::spec::LinearSpec;
 use crate::weights::WeightSource;
@@ -28,11 +29,9 @@ impl<B: Backend> Linear<B> {
         parts: &[ColumnPart<'_>],
         in_features: usize,
     ) -> Result<Self, ModelError> {
-        let mut matrices = Vec::new();
-        for part in parts {
-            matrices.extend(windows(loader.source, part.linear, part.rows.clone(), 0..in_features)?);
-        }
-        let weight = Self::pack(loader, matrices)?;
+        let windows: Vec<_> =
+            parts.iter().flat_map(|part| windows(part.linear, part.rows.clone(), 0..in_features)).collect();
+        let weight = loader.pack(&windows)?;
         let mut bias = Vec::new();
         for part in parts {
             match &part.linear.bias {
@@ -52,8 +51,8 @@ impl<B: Backend> Linear<B> {
         out_features: usize,
         columns: Range<usize>,
     ) -> Result<Self, ModelError> {
-        let matrices = windows(loader.source, linear, 0..out_features, columns)?;
-        let weight = Self::pack(loader, matrices)?;
+        let windows: Vec<_> = windows(linear, 0..out_features, columns).collect();
+        let weight = loader.pack(&windows)?;
         let bias = match &linear.bias {
             Some(name) if loader.rank == 0 => Some(bias_of(loader.source, name, linear, 0..out_features)?),
             _ => None,
@@ -67,20 +66,13 @@ impl<B: Backend> Linear<B> {
         linear: &LinearSpec,
         [out_features, in_features]: [usize; 2],
     ) -> Result<Self, ModelError> {
-        let matrices = windows(loader.source, linear, 0..out_features, 0..in_features)?;
-        let weight = loader.backend.linear(&matrices, DType::F32)?;
-        matrices.into_iter().for_each(|matrix| loader.source.recycle(matrix));
+        let windows: Vec<_> = windows(linear, 0..out_features, 0..in_features).collect();
+        let weight = loader.pack_plain(&windows, DType::F32)?;
         let bias = match &linear.bias {
             Some(name) => Some(bias_of(loader.source, name, linear, 0..out_features)?),
             None => None,
         };
         Self::new(loader, weight, bias)
-    }
-
-    fn pack(loader: &Loader<'_, B>, matrices: Vec<HostMatrix<'_>>) -> Result<B::Linear, ModelError> {
-        let weight = loader.backend.linear(&matrices, loader.dtype)?;
-        matrices.into_iter().for_each(|matrix| loader.source.recycle(matrix));
-        Ok(weight)
     }
 
     fn new(
@@ -113,25 +105,6 @@ impl<B: Backend> Linear<B> {
     pub(super) fn into_weight(self) -> B::Linear {
         self.weight
     }
-}
-
-/// The outputs `rows` and inputs `columns` of a projection, stacked along the outputs.
-pub(super) fn windows<'a>(
-    source: &'a dyn WeightSource,
-    linear: &LinearSpec,
-    rows: Range<usize>,
-    columns: Range<usize>,
-) -> Result<Vec<HostMatrix<'a>>, ModelError> {
-    let columns = linear.column_range(columns);
-    let runs = linear.row_runs(rows).into_iter();
-    runs.map(|rows| {
-        if linear.is_transposed {
-            Ok(source.matrix(&linear.weight, columns.clone(), rows)?.transposed())
-        } else {
-            source.matrix(&linear.weight, rows, columns.clone())
-        }
-    })
-    .collect()
 }
 
 /// The bias of the outputs `rows`.

@@ -10,6 +10,7 @@ mod latent_attention;
 mod linear;
 mod mlp;
 mod norm;
+mod packing;
 mod qk_norm;
 mod residual;
 
@@ -31,6 +32,8 @@ pub(crate) struct Loader<'a, B: Backend> {
     pub(crate) source: &'a dyn WeightSource,
     /// Type the packed weights get.
     pub(crate) dtype: DType,
+    /// Quantized tensors stay so instead.
+    pub(crate) keeps_quantized: bool,
     pub(crate) rank: usize,
     pub(crate) world_size: usize,
     /// Most rows of a step.
@@ -43,13 +46,19 @@ pub(crate) struct Loader<'a, B: Backend> {
 
 impl<'a, B: Backend> Loader<'a, B> {
     /// Nothing loaded yet.
-    pub(crate) fn new(backend: &'a B, source: &'a dyn WeightSource, dtype: DType, max_rows: usize) -> Self {
+    pub(crate) fn new(
+        backend: &'a B,
+        source: &'a dyn WeightSource,
+        (dtype, keeps_quantized): (DType, bool),
+        max_rows: usize,
+    ) -> Self {
         let (rank, world_size) = backend.rank_and_world();
         let scratch = Scratch { ropes: Vec::new(), buffers: Vec::new(), bytes: 0 };
         Self {
             backend,
             source,
             dtype,
+            keeps_quantized,
             rank,
             world_size,
             max_rows,

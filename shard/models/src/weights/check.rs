@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use backend::DType;
 
-use super::WeightSource;
+use super::{WeightSource, blocks};
 use crate::ModelError;
 use crate::spec::{DecoderSpec, ExpectedTensor, LmHeadSpec};
 
@@ -50,8 +50,10 @@ pub(crate) fn check_tensors(spec: &DecoderSpec, source: &dyn WeightSource) -> Re
         }
         if meta.dtype.is_none() {
             wrong.push(format!(
-                "tensor {} is stored as {}, expected F32, F16, BF16, or in GGUF also Q4_0, Q4_1, Q8_0",
-                tensor.name, meta.stored
+                "tensor {} is stored as {}, expected {}; choose another file with --model-id",
+                tensor.name,
+                meta.stored,
+                blocks::EXPECTED
             ));
         }
     }
@@ -120,7 +122,12 @@ mod tests {
 
         fn meta(&self, name: &str) -> Option<TensorMeta> {
             let (_, shape) = self.0.iter().find(|(known, _)| known == name)?;
-            Some(TensorMeta { shape: shape.clone(), dtype: Some(DType::F32), stored: "F32".to_owned() })
+            Some(TensorMeta {
+                shape: shape.clone(),
+                dtype: Some(DType::F32),
+                stored: "F32".to_owned(),
+                quantized: None,
+            })
         }
 
         fn matrix(&self, _: &str, _: Range<usize>, _: Range<usize>) -> Result<HostMatrix<'_>, ModelError> {

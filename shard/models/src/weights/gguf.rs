@@ -1,4 +1,4 @@
-//! GGUF files: plain tensors straight from the map, quantized ones to bfloat16 on several threads.
+//! GGUF files: plain tensors straight from the map, quantized ones as they are or to bfloat16, on several threads.
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -6,14 +6,14 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use backend::{DType, HostMatrix};
+use backend::{DType, HostMatrix, QuantizedMatrix};
 use hub::GgufFile;
 use hub::gguf::GgmlType;
 
-use super::dequantize::{self, BLOCK};
-use super::gguf_names::{Projection, hugging_face_name, permuted};
+use super::blocks::{self, BlockFormat, Groups};
+use super::gguf_layout::{Layout, RowOrder};
 use super::spare_buffers::SpareBuffers;
-use super::{TensorMeta, WeightSource, is_within, rows_and_cols, unusable};
+use super::{QuantizedMeta, TensorMeta, WeightSource, is_within, rows_and_cols, unusable};
 use crate::ModelError;
 
 /// Elements below which a thread costs more than it saves: some 50 microseconds of work.
@@ -24,85 +24,68 @@ pub(super) struct GgufWeights {
     file: Arc<GgufFile>,
     tensors: HashMap<String, Tensor>,
     threads: usize,
-    spare: SpareBuffers,
+    spare_bytes: SpareBuffers<u8>,
+    spare_floats: SpareBuffers<f32>,
 }
 
+/// A tensor under its Hugging Face name.
 struct Tensor {
     ggml_type: GgmlType,
     shape: Vec<usize>,
     bytes: Range<usize>,
     order: RowOrder,
-}
-
-/// Where in the file the rows of a tensor are.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum RowOrder {
-    /// As Hugging Face has them.
-    Plain,
-    /// Within each head, row `2 i + j` of the file is row `j * head_dim / 2 + i`: the rotation pairs neighbours.
-    Interleaved { head_dim: usize },
-}
-
-impl RowOrder {
-    fn row_in_file(self, row: usize) -> usize {
-        match self {
-            RowOrder::Plain => row,
-            RowOrder::Interleaved { head_dim } => {
-                let (head, within) = (row / head_dim, row % head_dim);
-                let (second, pair) = (within / (head_dim / 2), within % (head_dim / 2));
-                head * head_dim + 2 * pair + second
-            }
-        }
-    }
+    /// Added to every element: what the converter took away.
+    shift: f32,
 }
 
 impl GgufWeights {
     /// Takes the tensors of an open file.
     ///
     /// # Errors
-    /// The heads the file speaks of do not fit its tensors.
+    /// The heads or experts the file speaks of do not fit its tensors, or two tensors have one name.
     pub(super) fn new(file: Arc<GgufFile>, path: &Path, threads: usize) -> Result<Self, ModelError> {
+        let problem = |problem: String| unusable(format!("{}: {problem}", path.display()));
+        let layout = Layout::of(&file.header).map_err(problem)?;
         let mut tensors = HashMap::new();
-        let heads = |key: &str| {
-            let problem = |error| unusable(format!("{}: {error}", path.display()));
-            file.header.u64(key).map_err(problem).map(|heads| heads.unwrap_or(0) as usize)
-        };
-        let is_llama = file.header.str("general.architecture").ok().flatten() == Some("llama");
-        for tensor in &file.header.tensors {
-            let order = match permuted(&tensor.name).filter(|_| is_llama) {
-                None => RowOrder::Plain,
-                Some(projection) => {
-                    let num_heads = match projection {
-                        Projection::Query => heads("llama.attention.head_count")?,
-                        Projection::Key => match heads("llama.attention.head_count_kv")? {
-                            0 => heads("llama.attention.head_count")?,
-                            num_kv_heads => num_kv_heads,
-                        },
-                    };
-                    let rows = tensor.shape[0];
-                    if num_heads == 0 || rows % (2 * num_heads) != 0 {
-                        return Err(unusable(format!(
-                            "{}: tensor {} has {rows} rows, which {num_heads} heads cannot share in pairs",
-                            path.display(),
-                            tensor.name
-                        )));
-                    }
-                    RowOrder::Interleaved { head_dim: rows / num_heads }
+        for info in &file.header.tensors {
+            for place in layout.places(info).map_err(problem)? {
+                if tensors.contains_key(&place.name) {
+                    return Err(problem(format!("tensor {} is there twice", place.name)));
                 }
-            };
-            let entry = Tensor {
-                ggml_type: tensor.ggml_type,
-                shape: tensor.shape.clone(),
-                bytes: tensor.range.clone(),
-                order,
-            };
-            let name = hugging_face_name(&tensor.name);
-            if tensors.contains_key(&name) {
-                return Err(unusable(format!("{}: tensor {name} is there twice", path.display())));
+                let tensor = Tensor {
+                    ggml_type: info.ggml_type,
+                    shape: place.shape,
+                    bytes: place.bytes,
+                    order: place.order,
+                    shift: place.shift,
+                };
+                tensors.insert(place.name, tensor);
             }
-            tensors.insert(name, entry);
         }
-        Ok(Self { file, tensors, threads: threads.max(1), spare: SpareBuffers::default() })
+        Ok(Self {
+            file,
+            tensors,
+            threads: threads.max(1),
+            spare_bytes: SpareBuffers::default(),
+            spare_floats: SpareBuffers::default(),
+        })
+    }
+
+    /// The tensor and the window in it; none when there is no such tensor or the window leaves it.
+    fn window(
+        &self,
+        name: &str,
+        rows: &Range<usize>,
+        cols: &Range<usize>,
+    ) -> Result<(&Tensor, Window), ModelError> {
+        let found = self.tensors.get(name).and_then(|tensor| {
+            let (num_rows, num_cols) = rows_and_cols(&tensor.shape)?;
+            let window = Window { rows: rows.clone(), cols: cols.clone(), num_cols };
+            is_within(rows, cols, (num_rows, num_cols)).then_some((tensor, window))
+        });
+        found.ok_or_else(|| {
+            unusable(format!("tensor {name} has no window of rows {rows:?}, columns {cols:?}"))
+        })
     }
 }
 
@@ -115,6 +98,13 @@ fn plain_dtype(ggml_type: GgmlType) -> Option<DType> {
     }
 }
 
+impl Tensor {
+    /// How its blocks are read where its rows are kept as they are; none for plain types and vectors.
+    fn blocks(&self) -> Option<BlockFormat> {
+        blocks::format(self.ggml_type).filter(|_| self.shape.len() == 2 && self.shift == 0.0)
+    }
+}
+
 impl WeightSource for GgufWeights {
     fn names(&self) -> Vec<&str> {
         self.tensors.keys().map(String::as_str).collect()
@@ -124,8 +114,13 @@ impl WeightSource for GgufWeights {
         self.tensors.get(name).map(|tensor| TensorMeta {
             shape: tensor.shape.clone(),
             dtype: plain_dtype(tensor.ggml_type)
-                .or_else(|| dequantize::decoder(tensor.ggml_type).map(|_| DType::BF16)),
+                .or_else(|| blocks::format(tensor.ggml_type).map(|_| DType::BF16)),
             stored: tensor.ggml_type.to_string(),
+            quantized: tensor.blocks().map(|format| QuantizedMeta {
+                bits: format.bits,
+                group_size: format.group,
+                is_transposed: false,
+            }),
         })
     }
 
@@ -135,34 +130,71 @@ impl WeightSource for GgufWeights {
         rows: Range<usize>,
         cols: Range<usize>,
     ) -> Result<HostMatrix<'_>, ModelError> {
-        let window = self.tensors.get(name).and_then(|tensor| {
-            let (num_rows, num_cols) = rows_and_cols(&tensor.shape)?;
-            is_within(&rows, &cols, (num_rows, num_cols)).then_some((tensor, num_cols))
-        });
-        let Some((tensor, num_cols)) = window else {
-            return Err(unusable(format!("tensor {name} has no window of rows {rows:?}, columns {cols:?}")));
-        };
+        let (tensor, window) = self.window(name, &rows, &cols)?;
         let bytes = &self.file.bytes()[tensor.bytes.clone()];
-        match (plain_dtype(tensor.ggml_type), dequantize::decoder(tensor.ggml_type)) {
-            (Some(dtype), _) => Ok(plain(tensor, dtype, bytes, Window { rows, cols, num_cols })),
-            (None, Some((block_bytes, decode)))
-                if tensor.shape.len() == 2 || tensor.order == RowOrder::Plain =>
+        match (plain_dtype(tensor.ggml_type), blocks::format(tensor.ggml_type)) {
+            (Some(dtype), _) if tensor.shift != 0.0 => {
+                Ok(shifted(&plain(tensor, dtype, bytes, window), tensor.shift))
+            }
+            (Some(dtype), _) => Ok(plain(tensor, dtype, bytes, window)),
+            (None, Some(format))
+                if tensor.shift == 0.0 && (tensor.shape.len() == 2 || tensor.order == RowOrder::Plain) =>
             {
-                let blocks = Blocks { bytes, block_bytes, decode, order: tensor.order };
-                let out = self.spare.take(rows.len() * cols.len() * DType::BF16.size_bytes());
-                Ok(blocks.dequantize(&Window { rows, cols, num_cols }, self.threads, out))
+                let blocks = Blocks { bytes, format, order: tensor.order };
+                let out = self.spare_bytes.take(rows.len() * cols.len() * DType::BF16.size_bytes());
+                Ok(blocks.dequantize(&window, self.threads, out))
             }
             _ => Err(unusable(format!(
-                "tensor {name} of shape {:?} is stored as {}, expected F32, F16, BF16, or for matrices Q4_0, Q4_1, Q8_0",
-                tensor.shape, tensor.ggml_type
+                "tensor {name} of shape {:?} is stored as {}, expected {}",
+                tensor.shape,
+                tensor.ggml_type,
+                if blocks::format(tensor.ggml_type).is_some() {
+                    "F32, F16 or BF16"
+                } else {
+                    blocks::EXPECTED
+                }
             ))),
         }
     }
 
+    fn quantized(
+        &self,
+        name: &str,
+        rows: Range<usize>,
+        cols: Range<usize>,
+    ) -> Option<Result<QuantizedMatrix, ModelError>> {
+        let format = self.tensors.get(name)?.blocks()?;
+        if !cols.start.is_multiple_of(format.group) || !cols.end.is_multiple_of(format.group) {
+            return None;
+        }
+        Some(self.window(name, &rows, &cols).map(|(tensor, window)| {
+            let blocks =
+                Blocks { bytes: &self.file.bytes()[tensor.bytes.clone()], format, order: tensor.order };
+            let elements = rows.len() * cols.len();
+            let groups = elements / format.group;
+            let out = QuantizedMatrix {
+                rows: rows.len(),
+                cols: cols.len(),
+                bits: format.bits,
+                group_size: format.group,
+                values: self.spare_bytes.take(elements),
+                scales: self.spare_floats.take(groups),
+                offsets: self.spare_floats.take(groups),
+            };
+            blocks.unpack(&window, self.threads, out)
+        }))
+    }
+
     fn recycle(&self, matrix: HostMatrix<'_>) {
         if let Cow::Owned(bytes) = matrix.bytes {
-            self.spare.give(bytes);
+            self.spare_bytes.give(bytes);
         }
+    }
+
+    fn recycle_quantized(&self, matrix: QuantizedMatrix) {
+        self.spare_bytes.give(matrix.values);
+        self.spare_floats.give(matrix.scales);
+        self.spare_floats.give(matrix.offsets);
     }
 }
 
@@ -204,30 +236,50 @@ fn plain<'a>(tensor: &Tensor, dtype: DType, bytes: &'a [u8], window: Window) -> 
     HostMatrix { dtype, rows: rows.len(), cols: cols.len(), row_stride: cols.len(), bytes: Cow::Owned(copy) }
 }
 
+/// The same numbers plus `shift`, as f32: norms are small and are not rounded.
+fn shifted(matrix: &HostMatrix<'_>, shift: f32) -> HostMatrix<'static> {
+    let mut row = vec![0.0; matrix.cols];
+    let mut bytes = Vec::with_capacity(matrix.rows * matrix.cols * size_of::<f32>());
+    for index in 0..matrix.rows {
+        matrix.read_row(index, &mut row);
+        bytes.extend(row.iter().flat_map(|value| (value + shift).to_le_bytes()));
+    }
+    HostMatrix {
+        dtype: DType::F32,
+        rows: matrix.rows,
+        cols: matrix.cols,
+        row_stride: matrix.cols,
+        bytes: Cow::Owned(bytes),
+    }
+}
+
 /// A tensor of quantized blocks.
+#[derive(Clone, Copy)]
 struct Blocks<'a> {
     bytes: &'a [u8],
-    block_bytes: usize,
-    decode: dequantize::BlockDecoder,
+    format: BlockFormat,
     order: RowOrder,
 }
 
-impl Blocks<'_> {
-    /// `out` has the size of the window.
+impl<'a> Blocks<'a> {
+    /// The blocks of a row in Hugging Face's order.
+    fn row(&self, row: usize, window: &Window) -> &'a [u8] {
+        let row_bytes = window.num_cols / self.format.elements * self.format.bytes;
+        let row = self.order.row_in_file(row);
+        &self.bytes[row * row_bytes..(row + 1) * row_bytes]
+    }
+
+    /// `out` has the size of the window, in bfloat16.
     fn dequantize(&self, window: &Window, threads: usize, mut out: Vec<u8>) -> HostMatrix<'static> {
         let (num_rows, num_cols) = (window.rows.len(), window.cols.len());
         let row_bytes = num_cols * DType::BF16.size_bytes();
-        let threads = threads.min((num_rows * num_cols).div_ceil(MIN_ELEMENTS_PER_THREAD)).max(1);
-        let rows_per_thread = num_rows.div_ceil(threads).max(1);
-        std::thread::scope(|scope| {
-            let mut parts = out.chunks_mut((rows_per_thread * row_bytes).max(1)).enumerate();
-            // This thread takes the first part itself.
-            let own = parts.next();
-            for (part, out) in parts {
-                scope.spawn(move || self.rows(window, window.rows.start + part * rows_per_thread, out));
-            }
-            if let Some((_, out)) = own {
-                self.rows(window, window.rows.start, out);
+        let rows_per_thread = rows_per_thread(window, threads);
+        let parts = out.chunks_mut((rows_per_thread * row_bytes).max(1));
+        on_threads(parts, |part, out: &mut [u8]| {
+            let first = window.rows.start + part * rows_per_thread;
+            for (row, out) in out.chunks_exact_mut(row_bytes).enumerate() {
+                let out = out.as_chunks_mut::<2>().0;
+                self.format.dequantize_row(self.row(first + row, window), window.cols.start, out);
             }
         });
         HostMatrix {
@@ -239,25 +291,51 @@ impl Blocks<'_> {
         }
     }
 
-    /// Rows from `first` on, as many as `out` holds.
-    fn rows(&self, window: &Window, first: usize, out: &mut [u8]) {
-        let blocks_per_row = window.num_cols / BLOCK;
-        let cols = &window.cols;
-        let mut values = [0_u16; BLOCK];
-        for (row, out) in out.chunks_exact_mut(cols.len() * 2).enumerate() {
-            let row = self.order.row_in_file(first + row);
-            let mut out = out.as_chunks_mut::<2>().0.iter_mut();
-            for block in cols.start / BLOCK..cols.end.div_ceil(BLOCK) {
-                let at = (row * blocks_per_row + block) * self.block_bytes;
-                (self.decode)(&self.bytes[at..at + self.block_bytes], &mut values);
-                let wanted = cols.start.max(block * BLOCK)..cols.end.min((block + 1) * BLOCK);
-                let wanted = wanted.start - block * BLOCK..wanted.end - block * BLOCK;
-                for (value, out) in values[wanted].iter().zip(out.by_ref()) {
-                    *out = value.to_le_bytes();
-                }
+    /// `out` has the size of the window.
+    fn unpack(&self, window: &Window, threads: usize, mut out: QuantizedMatrix) -> QuantizedMatrix {
+        let (num_cols, num_groups) = (out.cols, out.cols / out.group_size);
+        let rows_per_thread = rows_per_thread(window, threads);
+        let groups_per_thread = (rows_per_thread * num_groups).max(1);
+        let parts = out
+            .values
+            .chunks_mut((rows_per_thread * num_cols).max(1))
+            .zip(out.scales.chunks_mut(groups_per_thread))
+            .zip(out.offsets.chunks_mut(groups_per_thread));
+        on_threads(parts, |part, ((values, scales), offsets)| {
+            let first = window.rows.start + part * rows_per_thread;
+            let rows = values
+                .chunks_exact_mut(num_cols)
+                .zip(scales.chunks_exact_mut(num_groups))
+                .zip(offsets.chunks_exact_mut(num_groups));
+            for (row, ((values, scales), offsets)) in rows.enumerate() {
+                let out = Groups { values, scales, offsets };
+                self.format.unpack_row(self.row(first + row, window), window.cols.start, out);
             }
-        }
+        });
+        out
     }
+}
+
+/// Rows that each of at most `threads` threads takes, so that none has too little to do.
+fn rows_per_thread(window: &Window, threads: usize) -> usize {
+    let elements = window.rows.len() * window.cols.len();
+    let threads = threads.min(elements.div_ceil(MIN_ELEMENTS_PER_THREAD)).max(1);
+    window.rows.len().div_ceil(threads).max(1)
+}
+
+/// Runs `work` on every part, each on a thread of its own but for the first, which this thread takes.
+fn on_threads<T: Send>(parts: impl Iterator<Item = T>, work: impl Fn(usize, T) + Sync) {
+    let work = &work;
+    std::thread::scope(|scope| {
+        let mut parts = parts.enumerate();
+        let own = parts.next();
+        for (index, part) in parts {
+            scope.spawn(move || work(index, part));
+        }
+        if let Some((index, part)) = own {
+            work(index, part);
+        }
+    });
 }
 
 #[cfg(test)]

@@ -8,12 +8,18 @@ use crate::testing::{GgufTensor, Noise, gguf_bytes};
 const F32: u32 = 0;
 const Q4_1: u32 = 3;
 const Q8_0: u32 = 8;
+const Q4_K: u32 = 12;
+const IQ4_XS: u32 = 23;
 
 fn open(tensors: &[GgufTensor], threads: usize) -> Result<GgufWeights, ModelError> {
+    open_as("llama", tensors, threads)
+}
+
+fn open_as(architecture: &str, tensors: &[GgufTensor], threads: usize) -> Result<GgufWeights, ModelError> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.gguf");
     let heads = [("llama.attention.head_count", 4), ("llama.attention.head_count_kv", 2)];
-    std::fs::write(&path, gguf_bytes("llama", &heads, &[], tensors)).unwrap();
+    std::fs::write(&path, gguf_bytes(architecture, &heads, &[], tensors)).unwrap();
     let model = ModelRef { model_id: path.display().to_string(), revision: None };
     let files = hub::locate(&model, &HubOptions::default()).unwrap();
     // The map outlives the file's name.
@@ -99,13 +105,48 @@ fn biases_are_put_in_order_too() {
 }
 
 #[test]
+fn quantized_windows_equal_the_dequantized_ones() {
+    let name = "model.layers.0.mlp.down_proj.weight";
+    let tensor = random("blk.0.ffn_down.weight", [300, 512], Q4_K, (256, 144));
+    let plain = open(std::slice::from_ref(&tensor), 1).unwrap();
+    let threaded = open(&[tensor], 3).unwrap();
+    assert_eq!(
+        threaded.meta(name).unwrap().quantized,
+        Some(QuantizedMeta { bits: 4, group_size: 32, is_transposed: false })
+    );
+    for (rows, cols) in [(0..300, 0..512), (17..18, 0..512), (100..299, 96..416), (5..5, 0..32)] {
+        let quantized = threaded.quantized(name, rows.clone(), cols.clone()).unwrap().unwrap();
+        let expected = values(&plain.matrix(name, rows, cols).unwrap());
+        for (row, expected) in expected.iter().enumerate() {
+            let mut found = vec![0.0; quantized.cols];
+            quantized.read_row(row, &mut found);
+            let rounded: Vec<_> = found.iter().map(|&value| half::bf16::from_f32(value).to_f32()).collect();
+            assert_eq!(&rounded, expected);
+        }
+        threaded.recycle_quantized(quantized);
+    }
+    assert!(threaded.quantized(name, 0..3, 0..48).is_none(), "the columns cut a group");
+    assert!(threaded.quantized(name, 0..301, 0..512).unwrap().is_err());
+    assert!(threaded.quantized("x", 0..1, 0..32).is_none());
+}
+
+#[test]
+fn gemma_norms_are_differences_from_one_again() {
+    let data = [1.5_f32, 0.25].iter().flat_map(|value| value.to_le_bytes()).collect();
+    let norm = ("blk.0.attn_q_norm.weight".to_owned(), vec![2], F32, data);
+    let weights = open_as("gemma3", &[norm], 1).unwrap();
+    let found = weights.vector("model.layers.0.self_attn.q_norm.weight", 0..2).unwrap();
+    assert_eq!(found, [0.5, -0.75]);
+}
+
+#[test]
 fn formats_and_heads_that_do_not_fit_are_named() {
-    let tensor = ("output.weight".to_owned(), vec![2, 256], 12, vec![0; 2 * 144]);
+    let tensor = ("output.weight".to_owned(), vec![2, 256], IQ4_XS, vec![0; 2 * 136]);
     let weights = open(&[tensor], 1).unwrap();
     assert_eq!(weights.meta("lm_head.weight").unwrap().dtype, None);
     let error = weights.matrix("lm_head.weight", 0..2, 0..256).unwrap_err().to_string();
     assert!(
-        error.starts_with("tensor lm_head.weight of shape [2, 256] is stored as Q4_K, expected F32"),
+        error.starts_with("tensor lm_head.weight of shape [2, 256] is stored as IQ4_XS, expected F32"),
         "{error}"
     );
 

@@ -1,8 +1,9 @@
 //! Weights as they lie in files: by name, in the files' own type, only the bytes this rank needs.
 
+mod blocks;
 mod check;
-mod dequantize;
 mod gguf;
+mod gguf_layout;
 mod gguf_names;
 mod pickle;
 mod pytorch;
@@ -14,7 +15,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
 
-use backend::{DType, HostMatrix};
+use backend::{DType, HostMatrix, QuantizedMatrix};
 use hub::{ModelFiles, WeightFiles};
 use memmap2::Mmap;
 
@@ -32,6 +33,20 @@ pub(crate) struct TensorMeta {
     pub(crate) dtype: Option<DType>,
     /// The file's name for the type, for messages.
     pub(crate) stored: String,
+    /// How it is quantized; none: [`WeightSource::quantized`] has nothing either.
+    pub(crate) quantized: Option<QuantizedMeta>,
+}
+
+/// The form of a quantized tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct QuantizedMeta {
+    /// Bits of a value.
+    pub(crate) bits: u32,
+    /// Elements that share a scale and an offset.
+    pub(crate) group_size: usize,
+    /// The file holds the transpose of what Hugging Face's files do: rows and columns of [`WeightSource::quantized`] are those of
+    /// the transpose.
+    pub(crate) is_transposed: bool,
 }
 
 /// The tensors of a model, under Hugging Face's names whatever the file format.
@@ -52,9 +67,23 @@ pub(crate) trait WeightSource: Send + Sync {
         cols: Range<usize>,
     ) -> Result<HostMatrix<'_>, ModelError>;
 
+    /// The same window from the quantized blocks, nothing rounded; none where the tensor is stored plain or the columns cut
+    /// a group.
+    fn quantized(
+        &self,
+        _name: &str,
+        _rows: Range<usize>,
+        _cols: Range<usize>,
+    ) -> Option<Result<QuantizedMatrix, ModelError>> {
+        None
+    }
+
     /// Takes back a matrix that is no longer needed, so that its memory serves the next one: fresh memory is cleared by
     /// the system first, which costs more than dequantizing.
     fn recycle(&self, _matrix: HostMatrix<'_>) {}
+
+    /// The same for a quantized matrix.
+    fn recycle_quantized(&self, _matrix: QuantizedMatrix) {}
 
     /// The elements `range` of a vector.
     ///

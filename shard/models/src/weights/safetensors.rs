@@ -53,6 +53,7 @@ impl Safetensors {
                         shape: info.shape.clone(),
                         dtype,
                         stored: format!("{:?}", info.dtype),
+                        quantized: None,
                     },
                 };
                 if let Some(other) = all.tensors.insert(name.clone(), tensor) {

@@ -9,26 +9,26 @@ const MAX_BYTES: usize = 32 << 20;
 
 /// A few buffers that nobody uses now.
 #[derive(Default)]
-pub(super) struct SpareBuffers(Mutex<Vec<Vec<u8>>>);
+pub(super) struct SpareBuffers<T>(Mutex<Vec<Vec<T>>>);
 
-impl SpareBuffers {
-    /// A buffer of `len` bytes of any content: the smallest spare one that is large enough, else a new one.
-    pub(super) fn take(&self, len: usize) -> Vec<u8> {
+impl<T: Copy + Default> SpareBuffers<T> {
+    /// A buffer of `len` elements of any content: the smallest spare one that is large enough, else a new one.
+    pub(super) fn take(&self, len: usize) -> Vec<T> {
         let mut spare = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let fitting = (0..spare.len()).filter(|&index| spare[index].capacity() >= len);
         match fitting.min_by_key(|&index| spare[index].capacity()) {
             Some(index) => {
                 let mut buffer = spare.swap_remove(index);
-                buffer.resize(len, 0);
+                buffer.resize(len, T::default());
                 buffer
             }
-            None => vec![0; len],
+            None => vec![T::default(); len],
         }
     }
 
     /// Keeps a buffer for later, in place of the smallest when there are many.
-    pub(super) fn give(&self, buffer: Vec<u8>) {
-        if buffer.capacity() > MAX_BYTES {
+    pub(super) fn give(&self, buffer: Vec<T>) {
+        if buffer.capacity() * size_of::<T>() > MAX_BYTES {
             return;
         }
         let mut spare = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -47,7 +47,7 @@ mod tests {
 
     #[test]
     fn the_smallest_that_fits_is_used_again() {
-        let spare = SpareBuffers::default();
+        let spare = SpareBuffers::<u8>::default();
         for size in [300, 100, 200, 50, 400] {
             spare.give(Vec::with_capacity(size));
         }

@@ -156,6 +156,7 @@ fn place(tensor: &pickle::Tensor<'_>, storage: &Range<usize>, file: usize) -> Re
         meta: TensorMeta {
             shape: shape.clone(),
             dtype: element.dtype.filter(|_| order.is_some()),
+            quantized: None,
             stored: match order {
                 Some(_) => element.name.to_owned(),
                 None => format!("{} with strides {strides:?}", element.name),

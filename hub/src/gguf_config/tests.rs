@@ -1,8 +1,11 @@
 //! Configurations built from GGUF files written in memory.
 
+use serde_json::{Value as Json, json};
+
+use super::rope_scaling::Llama3Scaling;
 use super::*;
-use crate::gguf::Array;
 use crate::gguf::writer::{GgufWriter, mutations};
+use crate::gguf::{Array, GgmlType};
 use crate::{HubOptions, ModelRef, locate};
 
 fn llama_file() -> GgufWriter {
@@ -64,10 +67,10 @@ fn tensors_tell_what_metadata_does_not() {
 #[test]
 fn unknown_architectures_name_the_supported_ones() {
     let mut writer = llama_file();
-    writer.text("general.architecture", "bloom");
+    writer.text("general.architecture", "mamba");
     let error = config(&writer).unwrap_err();
     assert!(
-        error.ends_with("architecture \"bloom\" is not supported; supported are the architectures llama"),
+        error.contains("architecture \"mamba\" is not supported; supported are the architectures gemma, "),
         "{error}"
     );
 }

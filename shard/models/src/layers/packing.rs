@@ -1,0 +1,88 @@
+//! From windows of stored tensors to a packed weight: from the quantized blocks where all of them are, else from plain numbers.
+
+use std::ops::Range;
+
+use backend::{Backend, DType, HostMatrix, QuantizedMatrix};
+
+use super::Loader;
+use crate::ModelError;
+use crate::spec::LinearSpec;
+
+/// A window of a stored matrix.
+pub(super) struct Window<'a> {
+    name: &'a str,
+    /// Outputs.
+    rows: Range<usize>,
+    /// Inputs.
+    cols: Range<usize>,
+    /// The tensor is `[in_features, out_features]`.
+    is_transposed: bool,
+}
+
+/// The outputs `rows` and inputs `columns` of a projection, stacked along the outputs.
+pub(super) fn windows(
+    linear: &LinearSpec,
+    rows: Range<usize>,
+    columns: Range<usize>,
+) -> impl Iterator<Item = Window<'_>> {
+    let cols = linear.column_range(columns);
+    linear.row_runs(rows).into_iter().map(move |rows| Window {
+        name: &linear.weight,
+        rows,
+        cols: cols.clone(),
+        is_transposed: linear.is_transposed,
+    })
+}
+
+impl<'a, B: Backend> Loader<'a, B> {
+    /// Packs the windows, stacked along their rows; all have the same number of columns.
+    pub(super) fn pack(&self, windows: &[Window<'_>]) -> Result<B::Linear, ModelError> {
+        if let Some(parts) = self.quantized_parts(windows)? {
+            let weight = self.backend.quantized_linear(&parts)?;
+            parts.into_iter().for_each(|part| self.source.recycle_quantized(part));
+            return Ok(weight);
+        }
+        self.pack_plain(windows, self.dtype)
+    }
+
+    /// Packs the windows in `dtype`, dequantized where they are not plain.
+    pub(super) fn pack_plain(&self, windows: &[Window<'_>], dtype: DType) -> Result<B::Linear, ModelError> {
+        let matrices = self.matrices(windows)?;
+        let weight = self.backend.linear(&matrices, dtype)?;
+        matrices.into_iter().for_each(|matrix| self.source.recycle(matrix));
+        Ok(weight)
+    }
+
+    /// The windows as plain numbers.
+    pub(super) fn matrices(&self, windows: &[Window<'_>]) -> Result<Vec<HostMatrix<'a>>, ModelError> {
+        let matrix = |window: &Window<'_>| {
+            let (rows, cols) = (window.rows.clone(), window.cols.clone());
+            if window.is_transposed {
+                Ok(self.source.matrix(window.name, cols, rows)?.transposed())
+            } else {
+                self.source.matrix(window.name, rows, cols)
+            }
+        };
+        windows.iter().map(matrix).collect()
+    }
+
+    /// The quantized blocks of all windows; none where one is stored plain or cuts a group, or the weights are to be of a
+    /// plain type.
+    fn quantized_parts(&self, windows: &[Window<'_>]) -> Result<Option<Vec<QuantizedMatrix>>, ModelError> {
+        let is_whole = |window: &Window<'_>| {
+            let quantized = self.source.meta(window.name).and_then(|meta| meta.quantized);
+            quantized.is_some_and(|quantized| {
+                quantized.is_transposed == window.is_transposed
+                    && window.cols.start.is_multiple_of(quantized.group_size)
+                    && window.cols.end.is_multiple_of(quantized.group_size)
+            })
+        };
+        if !self.keeps_quantized || !windows.iter().all(is_whole) {
+            return Ok(None);
+        }
+        let parts = windows
+            .iter()
+            .map(|window| self.source.quantized(window.name, window.rows.clone(), window.cols.clone()));
+        parts.map(Option::transpose).collect()
+    }
+}
