@@ -6,6 +6,7 @@
 
 mod args;
 mod bounded;
+mod bpe_json;
 mod config;
 mod download;
 mod download_plan;

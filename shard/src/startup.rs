@@ -153,7 +153,7 @@ struct Text {
 }
 
 fn load_text(files: &ModelFiles) -> Result<Text, HubError> {
-    let tokenizer = files.tokenizer()?;
+    let tokenizer = files.decoding_tokenizer()?;
     files.check_vocabulary(&tokenizer)?;
     let tokenizer_config = files.tokenizer_config()?;
     let mut eos_token_ids = files.generation_config()?.eos_token_ids;
@@ -164,8 +164,10 @@ fn load_text(files: &ModelFiles) -> Result<Text, HubError> {
         let id = token.and_then(|token| tokenizer.token_to_id(token));
         eos_token_ids.extend(id.filter(|id| !eos_token_ids.contains(id)));
     }
+    let files = files.clone();
+    let make_encoding = move || files.tokenizer().map_err(|error| error.to_string());
     Ok(Text {
-        vocabulary: Vocabulary::new(tokenizer, eos_token_ids),
+        vocabulary: Vocabulary::new(tokenizer, Box::new(make_encoding), eos_token_ids),
         model_max_length: tokenizer_config.model_max_length.and_then(|length| usize::try_from(length).ok()),
     })
 }

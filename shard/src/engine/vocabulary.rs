@@ -1,35 +1,49 @@
 //! Between text and token ids.
 
 use std::collections::HashSet;
+use std::sync::OnceLock;
 
 use tokenizers::Tokenizer;
 
+/// Makes the tokenizer for texts.
+pub(crate) type MakeTokenizer = Box<dyn Fn() -> Result<Tokenizer, String> + Send>;
+
 /// A model's tokenizer and what it says about single tokens.
 pub struct Vocabulary {
+    /// Turns tokens into text.
     tokenizer: Tokenizer,
+    /// Turns text into tokens. Our router sends tokens, so it is made when somebody else's router sends a text.
+    encoding: OnceLock<Result<Tokenizer, String>>,
+    make_encoding: MakeTokenizer,
     special_ids: HashSet<u32>,
     eos_token_ids: Vec<u32>,
 }
 
 impl Vocabulary {
-    /// `eos_token_ids`: the tokens that end a text.
-    pub fn new(mut tokenizer: Tokenizer, eos_token_ids: Vec<u32>) -> Self {
-        // Some tokenizer.json files ask for padding or cutting, which would change prompts behind the caller's back.
-        tokenizer.with_padding(None);
-        // Only cutting lengths can be refused, and none is given.
-        let _ = tokenizer.with_truncation(None);
+    /// `tokenizer` turns tokens into text, what `make_encoding` makes turns text into tokens; `eos_token_ids`: the tokens that
+    /// end a text.
+    pub fn new(tokenizer: Tokenizer, make_encoding: MakeTokenizer, eos_token_ids: Vec<u32>) -> Self {
         let added = tokenizer.get_added_tokens_decoder();
         let special_ids = added.into_iter().filter(|(_, token)| token.special).map(|(id, _)| id).collect();
-        Self { tokenizer, special_ids, eos_token_ids }
+        Self { tokenizer, encoding: OnceLock::new(), make_encoding, special_ids, eos_token_ids }
     }
 
     /// The tokens of a text.
     ///
     /// # Errors
-    /// The tokenizer's own words.
+    /// The tokenizer's own words, or why it could not be made.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, String> {
-        let encoding = self
-            .tokenizer
+        let tokenizer = self.encoding.get_or_init(|| {
+            let mut tokenizer = (self.make_encoding)()?;
+            // Some tokenizer.json files ask for padding or cutting, which would change prompts behind the caller's back.
+            tokenizer.with_padding(None);
+            // Only cutting lengths can be refused, and none is given.
+            let _ = tokenizer.with_truncation(None);
+            Ok(tokenizer)
+        });
+        let encoding = tokenizer
+            .as_ref()
+            .map_err(String::clone)?
             .encode_fast(text, add_special_tokens)
             .map_err(|error| format!("the prompt cannot be tokenized: {error}"))?;
         Ok(encoding.get_ids().to_vec())

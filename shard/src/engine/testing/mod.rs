@@ -23,7 +23,11 @@ const VOCAB_SIZE: usize = 257;
 
 /// Token id = byte, special tokens from 256 on.
 pub(crate) fn byte_vocabulary(special: &[&str]) -> Vocabulary {
-    Vocabulary::new(Tokenizer::from_str(&byte_tokenizer(special).to_string()).unwrap(), vec![EOS])
+    let make = {
+        let text = byte_tokenizer(special).to_string();
+        move || Tokenizer::from_str(&text).map_err(|error| error.to_string())
+    };
+    Vocabulary::new(make().unwrap(), Box::new(make), vec![EOS])
 }
 
 pub(crate) fn model_info() -> ModelInfo {
