@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use crate::sampling::{Sampled, SamplingRow};
-use crate::{BackendError, DType, HostMatrix, KvLayout, QuantizedMatrix, StepInput};
+use crate::{BackendError, DType, HostMatrix, KvLayout, QuantizedMatrix, Routing, StepInput};
 
 /// What a backend runs on.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -177,6 +177,17 @@ pub enum Activation {
     Relu,
 }
 
+/// Columns of a buffer that are cut into heads: head `h` has the columns `first + h * stride..first + h * stride + width`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeadColumns {
+    /// First column of the first head.
+    pub first: usize,
+    /// Columns from one head's first to the next one's.
+    pub stride: usize,
+    /// Columns of a head, at most `stride` where there are several.
+    pub width: usize,
+}
+
 /// A device and the operations a model needs of it.
 ///
 /// A [`Backend::Buffer`] holds activations `[rows, width]`, row-major; `width` and the largest number of rows are fixed
@@ -192,6 +203,8 @@ pub trait Backend: Send + Sized + 'static {
     type Linear: Send;
     /// A small parameter `[width]`: a norm's weight, a bias.
     type Vector: Send;
+    /// Feed-forward layers of equal sizes, of which a token passes a few.
+    type Experts: Send;
     /// A rotary embedding.
     type Rope: Send;
     /// The paged KV cache of all layers.
@@ -212,6 +225,13 @@ pub trait Backend: Send + Sized + 'static {
     fn buffer(&self, max_rows: usize, width: usize) -> Result<Self::Buffer, BackendError>;
     /// Packs the matrices `parts`, stacked along their rows (outputs), in `dtype`. All have the same number of columns.
     fn linear(&self, parts: &[HostMatrix<'_>], dtype: DType) -> Result<Self::Linear, BackendError>;
+    /// Makes experts of each one's projections: gate and up as one, `[2 * width, hidden]` with the gate first, and down,
+    /// `[hidden, width]`. All have the same shapes and types.
+    fn experts(
+        &self,
+        projections: Vec<(Self::Linear, Self::Linear)>,
+        activation: Activation,
+    ) -> Result<Self::Experts, BackendError>;
     /// Packs the quantized matrices `parts`, stacked along their rows (outputs), without loss. All have the same number of columns;
     /// group sizes are powers of two from 16.
     fn quantized_linear(&self, parts: &[QuantizedMatrix]) -> Result<Self::Linear, BackendError>;
@@ -343,6 +363,33 @@ pub trait Backend: Send + Sized + 'static {
         gate_up: &Self::Buffer,
         activation: Activation,
         out: &mut Self::Buffer,
+    ) -> Result<(), BackendError>;
+    /// A mixture of experts (arXiv:1701.06538): chooses experts for each row of `x` (`[rows, hidden]`) from its router logits
+    /// (`[rows, experts]`) by the rule `routing`, with a correction bias `[experts]` or none, and gives
+    /// `out = sum over the chosen of weight * down(activation(gate(x)) * up(x))`, added up in the order of the experts. Every
+    /// rank has the same logits and a part of every expert's width.
+    fn mixture_of_experts(
+        &mut self,
+        x: &Self::Buffer,
+        router_logits: &Self::Buffer,
+        routing: (&Routing, Option<&Self::Vector>),
+        experts: &Self::Experts,
+        out: &mut Self::Buffer,
+    ) -> Result<(), BackendError>;
+    /// Multiplies each head with a matrix of its own: head `h` of `out` becomes head `h` of `x` times `weights[h]^T`, of
+    /// `[out width, x width]`. Other columns of `out` stay as they are.
+    fn matmul_heads(
+        &mut self,
+        x: (&Self::Buffer, HeadColumns),
+        weights: &[Self::Linear],
+        out: (&mut Self::Buffer, HeadColumns),
+    ) -> Result<(), BackendError>;
+    /// Copies `num_heads` heads of the same width from some columns to others. Other columns of `out` stay as they are.
+    fn copy_heads(
+        &mut self,
+        x: (&Self::Buffer, HeadColumns),
+        num_heads: usize,
+        out: (&mut Self::Buffer, HeadColumns),
     ) -> Result<(), BackendError>;
     /// `x = activation(x)`.
     fn activate(&mut self, x: &mut Self::Buffer, activation: Activation) -> Result<(), BackendError>;

@@ -13,16 +13,18 @@ mod error;
 mod host_matrix;
 mod kv_layout;
 mod quantized_matrix;
+mod routing;
 pub mod sampling;
 mod step_input;
 
 pub use backend::{
-    Activation, Alibi, AttentionShape, Backend, DeviceInfo, LongContext, LongFrequencies, MemoryInfo,
-    RopeFrequencies, RopeStyle, SplitNorm,
+    Activation, Alibi, AttentionShape, Backend, DeviceInfo, HeadColumns, LongContext, LongFrequencies,
+    MemoryInfo, RopeFrequencies, RopeStyle, SplitNorm,
 };
 pub use dtype::DType;
 pub use error::BackendError;
 pub use host_matrix::HostMatrix;
 pub use kv_layout::KvLayout;
 pub use quantized_matrix::QuantizedMatrix;
+pub use routing::{ExpertGroups, GroupRank, RouterScores, Routing, WeightNormalization};
 pub use step_input::StepInput;

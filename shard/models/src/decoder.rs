@@ -3,7 +3,9 @@
 use backend::sampling::{Sampled, SamplingRow};
 use backend::{AttentionShape, Backend, BackendError, KvLayout, MemoryInfo, StepInput};
 
-use crate::layers::{Attention, Embedding, InputOutput, LmHead, Mlp, Norm, Residual, Scratch, Stream};
+use crate::layers::{
+    Attention, Embedding, InputOutput, LatentAttention, LmHead, Mlp, Norm, Residual, Scratch, Stream,
+};
 use crate::{CausalLm, ModelError, ModelInfo};
 
 /// A loaded model on one rank. Made by [`load`](crate::load).
@@ -39,6 +41,8 @@ pub(crate) struct Layer<B: Backend> {
 pub(crate) enum Mixer<B: Backend> {
     /// Softmax attention over the paged KV cache.
     Attention(Attention<B>),
+    /// The same over latent vectors.
+    LatentAttention(LatentAttention<B>),
 }
 
 impl<B: Backend> Mixer<B> {
@@ -52,6 +56,7 @@ impl<B: Backend> Mixer<B> {
     ) -> Result<(), ModelError> {
         match self {
             Mixer::Attention(attention) => attention.forward(backend, io, scratch, cache),
+            Mixer::LatentAttention(attention) => attention.forward(backend, io, scratch, cache),
         }
     }
 
@@ -59,6 +64,7 @@ impl<B: Backend> Mixer<B> {
     pub(crate) fn shape(&self) -> &AttentionShape {
         match self {
             Mixer::Attention(attention) => attention.shape(),
+            Mixer::LatentAttention(attention) => attention.shape(),
         }
     }
 }

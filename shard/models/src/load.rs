@@ -7,7 +7,7 @@ use hub::{ModelFiles, RopeOverride};
 
 use crate::decoder::{Decoder, Layer, Mixer};
 use crate::families::spec_with;
-use crate::layers::{Attention, Embedding, LmHead, Loader, Mlp, Norm, Residual, Stream};
+use crate::layers::{Attention, Embedding, LatentAttention, LmHead, Loader, Mlp, Norm, Residual, Stream};
 use crate::spec::{DecoderSpec, LayerSpec, MixerSpec, ResidualSpec};
 use crate::weights::{self, WeightSource, check_tensors, prevailing_dtype};
 use crate::{ModelError, ModelInfo};
@@ -152,6 +152,9 @@ fn load_layers<B: Backend>(
         let mixer = match &layer.mixer {
             MixerSpec::Attention(spec) => {
                 Mixer::Attention(Attention::load(loader, spec, width, layers.len())?)
+            }
+            MixerSpec::LatentAttention(spec) => {
+                Mixer::LatentAttention(LatentAttention::load(loader, spec, width, layers.len())?)
             }
         };
         layers.push(Layer { residual, mixer, mlp: Mlp::load(loader, &layer.mlp, width)? });

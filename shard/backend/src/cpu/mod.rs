@@ -11,10 +11,13 @@
 mod arena;
 mod attention;
 mod buffer;
+mod experts;
+mod heads;
 mod isa;
 mod kernels;
 mod kv_cache;
 mod linear;
+mod linear_kernels;
 mod matmul;
 mod memory;
 mod norm;
@@ -22,6 +25,7 @@ mod operations;
 mod packed_linear;
 mod quantized_linear;
 mod rope;
+mod router;
 mod rows;
 mod sampling;
 mod step_check;
@@ -31,6 +35,7 @@ use std::cell::{Cell, RefCell};
 use std::fs;
 
 pub use buffer::CpuBuffer;
+pub use experts::CpuExperts;
 pub use isa::Isa;
 pub use kv_cache::CpuKvCache;
 pub use packed_linear::PackedLinear;
@@ -69,6 +74,8 @@ pub struct CpuBackend {
     rope_tables: Vec<rope::RopeTable>,
     workspace: matmul::Workspace,
     attention_plan: attention::AttentionPlan,
+    expert_plan: experts::ExpertPlan,
+    head_plan: heads::HeadPlan,
     samplers: Vec<sampling::Sampler>,
 }
 
@@ -100,6 +107,8 @@ impl CpuBackend {
             rope_tables: Vec::new(),
             workspace: matmul::Workspace::new()?,
             attention_plan: attention::AttentionPlan::default(),
+            expert_plan: experts::ExpertPlan::default(),
+            head_plan: heads::HeadPlan::default(),
             samplers: (0..options.threads).map(|_| sampling::Sampler::new(kernels)).collect(),
         })
     }

@@ -9,19 +9,20 @@ use super::quantized_linear::QuantizedLinear;
 use super::rows::{SMALL, for_each_row, for_rows};
 use super::threads::{SharedMut, part};
 use super::{
-    CpuBackend, CpuBuffer, CpuKvCache, CpuRope, CpuVector, PackedLinear, matmul, memory, norm, rope,
-    step_check,
+    CpuBackend, CpuBuffer, CpuExperts, CpuKvCache, CpuRope, CpuVector, PackedLinear, heads, matmul, memory,
+    norm, rope, step_check,
 };
 use crate::sampling::{Sampled, SamplingRow};
 use crate::{
-    Activation, AttentionShape, Backend, BackendError, DType, DeviceInfo, HostMatrix, KvLayout, MemoryInfo,
-    QuantizedMatrix, RopeFrequencies, SplitNorm, StepInput,
+    Activation, AttentionShape, Backend, BackendError, DType, DeviceInfo, HeadColumns, HostMatrix, KvLayout,
+    MemoryInfo, QuantizedMatrix, RopeFrequencies, Routing, SplitNorm, StepInput,
 };
 
 impl Backend for CpuBackend {
     type Buffer = CpuBuffer;
     type Linear = PackedLinear;
     type Vector = CpuVector;
+    type Experts = CpuExperts;
     type Rope = CpuRope;
     type KvCache = CpuKvCache;
 
@@ -59,6 +60,14 @@ impl Backend for CpuBackend {
     fn quantized_linear(&self, parts: &[QuantizedMatrix]) -> Result<PackedLinear, BackendError> {
         let tools = (&mut *self.threads.borrow_mut(), &mut *self.arena.borrow_mut());
         Ok(PackedLinear(Storage::Quantized(QuantizedLinear::pack(parts, tools)?)))
+    }
+
+    fn experts(
+        &self,
+        projections: Vec<(PackedLinear, PackedLinear)>,
+        activation: Activation,
+    ) -> Result<CpuExperts, BackendError> {
+        CpuExperts::new(projections, activation)
     }
 
     fn vector(&self, values: Vec<f32>) -> Result<CpuVector, BackendError> {
@@ -344,6 +353,40 @@ impl Backend for CpuBackend {
             // SAFETY: the processor has the instruction set.
             unsafe { kernel(inputs, activation, out) };
         });
+        Ok(())
+    }
+
+    fn mixture_of_experts(
+        &mut self,
+        x: &CpuBuffer,
+        router_logits: &CpuBuffer,
+        (routing, correction): (&Routing, Option<&CpuVector>),
+        experts: &CpuExperts,
+        out: &mut CpuBuffer,
+    ) -> Result<(), BackendError> {
+        let tools = (self.kernels, self.threads.get_mut());
+        let routing = (routing, correction.map(|correction| correction.0.as_slice()));
+        self.expert_plan.run(tools, (x, router_logits), routing, experts, out);
+        Ok(())
+    }
+
+    fn matmul_heads(
+        &mut self,
+        x: (&CpuBuffer, HeadColumns),
+        weights: &[PackedLinear],
+        out: (&mut CpuBuffer, HeadColumns),
+    ) -> Result<(), BackendError> {
+        self.head_plan.matmul((self.kernels, self.threads.get_mut()), x, weights, out);
+        Ok(())
+    }
+
+    fn copy_heads(
+        &mut self,
+        x: (&CpuBuffer, HeadColumns),
+        num_heads: usize,
+        out: (&mut CpuBuffer, HeadColumns),
+    ) -> Result<(), BackendError> {
+        heads::copy(x, num_heads, out);
         Ok(())
     }
 

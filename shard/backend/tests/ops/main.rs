@@ -7,6 +7,8 @@ mod activation;
 mod attention;
 mod cases;
 mod embedding;
+mod experts;
+mod heads;
 mod matmul;
 mod norm;
 mod quantized;

@@ -36,6 +36,15 @@ pub(crate) const fn attention(dtype: DType) -> Tolerance {
     }
 }
 
+/// A mixture of experts with weights of `dtype`; the magnitude is that of the projections out of products of the absolute sums
+/// of the projections in.
+pub(crate) const fn experts(dtype: DType) -> Tolerance {
+    match dtype {
+        DType::F32 | DType::F16 => tolerance(1e-6, 1e-6),
+        DType::BF16 => tolerance(1e-6, 8e-6),
+    }
+}
+
 /// RMSNorm.
 pub(crate) const NORM: Tolerance = tolerance(1e-6, 1e-6);
 /// Rotary embedding: the angle is rounded to f32 on both sides.

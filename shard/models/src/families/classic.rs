@@ -115,6 +115,7 @@ impl Sizes {
             lm_head: LmHeadSpec::Tied,
             logits_multiplier: 1.0,
             logits_soft_cap: None,
+            other_tensors: Vec::new(),
         }
     }
 }

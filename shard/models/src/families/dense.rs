@@ -6,8 +6,8 @@ use backend::{Activation, RopeFrequencies};
 use super::config_reader::ConfigReader;
 use super::rope;
 use crate::spec::{
-    AttentionSpec, BranchSpec, DecoderSpec, EmbeddingSpec, LayerSpec, LinearSpec, LmHeadSpec, MixerSpec,
-    MlpSpec, NormSpec, QkNormScope, QkNormSpec, ResidualSpec,
+    AttentionSpec, BranchSpec, DecoderSpec, EmbeddingSpec, LatentAttentionSpec, LayerSpec, LinearSpec,
+    LmHeadSpec, MixerSpec, MlpSpec, NormSpec, QkNormScope, QkNormSpec, ResidualSpec,
 };
 
 /// What a family decides, or takes for granted where config.json is silent.
@@ -89,6 +89,7 @@ impl Dense {
             },
             logits_multiplier: 1.0,
             logits_soft_cap: None,
+            other_tensors: Vec::new(),
         }
     }
 
@@ -133,9 +134,9 @@ impl Dense {
 
 /// The attentions of all layers, to be changed.
 pub(super) fn attentions(spec: &mut DecoderSpec) -> impl Iterator<Item = &mut AttentionSpec> {
-    spec.layers.iter_mut().map(|layer| {
-        let MixerSpec::Attention(attention) = &mut layer.mixer;
-        attention
+    spec.layers.iter_mut().filter_map(|layer| match &mut layer.mixer {
+        MixerSpec::Attention(attention) => Some(attention),
+        MixerSpec::LatentAttention(_) => None,
     })
 }
 
@@ -164,9 +165,15 @@ pub(super) fn branches(spec: &mut DecoderSpec) -> impl Iterator<Item = &mut Bran
 /// Every norm there is, to be changed.
 pub(super) fn norms(spec: &mut DecoderSpec) -> impl Iterator<Item = &mut NormSpec> {
     let of_layers = spec.layers.iter_mut().flat_map(|layer| {
-        let MixerSpec::Attention(attention) = &mut layer.mixer;
-        let of_heads = attention.qk_norm.as_mut().map(|norm| [&mut norm.q, &mut norm.k]);
-        let mut norms: Vec<_> = of_heads.into_iter().flatten().collect();
+        let mut norms = Vec::new();
+        match &mut layer.mixer {
+            MixerSpec::Attention(AttentionSpec { qk_norm, .. }) => {
+                norms.extend(qk_norm.iter_mut().flat_map(|norm| [&mut norm.q, &mut norm.k]));
+            }
+            MixerSpec::LatentAttention(LatentAttentionSpec { q_down, kv_down, .. }) => {
+                norms.extend(q_down.iter_mut().chain([kv_down]).map(|down| &mut down.norm));
+            }
+        }
         match &mut layer.residual {
             ResidualSpec::Sequential { mixer, mlp } => {
                 let branches = [&mut mixer.norm, &mut mixer.post_norm, &mut mlp.norm, &mut mlp.post_norm];

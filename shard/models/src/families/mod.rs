@@ -5,7 +5,10 @@ mod bloom;
 mod classic;
 mod cohere;
 mod config_reader;
+mod dbrx;
+mod deepseek;
 mod dense;
+mod experts;
 mod falcon;
 mod gemma;
 mod gpt2;
@@ -14,13 +17,17 @@ mod gptj;
 mod granite;
 mod llama;
 mod mistral;
+mod mixtral;
 mod mpt;
 mod olmo2;
 mod opt;
 mod phi;
 mod phi3;
+mod phimoe;
 mod qwen2;
+mod qwen2_moe;
 mod qwen3;
+mod qwen3_moe;
 mod respelled;
 mod rope;
 mod rope_override;
@@ -53,6 +60,9 @@ const FAMILIES: &[Family] = &[
     Family { model_type: "bloom", architecture: "BloomForCausalLM", build: bloom::spec },
     Family { model_type: "codegen", architecture: "CodeGenForCausalLM", build: gptj::codegen },
     Family { model_type: "cohere", architecture: "CohereForCausalLM", build: cohere::spec },
+    Family { model_type: "dbrx", architecture: "DbrxForCausalLM", build: dbrx::spec },
+    Family { model_type: "deepseek_v2", architecture: "DeepseekV2ForCausalLM", build: deepseek::v2 },
+    Family { model_type: "deepseek_v3", architecture: "DeepseekV3ForCausalLM", build: deepseek::v3 },
     Family { model_type: "falcon", architecture: "FalconForCausalLM", build: falcon::spec },
     Family { model_type: "gemma", architecture: "GemmaForCausalLM", build: gemma::gemma },
     Family { model_type: "gemma2", architecture: "Gemma2ForCausalLM", build: gemma::gemma2 },
@@ -64,14 +74,19 @@ const FAMILIES: &[Family] = &[
     Family { model_type: "granite", architecture: "GraniteForCausalLM", build: granite::spec },
     Family { model_type: "llama", architecture: "LlamaForCausalLM", build: llama::spec },
     Family { model_type: "mistral", architecture: "MistralForCausalLM", build: mistral::spec },
+    Family { model_type: "mixtral", architecture: "MixtralForCausalLM", build: mixtral::spec },
     Family { model_type: "mpt", architecture: "MPTForCausalLM", build: mpt::spec },
     Family { model_type: "mpt", architecture: "MptForCausalLM", build: mpt::spec },
     Family { model_type: "olmo2", architecture: "Olmo2ForCausalLM", build: olmo2::spec },
     Family { model_type: "opt", architecture: "OPTForCausalLM", build: opt::spec },
     Family { model_type: "phi", architecture: "PhiForCausalLM", build: phi::spec },
     Family { model_type: "phi3", architecture: "Phi3ForCausalLM", build: phi3::spec },
+    Family { model_type: "phimoe", architecture: "PhimoeForCausalLM", build: phimoe::spec },
+    Family { model_type: "phimoe", architecture: "PhiMoEForCausalLM", build: phimoe::spec },
     Family { model_type: "qwen2", architecture: "Qwen2ForCausalLM", build: qwen2::spec },
+    Family { model_type: "qwen2_moe", architecture: "Qwen2MoeForCausalLM", build: qwen2_moe::spec },
     Family { model_type: "qwen3", architecture: "Qwen3ForCausalLM", build: qwen3::spec },
+    Family { model_type: "qwen3_moe", architecture: "Qwen3MoeForCausalLM", build: qwen3_moe::spec },
     Family { model_type: "stablelm", architecture: "StableLmForCausalLM", build: stablelm::spec },
     Family { model_type: "starcoder2", architecture: "Starcoder2ForCausalLM", build: starcoder2::spec },
 ];

@@ -24,7 +24,7 @@ fn branches_of(spec: &DecoderSpec, layer: usize) -> (&BranchSpec, &BranchSpec) {
 }
 
 fn attention(spec: &DecoderSpec, layer: usize) -> &AttentionSpec {
-    let MixerSpec::Attention(attention) = &spec.layers[layer].mixer;
+    let MixerSpec::Attention(attention) = &spec.layers[layer].mixer else { panic!("another mixer") };
     attention
 }
 

@@ -81,7 +81,6 @@ pub(super) fn of_kind(reader: &mut ConfigReader<'_>, kind: &str, head_dim: usize
 
 /// The factor on the scores that belongs to a YaRN scaling with `mscale_all_dim`, as DeepSeek's latent attention has it;
 /// else 1. The one on cosines and sines is part of the frequencies and does not include it.
-#[allow(dead_code, reason = "its caller is the family with latent attention")]
 pub(super) fn softmax_factor(reader: &mut ConfigReader<'_>) -> f32 {
     let Some(raw) = reader.config().rope_scaling() else { return 1.0 };
     if raw.get("mscale_all_dim").is_none_or(|weight| weight.is_null() || weight.as_f64() == Some(0.0)) {

@@ -27,14 +27,14 @@ pub(super) fn refusal(changes: Value) -> String {
 }
 
 fn inv_freq(changes: Value) -> Vec<f32> {
-    let MixerSpec::Attention(attention) = &spec(changes).layers[1].mixer;
+    let MixerSpec::Attention(attention) = &spec(changes).layers[1].mixer else { panic!("another mixer") };
     attention.rope.clone().unwrap().inv_freq
 }
 
 #[test]
 fn llama_in_full() {
     let spec = spec(json!({"attention_bias": true, "tie_word_embeddings": true, "head_dim": 24}));
-    let MixerSpec::Attention(attention) = &spec.layers[1].mixer;
+    let MixerSpec::Attention(attention) = &spec.layers[1].mixer else { panic!("another mixer") };
     assert_eq!((attention.num_heads, attention.num_kv_heads, attention.head_dim), (4, 2, 24));
     assert_eq!(attention.scale, 24_f32.sqrt().recip());
     assert_eq!(attention.q_proj, LinearSpec::new("model.layers.1.self_attn.q_proj", true));
@@ -59,7 +59,7 @@ fn defaults_are_those_of_the_library_that_wrote_the_file() {
         bare.raw.remove(key);
     }
     let spec = decoder_spec(&bare).unwrap();
-    let MixerSpec::Attention(attention) = &spec.layers[0].mixer;
+    let MixerSpec::Attention(attention) = &spec.layers[0].mixer else { panic!("another mixer") };
     assert_eq!((attention.num_kv_heads, attention.head_dim), (4, 16));
     assert_eq!((spec.norm.eps, spec.max_position_embeddings), (1e-6, 2048));
     assert_eq!(attention.q_proj.bias, None);

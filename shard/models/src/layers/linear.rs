@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use backend::{Backend, HostMatrix};
+use backend::{Backend, DType, HostMatrix};
 
 use super::Loader;
 use crate::ModelError;
@@ -61,6 +61,22 @@ impl<B: Backend> Linear<B> {
         Self::new(loader, weight, bias)
     }
 
+    /// All of a projection on every rank, in f32 whatever type the other weights get.
+    pub(super) fn precise(
+        loader: &mut Loader<'_, B>,
+        linear: &LinearSpec,
+        [out_features, in_features]: [usize; 2],
+    ) -> Result<Self, ModelError> {
+        let matrices = windows(loader.source, linear, 0..out_features, 0..in_features)?;
+        let weight = loader.backend.linear(&matrices, DType::F32)?;
+        matrices.into_iter().for_each(|matrix| loader.source.recycle(matrix));
+        let bias = match &linear.bias {
+            Some(name) => Some(bias_of(loader.source, name, linear, 0..out_features)?),
+            None => None,
+        };
+        Self::new(loader, weight, bias)
+    }
+
     fn pack(loader: &Loader<'_, B>, matrices: Vec<HostMatrix<'_>>) -> Result<B::Linear, ModelError> {
         let weight = loader.backend.linear(&matrices, loader.dtype)?;
         matrices.into_iter().for_each(|matrix| loader.source.recycle(matrix));
@@ -92,10 +108,15 @@ impl<B: Backend> Linear<B> {
     pub(super) fn weight(&self) -> &B::Linear {
         &self.weight
     }
+
+    /// The packed weight alone, of a projection that has no bias.
+    pub(super) fn into_weight(self) -> B::Linear {
+        self.weight
+    }
 }
 
 /// The outputs `rows` and inputs `columns` of a projection, stacked along the outputs.
-fn windows<'a>(
+pub(super) fn windows<'a>(
     source: &'a dyn WeightSource,
     linear: &LinearSpec,
     rows: Range<usize>,

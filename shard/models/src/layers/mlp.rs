@@ -2,6 +2,7 @@
 
 use backend::{Activation, Backend};
 
+use super::experts::Experts;
 use super::linear::{ColumnPart, Linear};
 use super::{Loader, Role, Scratch};
 use crate::ModelError;
@@ -34,6 +35,8 @@ pub(crate) enum Mlp<B: Backend> {
         /// Scratch buffer between the projections.
         inner: usize,
     },
+    /// A few of many for each token.
+    Experts(Experts<B>),
 }
 
 impl<B: Backend> Mlp<B> {
@@ -70,6 +73,7 @@ impl<B: Backend> Mlp<B> {
                     down_proj: Linear::row_parallel(loader, down_proj, hidden_size, inner)?,
                 })
             }
+            MlpSpec::Experts(spec) => Ok(Mlp::Experts(Experts::load(loader, spec, hidden_size)?)),
         }
     }
 
@@ -93,6 +97,7 @@ impl<B: Backend> Mlp<B> {
                 backend.activate(inner, *activation)?;
                 down_proj.forward(backend, inner, out)
             }
+            Mlp::Experts(experts) => experts.forward(backend, (x, out), scratch),
         }
     }
 }

@@ -5,6 +5,8 @@
 
 mod attention;
 mod embedding;
+mod experts;
+mod latent_attention;
 mod linear;
 mod mlp;
 mod norm;
@@ -15,6 +17,7 @@ use backend::{Backend, DType, RopeFrequencies};
 
 pub(crate) use attention::Attention;
 pub(crate) use embedding::{Embedding, LmHead};
+pub(crate) use latent_attention::LatentAttention;
 pub(crate) use mlp::Mlp;
 pub(crate) use norm::Norm;
 pub(crate) use residual::{InputOutput, Residual, Stream};
@@ -87,6 +90,12 @@ enum Role {
     Squares,
     GateUp,
     Activated,
+    RouterLogits,
+    RoutedOut,
+    QueryLatent,
+    Queries,
+    Latent,
+    Values,
 }
 
 /// What the layers share while they run.

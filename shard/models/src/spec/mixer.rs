@@ -2,13 +2,15 @@
 
 use backend::RopeFrequencies;
 
-use super::{LinearSpec, NormSpec};
+use super::{LatentAttentionSpec, LinearSpec, NormSpec};
 
 /// What mixes information between tokens.
 #[derive(Debug, Clone, PartialEq)]
 pub enum MixerSpec {
     /// Softmax attention over the paged KV cache.
     Attention(AttentionSpec),
+    /// The same over latent vectors.
+    LatentAttention(LatentAttentionSpec),
 }
 
 /// Grouped-query attention (arXiv:2305.13245); one KV head for every query head is the classic one, a single KV head

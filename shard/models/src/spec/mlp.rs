@@ -2,7 +2,7 @@
 
 use backend::Activation;
 
-use super::LinearSpec;
+use super::{ExpertsSpec, LinearSpec};
 
 /// What works on each token alone.
 #[derive(Debug, Clone, PartialEq)]
@@ -31,4 +31,6 @@ pub enum MlpSpec {
         /// `[hidden_size, intermediate_size]`.
         down_proj: LinearSpec,
     },
+    /// A few of many for each token.
+    Experts(Box<ExpertsSpec>),
 }

@@ -4,11 +4,15 @@
 //! here has exactly the variants the executor runs; a new kind of layer is a new variant, never a question for a
 //! family's name.
 
+mod experts;
+mod latent;
 mod linear;
 mod mixer;
 mod mlp;
 mod tensors;
 
+pub use experts::{ExpertsSpec, GatedSpec, SharedExpertSpec};
+pub use latent::{LatentAttentionSpec, LatentProjectionSpec};
 pub use linear::{FusedColumns, FusedRows, LinearSpec};
 pub use mixer::{AlibiSpec, AttentionSpec, MixerSpec, QkNormScope, QkNormSpec};
 pub use mlp::MlpSpec;
@@ -35,6 +39,9 @@ pub struct DecoderSpec {
     pub logits_multiplier: f32,
     /// Logits become `soft_cap * tanh(logit / soft_cap)`, after the factor.
     pub logits_soft_cap: Option<f32>,
+    /// Beginnings of the names of tensors that belong to something else than the decoder, such as a head that guesses further
+    /// tokens.
+    pub other_tensors: Vec<String>,
 }
 
 /// What enters the residual stream: `norm(multiplier * tokens[id] + positions[position])`.

@@ -3,8 +3,8 @@
 use std::collections::HashSet;
 
 use super::{
-    AttentionSpec, BranchSpec, DecoderSpec, LinearSpec, LmHeadSpec, MixerSpec, MlpSpec, NormSpec,
-    QkNormScope, ResidualSpec,
+    AttentionSpec, BranchSpec, DecoderSpec, ExpertsSpec, GatedSpec, LatentAttentionSpec,
+    LatentProjectionSpec, LinearSpec, LmHeadSpec, MixerSpec, MlpSpec, NormSpec, QkNormScope, ResidualSpec,
 };
 
 /// A tensor that the spec needs.
@@ -41,6 +41,7 @@ impl DecoderSpec {
             }
             match &layer.mixer {
                 MixerSpec::Attention(attention) => list.attention(attention, hidden),
+                MixerSpec::LatentAttention(attention) => list.latent_attention(attention, hidden),
             }
             list.mlp(&layer.mlp, hidden);
         }
@@ -103,6 +104,21 @@ impl TensorList {
         }
     }
 
+    fn latent_attention(&mut self, attention: &LatentAttentionSpec, hidden: usize) {
+        let &LatentAttentionSpec { num_heads, plain_dim, rotary_dim, value_dim, latent_dim, .. } = attention;
+        let mut query_inputs = hidden;
+        if let Some(LatentProjectionSpec { width, proj, norm }) = &attention.q_down {
+            self.linear(proj, *width, hidden);
+            self.norm(norm, &[*width]);
+            query_inputs = *width;
+        }
+        self.linear(&attention.q_proj, num_heads * (plain_dim + rotary_dim), query_inputs);
+        self.linear(&attention.kv_down.proj, latent_dim + rotary_dim, hidden);
+        self.norm(&attention.kv_down.norm, &[latent_dim]);
+        self.linear(&attention.kv_up, num_heads * (plain_dim + value_dim), latent_dim);
+        self.linear(&attention.o_proj, hidden, num_heads * value_dim);
+    }
+
     fn mlp(&mut self, mlp: &MlpSpec, hidden: usize) {
         match mlp {
             MlpSpec::Gated { intermediate_size, gate_proj, up_proj, down_proj, .. } => {
@@ -114,6 +130,27 @@ impl TensorList {
                 self.linear(up_proj, *intermediate_size, hidden);
                 self.linear(down_proj, hidden, *intermediate_size);
             }
+            MlpSpec::Experts(experts) => self.experts(experts, hidden),
         }
+    }
+
+    fn experts(&mut self, spec: &ExpertsSpec, hidden: usize) {
+        self.linear(&spec.router, spec.experts.len(), hidden);
+        if let Some(correction) = &spec.correction {
+            self.add(correction, &[spec.experts.len()]);
+        }
+        for expert in &spec.experts {
+            self.gated(expert, spec.intermediate_size, hidden);
+        }
+        if let Some(shared) = &spec.shared {
+            self.gated(&shared.projections, shared.intermediate_size, hidden);
+            shared.gate.iter().for_each(|gate| self.linear(gate, 1, hidden));
+        }
+    }
+
+    fn gated(&mut self, expert: &GatedSpec, inner: usize, hidden: usize) {
+        self.linear(&expert.gate_proj, inner, hidden);
+        self.linear(&expert.up_proj, inner, hidden);
+        self.linear(&expert.down_proj, hidden, inner);
     }
 }

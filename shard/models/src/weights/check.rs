@@ -67,6 +67,7 @@ pub(crate) fn prevailing_dtype(spec: &DecoderSpec, source: &dyn WeightSource) ->
 fn is_harmless(name: &str, spec: &DecoderSpec) -> bool {
     HARMLESS_SUFFIXES.iter().any(|suffix| name.ends_with(suffix))
         || (spec.lm_head == LmHeadSpec::Tied && name == "lm_head.weight")
+        || spec.other_tensors.iter().any(|prefix| name.starts_with(prefix.as_str()))
 }
 
 fn shorten(name: &str) -> String {

@@ -1,0 +1,91 @@
+//! What families with mixtures of experts share.
+
+use backend::{RouterScores, Routing, WeightNormalization};
+use serde_json::Value;
+
+use super::config_reader::ConfigReader;
+use crate::spec::{ExpertsSpec, GatedSpec};
+
+/// The most experts a layer may have; the largest in use have some 400.
+const MAX_EXPERTS: usize = 1 << 14;
+/// Names of the projections of Mixtral's experts.
+pub(super) const MIXTRAL_NAMES: [&str; 3] = ["w1", "w3", "w2"];
+/// Names of the projections of most others' experts.
+pub(super) const NAMES: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
+
+/// A number of experts.
+pub(super) fn count(reader: &mut ConfigReader<'_>, key: &str, default: Option<usize>) -> usize {
+    let count = match default {
+        Some(default) => reader.size_or(key, default),
+        None => reader.size(key),
+    };
+    if count > MAX_EXPERTS {
+        reader.wrong(format!("{key}: found {count}, expected at most {MAX_EXPERTS}"));
+        return 1;
+    }
+    count
+}
+
+/// Softmax over all experts, of which `num_chosen` are taken.
+pub(super) fn softmax(num_chosen: usize, is_normalized: bool) -> Routing {
+    Routing {
+        num_chosen,
+        scores: RouterScores::Softmax,
+        groups: None,
+        normalization: if is_normalized { WeightNormalization::Sum } else { WeightNormalization::None },
+        scale: 1.0,
+    }
+}
+
+/// Refuses a rule that cannot choose among `num_experts`.
+pub(super) fn check(reader: &mut ConfigReader<'_>, routing: &Routing, num_experts: usize) {
+    // What follows from a mistake is no second one.
+    if let Some(problem) = routing.problem(num_experts).filter(|_| !reader.has_mistakes()) {
+        reader.wrong(format!("the choice of experts: {problem}"));
+    }
+}
+
+/// The experts `PREFIX.0` and so on.
+pub(super) fn numbered(prefix: &str, num_experts: usize, names: [&str; 3]) -> Vec<GatedSpec> {
+    (0..num_experts).map(|index| GatedSpec::new(&format!("{prefix}.{index}"), names)).collect()
+}
+
+/// Which layers have experts after Qwen's rule: every `decoder_sparse_step`-th that `mlp_only_layers` does not name.
+pub(super) fn qwen_layers(reader: &mut ConfigReader<'_>, num_layers: usize) -> Vec<bool> {
+    let step = reader.size_or("decoder_sparse_step", 1);
+    let mut layers: Vec<bool> = (1..=num_layers).map(|number| number.is_multiple_of(step)).collect();
+    match reader.config().raw.get("mlp_only_layers") {
+        None | Some(Value::Null) => {}
+        Some(Value::Array(dense)) if dense.iter().all(Value::is_u64) => {
+            for index in dense.iter().filter_map(Value::as_u64) {
+                if let Some(layer) = layers.get_mut(index as usize) {
+                    *layer = false;
+                }
+            }
+        }
+        Some(other) => reader.wrong(format!("mlp_only_layers: found {other}, expected a list of layers")),
+    }
+    layers
+}
+
+/// Qwen's experts of a layer, by the layer's prefix: `num_experts` of `moe_intermediate_size`, `num_experts_per_tok` for a token.
+pub(super) fn qwen(
+    reader: &mut ConfigReader<'_>,
+    activation: backend::Activation,
+    num_chosen: usize,
+) -> impl Fn(&str) -> ExpertsSpec + use<> {
+    let num_experts = count(reader, "num_experts", None);
+    let intermediate_size = reader.size("moe_intermediate_size");
+    let num_chosen = reader.size_or("num_experts_per_tok", num_chosen);
+    let routing = softmax(num_chosen, reader.flag_or("norm_topk_prob", false));
+    check(reader, &routing, num_experts);
+    move |prefix| ExpertsSpec {
+        intermediate_size,
+        activation,
+        routing,
+        router: crate::spec::LinearSpec::new(&format!("{prefix}.mlp.gate"), false),
+        correction: None,
+        experts: numbered(&format!("{prefix}.mlp.experts"), num_experts, NAMES),
+        shared: None,
+    }
+}
