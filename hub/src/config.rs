@@ -4,6 +4,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
+use crate::bounded::{self, MAX_JSON_BYTES};
 use crate::error::HubError;
 
 /// A model's `config.json`, in Hugging Face's spelling.
@@ -198,7 +199,12 @@ fn normalise(raw: &mut Map<String, Value>) {
 
 /// Reads a JSON file that holds one object.
 pub(crate) fn read_object(path: &Path) -> Result<Map<String, Value>, HubError> {
-    let text = std::fs::read_to_string(path).map_err(HubError::io("read", path))?;
+    read_object_of(path, MAX_JSON_BYTES)
+}
+
+/// [`read_object`], for a file of at most `max_bytes`.
+pub(crate) fn read_object_of(path: &Path, max_bytes: u64) -> Result<Map<String, Value>, HubError> {
+    let text = bounded::read_text(path, max_bytes)?;
     match serde_json::from_str(&text) {
         Ok(Value::Object(object)) => Ok(object),
         Ok(other) => Err(HubError::format(
@@ -207,6 +213,12 @@ pub(crate) fn read_object(path: &Path) -> Result<Map<String, Value>, HubError> {
         )),
         Err(error) => Err(HubError::format(path.display().to_string(), format!("not valid JSON: {error}"))),
     }
+}
+
+/// At most 200 characters of somebody else's words, in one line.
+pub(crate) fn one_line(text: &str) -> String {
+    let visible = |c: char| if c.is_control() { ' ' } else { c };
+    text.chars().take(200).map(visible).collect()
 }
 
 /// At most 80 characters of a value, for messages.

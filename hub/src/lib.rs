@@ -5,6 +5,7 @@
 //! metadata is translated into the spelling of the former.
 
 mod args;
+mod bounded;
 mod config;
 mod download;
 mod download_plan;
@@ -13,6 +14,7 @@ mod generation_config;
 pub mod gguf;
 mod gguf_config;
 mod gguf_tokenizer;
+mod links;
 mod model_files;
 mod rope_override;
 mod snapshot;

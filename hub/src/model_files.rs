@@ -7,7 +7,8 @@ use std::sync::{Arc, OnceLock};
 use sha2::{Digest, Sha256};
 use tokenizers::Tokenizer;
 
-use crate::config::ModelConfig;
+use crate::bounded::{self, MAX_TOKENIZER_BYTES};
+use crate::config::{ModelConfig, one_line};
 use crate::error::HubError;
 use crate::generation_config::GenerationConfig;
 use crate::gguf::Gguf;
@@ -130,8 +131,39 @@ impl ModelFiles {
                     .to_owned(),
             });
         }
-        Tokenizer::from_file(&path)
-            .map_err(|error| HubError::Tokenizer { origin: origin(&path), problem: error.to_string() })
+        read_tokenizer(&path)
+    }
+
+    /// Whether the model has a row of its embedding for every token of `tokenizer`. The other way round is usual: embeddings
+    /// are padded to a round number.
+    ///
+    /// Added tokens beyond the embedding are tolerated, since published models have them (Gemma 3's text models know the
+    /// token that stands for an image): a prompt that uses one is refused when it comes.
+    ///
+    /// # Errors
+    /// The vocabulary is larger than the embedding, or the configuration cannot be read.
+    pub fn check_vocabulary(&self, tokenizer: &Tokenizer) -> Result<(), HubError> {
+        let Some(rows) = self.config()?.vocab_size()? else { return Ok(()) };
+        let beyond = |id: &u32| usize::try_from(*id).is_ok_and(|id| id >= rows);
+        if let Some(largest) = tokenizer.get_vocab(false).into_values().max().filter(beyond) {
+            return Err(HubError::format(
+                format!("tokenizer of {}", self.model_id),
+                format!(
+                    "its largest token id is {largest}, expected ids below the model's vocab_size of {rows}; tokenizer \
+                     and weights are not of the same model: take both from one revision"
+                ),
+            ));
+        }
+        let added = tokenizer.get_added_tokens_decoder();
+        let added: Vec<_> =
+            added.iter().filter(|(id, _)| beyond(id)).map(|(_, token)| &token.content).collect();
+        if let Some(first) = added.first() {
+            let count = added.len();
+            tracing::warn!(
+                "{count} added token(s) such as {first:?} are beyond the model's {rows} rows; prompts with them are refused"
+            );
+        }
+        Ok(())
     }
 
     /// Special tokens, chat template and limits of the tokenizer.
@@ -179,6 +211,71 @@ impl ModelFiles {
     }
 }
 
+/// Reads a `tokenizer.json`.
+fn read_tokenizer(path: &Path) -> Result<Tokenizer, HubError> {
+    let bytes = bounded::read(path, MAX_TOKENIZER_BYTES)?;
+    let wrong = |problem: String| HubError::Tokenizer { origin: origin(path), problem: one_line(&problem) };
+    // The library checks much, but not all that a file may hold.
+    match std::panic::catch_unwind(|| Tokenizer::from_bytes(&bytes)) {
+        Ok(tokenizer) => tokenizer.map_err(|error| wrong(error.to_string())),
+        Err(_) => Err(wrong("its parts contradict one another".to_owned())),
+    }
+}
+
 fn origin(path: &Path) -> String {
     path.display().to_string()
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// A model with `tokens` in its vocabulary, one more that is added, and `rows` in its embedding.
+    fn check(tokens: &[(&str, u32)], added: u32, rows: usize) -> Result<(), String> {
+        let dir = tempfile::tempdir().unwrap();
+        let vocab: serde_json::Map<_, _> =
+            tokens.iter().map(|&(token, id)| (token.to_owned(), json!(id))).collect();
+        let tokenizer = json!({
+            "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "pre_tokenizer": null,
+            "post_processor": null, "decoder": null,
+            "added_tokens": [{"id": added, "content": "<image>", "single_word": false, "lstrip": false,
+                "rstrip": false, "normalized": false, "special": true}],
+            "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "a"},
+        });
+        std::fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+        std::fs::write(dir.path().join("config.json"), json!({"vocab_size": rows}).to_string()).unwrap();
+        let weights = WeightFiles::Safetensors(vec![dir.path().join("model.safetensors")]);
+        let files = ModelFiles::new("org/name", dir.path(), weights, None);
+        let tokenizer = files.tokenizer().unwrap();
+        files.check_vocabulary(&tokenizer).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_vocabulary_larger_than_the_embedding_is_refused() {
+        let error = check(&[("a", 0), ("b", 7)], 8, 7).unwrap_err();
+        assert_eq!(
+            error,
+            "tokenizer of org/name: its largest token id is 7, expected ids below the model's vocab_size of 7; tokenizer \
+             and weights are not of the same model: take both from one revision"
+        );
+        check(&[("a", 0), ("b", 7)], 8, 64).unwrap();
+        // As Gemma 3 has it.
+        check(&[("a", 0), ("b", 1)], 2, 2).unwrap();
+    }
+
+    #[test]
+    fn damaged_tokenizers_are_refused_in_one_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tokenizer.json");
+        for text in
+            ["", "{}", "[\n]", &"[".repeat(10_000), r#"{"version": "1.0", "model": {"type": "a\nb"}}"#]
+        {
+            std::fs::write(&path, text).unwrap();
+            let error = read_tokenizer(&path).unwrap_err().to_string();
+            assert!(error.contains("tokenizer.json: cannot build the tokenizer: "), "{error}");
+            assert!(!error.contains('\n') && error.len() < 400, "{error}");
+        }
+    }
 }

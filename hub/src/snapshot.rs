@@ -5,11 +5,13 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use crate::args::HubOptions;
-use crate::config::read_object;
+use crate::bounded::MAX_INDEX_BYTES;
+use crate::config::{read_object_of, shorten};
 use crate::error::HubError;
+use crate::links::check_links;
 use crate::model_files::{ModelFiles, WeightFiles};
 use crate::weight_choice::{
-    EXPECTED_WEIGHTS, WeightFormat, WeightNames, choose_weights, is_gguf, no_weights,
+    EXPECTED_WEIGHTS, PYTORCH_INDEX, WeightFormat, WeightNames, choose_weights, is_gguf, no_weights,
 };
 
 /// Which model is meant.
@@ -94,21 +96,23 @@ pub(crate) fn locate_with(
     options: &HubOptions,
     remedy: &str,
 ) -> Result<ModelFiles, HubError> {
-    if let Some(weights) = override_weights(model, options)? {
-        return locate_beside(model, options, weights, remedy);
-    }
     let path = Path::new(&model.model_id);
-    if path.is_file() {
+    let files = if let Some(weights) = override_weights(model, options)? {
+        locate_beside(model, options, weights, remedy)?
+    } else if path.is_file() {
+        // Named by the caller, wherever a link may lead.
         return from_file(model, path);
-    }
-    if path.is_dir() {
+    } else if path.is_dir() {
         let weights = weights_in(model, path, None, "complete the directory or change --model-id")?;
-        return Ok(ModelFiles::new(&model.model_id, path, weights, None));
-    }
-    let id = HubId::parse(&model.model_id)?;
-    let (root, sha) = cached_snapshot(model, &id, options, remedy)?;
-    let weights = weights_in(model, &root, id.gguf.as_deref(), remedy)?;
-    Ok(ModelFiles::new(&model.model_id, &root, weights, Some(sha)))
+        ModelFiles::new(&model.model_id, path, weights, None)
+    } else {
+        let id = HubId::parse(&model.model_id)?;
+        let (root, sha) = cached_snapshot(model, &id, options, remedy)?;
+        let weights = weights_in(model, &root, id.gguf.as_deref(), remedy)?;
+        ModelFiles::new(&model.model_id, &root, weights, Some(sha))
+    };
+    check_links(&files)?;
+    Ok(files)
 }
 
 /// The weights in the override directory; `None` without such a directory.
@@ -220,8 +224,9 @@ fn weights_in_flat(
         WeightNames::Indexed(index) => files_of_index(&root.join(index))?,
         WeightNames::Files(files) => files,
     };
-    if let Some(missing) = wanted.iter().find(|name| !names.contains(name)) {
-        return Err(model.missing(missing, root, remedy));
+    let missing: Vec<&String> = wanted.iter().filter(|name| names.binary_search(name).is_err()).collect();
+    if !missing.is_empty() {
+        return Err(model.missing(&list(&missing), root, remedy));
     }
     let mut paths: Vec<PathBuf> = wanted.iter().map(|name| root.join(name)).collect();
     match choice.format {
@@ -230,6 +235,18 @@ fn weights_in_flat(
         // There is exactly one.
         WeightFormat::Gguf => Ok(WeightFiles::Gguf(paths.swap_remove(0))),
     }
+}
+
+/// The first few names, and how many more there are; escaped, since they come from a file.
+fn list(names: &[&String]) -> String {
+    let shown: Vec<String> = names
+        .iter()
+        .take(4)
+        .map(|name| name.chars().take(100).flat_map(char::escape_debug).collect())
+        .collect();
+    let more = names.len() - shown.len();
+    let more = if more == 0 { String::new() } else { format!(" and {more} more files") };
+    format!("{}{more}", shown.join(", "))
 }
 
 /// Names of the files in a directory, sorted; links count as what they lead to.
@@ -247,11 +264,12 @@ fn file_names(root: &Path) -> Result<Vec<String>, HubError> {
 
 /// The files an index refers to, sorted; at least one.
 pub(crate) fn files_of_index(path: &Path) -> Result<Vec<String>, HubError> {
-    let index = read_object(path)?;
+    let index = read_object_of(path, MAX_INDEX_BYTES)?;
+    let suffix = if path.ends_with(PYTORCH_INDEX) { ".bin" } else { ".safetensors" };
     let wrong = |found: String| {
         HubError::format(
             format!("{}: weight_map", path.display()),
-            format!("found {found}, expected file names"),
+            format!("found {found}, expected names of files beside it that end in {suffix}"),
         )
     };
     let map =
@@ -260,8 +278,8 @@ pub(crate) fn files_of_index(path: &Path) -> Result<Vec<String>, HubError> {
     for file in map.values() {
         match file.as_str() {
             // A name with a slash could lead out of the model's directory.
-            Some(name) if !name.is_empty() && !name.contains('/') => files.push(name.to_owned()),
-            _ => return Err(wrong(crate::config::shorten(&file.to_string()))),
+            Some(name) if name.ends_with(suffix) && !name.contains('/') => files.push(name.to_owned()),
+            _ => return Err(wrong(shorten(&file.to_string()))),
         }
     }
     if files.is_empty() {

@@ -52,10 +52,63 @@ fn the_index_decides_and_its_files_must_be_there() {
     assert_eq!(locate_in(&dir).unwrap(), ["b.safetensors"]);
     index(r#"{"weight_map": {"x": "c.safetensors"}}"#);
     assert!(locate_in(&dir).unwrap_err().contains("c.safetensors of model"));
-    index(r#"{"weight_map": {"x": "../../secret"}}"#);
-    assert!(locate_in(&dir).unwrap_err().contains("../../secret"));
+    index(r#"{"weight_map": {"x": "c.safetensors", "y": "a.safetensors", "z": "\u001b\n.safetensors"}}"#);
+    assert!(locate_in(&dir).unwrap_err().starts_with("\\u{1b}\\n.safetensors, c.safetensors of model"));
+    for name in ["../../secret.safetensors", "/etc/secret.safetensors", "..", "", "config.json", "a.bin"] {
+        index(&format!(r#"{{"weight_map": {{"x": "{name}"}}}}"#));
+        let error = locate_in(&dir).unwrap_err();
+        let words =
+            format!("weight_map: found {name:?}, expected names of files beside it that end in .safetensors");
+        assert!(error.contains(&words), "{error}");
+    }
+    index(r#"{"weight_map": {"x": 7}}"#);
+    assert!(locate_in(&dir).unwrap_err().contains("found 7"));
+    index(r#"{"weight_map": {}}"#);
+    assert!(locate_in(&dir).unwrap_err().contains("weight_map: found none"));
+    index("[".repeat(100_000).as_str());
+    assert!(locate_in(&dir).unwrap_err().contains("not valid JSON"));
     index("{}");
     assert!(locate_in(&dir).unwrap_err().contains("weight_map: found no object"));
+}
+
+#[test]
+fn pytorch_files_where_there_are_no_safetensors() {
+    let dir = directory(&["config.json", "pytorch_model.bin", "training_args.bin", "optimizer.bin"]);
+    assert_eq!(locate_in(&dir).unwrap(), ["pytorch_model.bin"]);
+    std::fs::write(dir.path().join(PYTORCH_INDEX), r#"{"weight_map": {"x": "optimizer.bin"}}"#).unwrap();
+    assert_eq!(locate_in(&dir).unwrap(), ["optimizer.bin"]);
+    std::fs::write(dir.path().join("model.safetensors"), "").unwrap();
+    assert_eq!(locate_in(&dir).unwrap(), ["model.safetensors"]);
+    let error = locate_in(&directory(&["pytorch_model.bin"])).unwrap_err();
+    assert!(error.contains("config.json of model"), "{error}");
+}
+
+#[test]
+fn links_may_not_leave_the_model() {
+    let secret = directory(&["secret", "config.json"]);
+    let link = |from: PathBuf, to: PathBuf| std::os::unix::fs::symlink(to, from).unwrap();
+    for name in ["model.safetensors", "pytorch_model.bin", "m.gguf", "config.json", "tokenizer.json"] {
+        let dir = directory(&["config.json", "a.safetensors"]);
+        let _ = std::fs::remove_file(dir.path().join(name));
+        if name.ends_with(".bin") || name.ends_with(".gguf") {
+            std::fs::remove_file(dir.path().join("a.safetensors")).unwrap();
+        }
+        link(dir.path().join(name), secret.path().join("secret"));
+        let error = locate_in(&dir).unwrap_err();
+        assert!(error.contains(&format!("{name}: found a link to ")) && error.contains("secret"), "{error}");
+    }
+    // Within the directory, and through the directory itself, they are fine.
+    let dir = directory(&["config.json", "real"]);
+    link(dir.path().join("model.safetensors"), "real".into());
+    assert_eq!(locate_in(&dir).unwrap(), ["model.safetensors"]);
+    link(secret.path().join("model"), dir.path().to_owned());
+    assert_eq!(locate_path(secret.path().join("model").to_str().unwrap()).unwrap(), ["model.safetensors"]);
+    // What an older Hub client leaves with --local-dir.
+    let blobs = secret.path().join("models--org--name/blobs");
+    std::fs::create_dir_all(&blobs).unwrap();
+    std::fs::write(blobs.join("hash"), "{}").unwrap();
+    link(dir.path().join("b.safetensors"), blobs.join("hash"));
+    assert_eq!(locate_in(&dir).unwrap(), ["b.safetensors", "model.safetensors"]);
 }
 
 #[test]

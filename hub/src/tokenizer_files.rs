@@ -4,6 +4,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
+use crate::bounded::{self, MAX_JSON_BYTES};
 use crate::config::{read_object, shorten};
 use crate::error::HubError;
 
@@ -96,7 +97,7 @@ impl TokenizerConfig {
         }
         let path = root.join("chat_template.jinja");
         if path.is_file() {
-            let text = std::fs::read_to_string(&path).map_err(HubError::io("read", &path))?;
+            let text = bounded::read_text(&path, MAX_JSON_BYTES)?;
             self.set_template(&path.display().to_string(), Some(&Value::String(text)))?;
         }
         Ok(())

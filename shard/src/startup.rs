@@ -159,6 +159,7 @@ struct Text {
 
 fn load_text(files: &ModelFiles) -> Result<Text, HubError> {
     let tokenizer = files.tokenizer()?;
+    files.check_vocabulary(&tokenizer)?;
     let tokenizer_config = files.tokenizer_config()?;
     let mut eos_token_ids = files.generation_config()?.eos_token_ids;
     // Upstream's rule: a list says it all; a single id may be the base model's, while the tokenizer knows the one that

@@ -71,7 +71,7 @@ impl Routing {
     pub fn problem(&self, num_experts: usize) -> Option<String> {
         let chosen = self.num_chosen;
         if !(1..=num_experts).contains(&chosen) {
-            return Some(format!("{chosen} of {num_experts} experts for a token"));
+            return Some(format!("{chosen} experts for a token, expected 1 to {num_experts}"));
         }
         let ExpertGroups { count, num_chosen, rank } = self.groups?;
         if count == 0 || !num_experts.is_multiple_of(count) {
@@ -79,9 +79,12 @@ impl Routing {
         }
         let size = num_experts / count;
         if !(1..=count).contains(&num_chosen) || num_chosen * size < chosen {
-            return Some(format!("{num_chosen} of {count} groups for {chosen} of {num_experts} experts"));
+            return Some(format!(
+                "{num_chosen} groups for a token, expected at most {count} and enough for {chosen} experts"
+            ));
         }
-        (rank == GroupRank::LargestTwo && size < 2)
-            .then(|| format!("groups of {size} expert, ranked by their best two"))
+        (rank == GroupRank::LargestTwo && size < 2).then(|| {
+            format!("groups of {size} expert, which are ranked by their best two, expected larger ones")
+        })
     }
 }

@@ -9,7 +9,7 @@ use crate::decoder::{Decoder, Layer, Mixer};
 use crate::families::spec_with;
 use crate::layers::{Attention, Embedding, LatentAttention, LmHead, Loader, Mlp, Norm, Residual, Stream};
 use crate::spec::{DecoderSpec, LayerSpec, MixerSpec, ResidualSpec};
-use crate::weights::{self, WeightSource, check_tensors, prevailing_dtype};
+use crate::weights::{self, WeightSource, check_tensors, prevailing_dtype, with_names_of};
 use crate::{ModelError, ModelInfo};
 
 /// How a model is to be loaded.
@@ -55,7 +55,7 @@ pub fn load<B: Backend>(
 ) -> Result<Decoder<B>, ModelError> {
     let begin = Instant::now();
     let spec = spec_with(&files.config()?, options.rope_scaling.as_ref())?;
-    let source = weights::open(files, options.threads)?;
+    let source = with_names_of(&spec, weights::open(files, options.threads)?);
     check_tensors(&spec, source.as_ref())?;
     let decoder = assemble(backend, &spec, source.as_ref(), options)?;
     tracing::debug!(elapsed_ms = begin.elapsed().as_millis(), "weights loaded");
@@ -71,7 +71,7 @@ pub(crate) fn assemble<B: Backend>(
 ) -> Result<Decoder<B>, ModelError> {
     let dtype = options.dtype.unwrap_or_else(|| backend.default_dtype(prevailing_dtype(spec, source)));
     let (_, world_size) = backend.rank_and_world();
-    check_memory(weight_bytes(source, dtype) / world_size, backend.memory()?.available_bytes)?;
+    check_memory(weight_bytes(spec, dtype) / world_size, backend.memory()?.available_bytes)?;
     let max_step_tokens = backend.max_step_tokens().max(1);
     let max_rows_sampled = options.max_rows_sampled.max(1);
     let mut loader = Loader::new(&backend, source, dtype, max_step_tokens);
@@ -122,10 +122,15 @@ pub(crate) fn assemble<B: Backend>(
     })
 }
 
-/// What all tensors take once they are packed in `dtype`.
-fn weight_bytes(source: &dyn WeightSource, dtype: DType) -> usize {
-    let elements = |name: &str| source.meta(name).map_or(0, |meta| meta.shape.iter().product());
-    source.names().into_iter().map(elements).sum::<usize>().saturating_mul(dtype.size_bytes())
+/// What all tensors take once they are packed in `dtype`; files may hold more, of any size.
+fn weight_bytes(spec: &DecoderSpec, dtype: DType) -> usize {
+    let product = |sum: usize, size: &usize| sum.saturating_mul(*size);
+    let elements = spec
+        .tensors()
+        .iter()
+        .map(|tensor| tensor.shape.iter().fold(1, product))
+        .fold(0, usize::saturating_add);
+    elements.saturating_mul(dtype.size_bytes())
 }
 
 /// Pages are only taken when they are written, so a model that does not fit would end in the system's killer rather than

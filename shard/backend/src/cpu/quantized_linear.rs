@@ -60,7 +60,7 @@ impl QuantizedLinear {
         let panel = &self.memory.as_slice::<u8>()[panel * layout.panel_bytes()..][..layout.panel_bytes()];
         let groups = panel.chunks_exact(layout.group_bytes());
         for (group, out) in groups.zip(out.chunks_exact_mut(layout.group_size)) {
-            let (values, factors) = group.split_at(layout.value_bytes());
+            let (factors, values) = group.split_at(layout.value_offset());
             let (scales, offsets) = factors.split_at(layout.factor_bytes());
             let scale = read_factor(scales, lane, layout.is_wide);
             let offset = if layout.has_offsets { read_factor(offsets, lane, layout.is_wide) } else { 0.0 };
@@ -283,7 +283,7 @@ impl Row<'_> {
         let groups = panel.chunks_exact_mut(layout.group_bytes());
         for (group, (values, memory)) in self.values.chunks_exact(layout.group_size).zip(groups).enumerate() {
             let source = group * layout.group_size / self.group_size;
-            let (places, factors) = memory.split_at_mut(layout.value_bytes());
+            let (factors, places) = memory.split_at_mut(layout.value_offset());
             for (step, four) in values.as_chunks::<STEP>().0.iter().enumerate() {
                 let four = four.map(|value| value + self.shift);
                 if layout.bits == 4 {

@@ -1,7 +1,8 @@
 //! Mixtures of experts: the choice and the sum, on its own f64 arithmetic.
 
 use backend::{
-    Activation, Backend, DType, ExpertGroups, GroupRank, RouterScores, Routing, WeightNormalization,
+    Activation, Backend, DType, ExpertGroups, GroupRank, QuantizedMatrix, RouterScores, Routing,
+    WeightNormalization,
 };
 
 use crate::cases::{Random, matrix, on_every_backend, rounded, upload};
@@ -247,6 +248,66 @@ fn the_first_of_equal_experts_is_chosen() {
     on_every_backend!(first_of_equals);
 }
 
+/// Experts of quantized weights, each of which may be packed in its own way.
+fn quantized_agree<B: Backend>(backend: &mut B) {
+    let (hidden, width) = (64, 32);
+    for (rows, num_experts) in [(1, 3), (2, 4), (45, 5)] {
+        let mut random = Random(rows as u64);
+        let mut quantized = |rows: usize, columns: usize, expert: usize| {
+            let (bits, group_size) = [(4, 32), (8, 32), (6, 16)][expert % 3];
+            let scales: Vec<f32> = (0..rows * columns / group_size)
+                .map(|_| 0.5 / (1 << bits) as f32 * (1.0 + random.normal().abs()))
+                .collect();
+            let zero = (1 << (bits - 1)) as f32;
+            QuantizedMatrix {
+                rows,
+                cols: columns,
+                bits,
+                group_size,
+                values: (0..rows * columns).map(|_| (random.bits() >> (64 - bits)) as u8).collect(),
+                offsets: scales.iter().map(|scale| -zero * scale).collect(),
+                scales,
+            }
+        };
+        let plain = |matrix: &QuantizedMatrix| {
+            let mut values = vec![0.0; matrix.rows * matrix.cols];
+            values.chunks_mut(matrix.cols).enumerate().for_each(|(row, out)| matrix.read_row(row, out));
+            values
+        };
+        let (mut linears, mut gate_up, mut down) = (Vec::new(), Vec::new(), Vec::new());
+        for expert in 0..num_experts {
+            let pair = (quantized(2 * width, hidden, expert), quantized(hidden, width, expert + 1));
+            gate_up.push(plain(&pair.0));
+            down.push(plain(&pair.1));
+            let pack = |matrix| backend.quantized_linear(&[matrix]).unwrap();
+            linears.push((pack(pair.0), pack(pair.1)));
+        }
+        let experts = backend.experts(linears, Activation::Silu).unwrap();
+        let mixture = Mixture::<B> { experts, gate_up, down };
+        let (x, logits) = (random.vector(rows * hidden), random.vector(rows * num_experts));
+        let logits_buffer = upload(backend, &logits, num_experts);
+        let input = upload(backend, &x, hidden);
+        let mut out = backend.buffer(rows, hidden).unwrap();
+        let routing = (&PLAIN, None);
+        backend.mixture_of_experts(&input, &logits_buffer, routing, &mixture.experts, &mut out).unwrap();
+        let (mut expected, mut magnitudes) = (Vec::new(), Vec::new());
+        for (x, logits) in x.chunks(hidden).zip(logits.chunks(num_experts)) {
+            let logits: Vec<f64> = logits.iter().map(|&logit| f64::from(logit)).collect();
+            let (sums, magnitude) = mixture.reference(x, &choose(&logits, None, &PLAIN), Activation::Silu);
+            expected.extend(sums);
+            magnitudes.extend(magnitude);
+        }
+        let what = format!("{rows} rows, quantized");
+        let found = backend.read(&out).unwrap();
+        assert_close(&what, &found, &expected, &magnitudes, tolerances::QUANTIZED_EXPERTS);
+    }
+}
+
+#[test]
+fn quantized_experts_agree_with_their_plain_weights() {
+    on_every_backend!(quantized_agree);
+}
+
 fn refuses_unequal_experts<B: Backend>(backend: &mut B) {
     let linear = |backend: &B, rows: usize, columns: usize| {
         backend.linear(&[matrix(&vec![0.0; rows * columns], rows, columns, DType::F32)], DType::F32).unwrap()
@@ -270,7 +331,7 @@ fn impossible_rules_have_a_problem() {
     let groups =
         |count, num_chosen, rank| Routing { groups: Some(ExpertGroups { count, num_chosen, rank }), ..PLAIN };
     assert_eq!(PLAIN.problem(2), None);
-    assert_eq!(PLAIN.problem(1).unwrap(), "2 of 1 experts for a token");
+    assert_eq!(PLAIN.problem(1).unwrap(), "2 experts for a token, expected 1 to 1");
     assert_eq!(groups(4, 1, GroupRank::LargestTwo).problem(8), None);
     for (routing, experts) in [
         (groups(3, 1, GroupRank::Largest), 8),

@@ -45,6 +45,9 @@ pub(crate) const fn experts(dtype: DType) -> Tolerance {
     }
 }
 
+/// The same with quantized weights, beside which activations are rounded as in [`QUANTIZED_MATMUL`].
+pub(crate) const QUANTIZED_EXPERTS: Tolerance = tolerance(1e-6, 1.6e-5);
+
 /// RMSNorm.
 pub(crate) const NORM: Tolerance = tolerance(1e-6, 1e-6);
 /// Rotary embedding: the angle is rounded to f32 on both sides.

@@ -39,7 +39,11 @@ impl<'a> ConfigReader<'a> {
     /// The value of a getter whose error already names the key.
     pub(super) fn read<T>(&mut self, value: Result<Option<T>, HubError>) -> Option<T> {
         value.unwrap_or_else(|error| {
-            self.mistakes.push(error.to_string());
+            let mistake = error.to_string();
+            // A key that two read is one mistake.
+            if !self.mistakes.contains(&mistake) {
+                self.mistakes.push(mistake);
+            }
             None
         })
     }

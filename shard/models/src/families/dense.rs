@@ -101,7 +101,8 @@ impl Dense {
     ) -> impl Fn(&str) -> AttentionSpec + use<> {
         let num_heads = reader.size("num_attention_heads");
         let num_kv_heads = reader.size_or("num_key_value_heads", num_heads);
-        if !num_heads.is_multiple_of(num_kv_heads) {
+        // What follows from a mistake is no second one.
+        if !reader.has_mistakes() && !num_heads.is_multiple_of(num_kv_heads) {
             reader.wrong(format!(
                 "num_key_value_heads: found {num_kv_heads}, expected a divisor of num_attention_heads, {num_heads}"
             ));

@@ -8,6 +8,9 @@ use crate::spec::{ExpertsSpec, GatedSpec};
 
 /// The most experts a layer may have; the largest in use have some 400.
 const MAX_EXPERTS: usize = 1 << 14;
+/// The most experts of all layers together, each of which takes a kilobyte before any file is opened; the largest models
+/// have 24 thousand.
+const MAX_EXPERTS_IN_ALL: usize = 1 << 17;
 /// Names of the projections of Mixtral's experts.
 pub(super) const MIXTRAL_NAMES: [&str; 3] = ["w1", "w3", "w2"];
 /// Names of the projections of most others' experts.
@@ -21,6 +24,15 @@ pub(super) fn count(reader: &mut ConfigReader<'_>, key: &str, default: Option<us
     };
     if count > MAX_EXPERTS {
         reader.wrong(format!("{key}: found {count}, expected at most {MAX_EXPERTS}"));
+        return 1;
+    }
+    // An impossible number of layers is reported where it is read.
+    let layers = ["num_hidden_layers", "n_layers"].map(|key| reader.config().usize(key).ok().flatten());
+    let layers = layers.into_iter().flatten().next().unwrap_or(1);
+    if count.saturating_mul(layers) > MAX_EXPERTS_IN_ALL {
+        reader.wrong(format!(
+            "{key}: found {count} in each of {layers} layers, expected at most {MAX_EXPERTS_IN_ALL} in all"
+        ));
         return 1;
     }
     count

@@ -34,6 +34,7 @@ mod rope_override;
 mod rope_scaling;
 mod stablelm;
 mod starcoder2;
+mod unsupported;
 mod window;
 
 use hub::{ModelConfig, stretched};
@@ -120,18 +121,11 @@ fn find(config: &ModelConfig) -> Result<&'static Family, ModelError> {
             && (architectures.is_empty() || architectures.contains(&family.architecture))
             && !(architectures.is_empty() && config.model_type().is_none())
     };
-    FAMILIES.iter().find(fits).ok_or_else(|| {
-        let supported: Vec<_> =
-            FAMILIES.iter().map(|family| format!("{} ({})", family.architecture, family.model_type)).collect();
-        ModelError::Unusable(vec![format!(
-            "config.json: found architectures {architectures:?} and model_type {:?}, supported are {}; choose another \
-             model with --model-id",
-            config.model_type().unwrap_or("(none)"),
-            supported.join(", ")
-        )])
-    })
+    FAMILIES.iter().find(fits).ok_or_else(|| unsupported::refusal(config))
 }
 
+#[cfg(test)]
+mod experts_tests;
 #[cfg(test)]
 mod relatives_tests;
 #[cfg(test)]

@@ -96,18 +96,27 @@ fn every_mistake_in_a_scaling_has_a_line() {
 
 #[test]
 fn relatives_do_not_run_as_llama() {
-    for (architecture, model_type) in
-        [("LlamaForCausalLM", "mistral"), ("MistralForCausalLM", "llama"), ("BloomForCausalLM", "bloom")]
-    {
-        let error = refusal(json!({"architectures": [architecture], "model_type": model_type}));
-        let found = format!(
-            "config.json: found architectures [{architecture:?}] and model_type {model_type:?}, supported are \
-             GemmaForCausalLM (gemma), "
+    let refusal = |architecture: &str, model_type: &str| {
+        refusal(json!({"architectures": [architecture], "model_type": model_type}))
+    };
+    for (architecture, model_type, expected) in [
+        ("LlamaForCausalLM", "mistral", "MistralForCausalLM"),
+        ("MistralForCausalLM", "llama", "LlamaForCausalLM"),
+    ] {
+        assert_eq!(
+            refusal(architecture, model_type),
+            format!(
+                "config.json: model_type {model_type:?} with architectures [{architecture:?}], expected {expected}: \
+                 choose another model with --model-id"
+            )
         );
-        assert!(error.starts_with(&found), "{error}");
-        assert!(error.contains(", LlamaForCausalLM (llama), MistralForCausalLM (mistral), "), "{error}");
-        assert!(error.ends_with("; choose another model with --model-id"), "{error}");
     }
+    let error = refusal("NoSuchForCausalLM", "nosuch");
+    assert!(
+        error.contains("model_type \"nosuch\" with architectures [\"NoSuchForCausalLM\"] is not supported"),
+        "{error}"
+    );
+    assert!(error.contains(", gemma2, gemma3_text, "), "{error}");
     assert!(decoder_spec(&ModelConfig::default()).is_err());
 }
 
@@ -139,4 +148,19 @@ fn every_mistake_is_listed_at_once() {
     assert_eq!(error.lines().count(), 8, "{error}");
     assert!(refusal(json!({"num_key_value_heads": 3})).contains("expected a divisor"));
     assert!(refusal(json!({"head_dim": 15})).contains("expected an even number"));
+}
+
+#[test]
+fn experts_of_all_layers_together_are_bounded() {
+    let mixtral = |layers: u64, experts: u64| {
+        refusal(json!({
+            "architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_hidden_layers": layers,
+            "num_local_experts": experts,
+        }))
+    };
+    assert_eq!(
+        mixtral(4096, 1024),
+        "config.json: num_local_experts: found 1024 in each of 4096 layers, expected at most 131072 in all"
+    );
+    assert!(mixtral(1, 1 << 20).contains("found 1048576, expected at most 16384"));
 }

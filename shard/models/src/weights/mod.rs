@@ -6,6 +6,7 @@ mod gguf;
 mod gguf_names;
 mod pickle;
 mod pytorch;
+mod renamed;
 mod safetensors;
 mod spare_buffers;
 
@@ -18,6 +19,7 @@ use hub::{ModelFiles, WeightFiles};
 use memmap2::Mmap;
 
 pub(crate) use check::{check_tensors, prevailing_dtype};
+pub(crate) use renamed::with_names_of;
 
 use crate::ModelError;
 
@@ -102,6 +104,12 @@ fn rows_and_cols(shape: &[usize]) -> Option<(usize, usize)> {
 /// Whether the window lies within the matrix.
 fn is_within(rows: &Range<usize>, cols: &Range<usize>, (num_rows, num_cols): (usize, usize)) -> bool {
     rows.start <= rows.end && rows.end <= num_rows && cols.start <= cols.end && cols.end <= num_cols
+}
+
+/// At most 200 characters of somebody else's words, in one line.
+fn one_line(text: &str) -> String {
+    let visible = |c: char| if c.is_control() { ' ' } else { c };
+    text.chars().take(200).map(visible).collect()
 }
 
 fn unusable(problem: impl Into<String>) -> ModelError {

@@ -9,7 +9,7 @@ use ::safetensors::tensor::{Dtype, Metadata, SafeTensors};
 use backend::{DType, HostMatrix};
 use memmap2::Mmap;
 
-use super::{TensorMeta, WeightSource, is_within, map, rows_and_cols, unusable};
+use super::{TensorMeta, WeightSource, is_within, map, one_line, rows_and_cols, unusable};
 use crate::ModelError;
 
 /// Parsing costs a multiple of the header's size. The largest published headers, of thousands of tensors, have 2 MiB.
@@ -124,7 +124,8 @@ fn read_header(path: &Path, bytes: &[u8]) -> Result<(usize, Metadata), ModelErro
                 "it has {} bytes, which is not what its header says; the download may be incomplete",
                 bytes.len()
             ),
-            other => other.to_string().chars().take(200).collect(),
+            // The parser's words may contain the file's.
+            other => one_line(&other.to_string()),
         })
     })
 }

@@ -1,4 +1,4 @@
-//! A random llama of awkward sizes, written as its files would be.
+//! A random llama of awkward sizes, or one of the kinds in `mixtures`, written as its files would be.
 
 use std::path::{Path, PathBuf};
 
@@ -6,6 +6,7 @@ use half::bf16;
 use hub::{HubOptions, ModelFiles, ModelRef};
 use serde_json::{Value, json};
 
+use crate::mixtures;
 use crate::testing::{Noise, gguf_bytes};
 
 /// How weights are stored.
@@ -13,6 +14,16 @@ use crate::testing::{Noise, gguf_bytes};
 pub(crate) enum Stored {
     F32,
     Bf16,
+}
+
+/// Which architecture.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Llama,
+    /// Experts beside a weighed shared one: Qwen2-MoE.
+    Experts,
+    /// Attention over latent vectors, experts in groups: DeepSeek-V3.
+    Latent,
 }
 
 /// A weight, as the numbers that the file holds.
@@ -25,6 +36,7 @@ pub(crate) struct Tensor {
 
 /// A model on disk, deleted when dropped.
 pub(crate) struct Fixture {
+    pub(crate) kind: Kind,
     pub(crate) hidden_size: usize,
     pub(crate) intermediate_size: usize,
     pub(crate) num_heads: usize,
@@ -44,17 +56,23 @@ pub(crate) struct Fixture {
 impl Fixture {
     /// Own logits' matrix, no biases.
     pub(crate) fn plain(stored: Stored) -> Self {
-        Self::new(stored, false, false)
+        Self::new(stored, Kind::Llama, false, false)
     }
 
     /// The embedding gives the logits; every linear layer has a bias.
     pub(crate) fn tied_with_biases(stored: Stored) -> Self {
-        Self::new(stored, true, true)
+        Self::new(stored, Kind::Llama, true, true)
     }
 
-    fn new(stored: Stored, is_tied: bool, has_biases: bool) -> Self {
+    /// Of another kind, with biases where it may have them.
+    pub(crate) fn of(kind: Kind, stored: Stored, has_biases: bool) -> Self {
+        Self::new(stored, kind, false, has_biases)
+    }
+
+    fn new(stored: Stored, kind: Kind, is_tied: bool, has_biases: bool) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let mut fixture = Self {
+            kind,
             hidden_size: 40,
             intermediate_size: 72,
             num_heads: 6,
@@ -83,6 +101,10 @@ impl Fixture {
             let prefix = format!("model.layers.{layer}");
             self.add(&format!("{prefix}.input_layernorm.weight"), &[hidden]);
             self.add(&format!("{prefix}.post_attention_layernorm.weight"), &[hidden]);
+            if self.kind != Kind::Llama {
+                mixtures::add_layer(self, layer);
+                continue;
+            }
             for (name, shape) in [
                 ("self_attn.q_proj", [queries, hidden]),
                 ("self_attn.k_proj", [keys, hidden]),
@@ -92,15 +114,20 @@ impl Fixture {
                 ("mlp.up_proj", [inner, hidden]),
                 ("mlp.down_proj", [hidden, inner]),
             ] {
-                self.add(&format!("{prefix}.{name}.weight"), &shape);
-                if self.has_biases {
-                    self.add(&format!("{prefix}.{name}.bias"), &shape[..1]);
-                }
+                self.add_linear(&format!("{prefix}.{name}"), shape, self.has_biases);
             }
         }
         self.add("model.norm.weight", &[hidden]);
         if !self.is_tied {
             self.add("lm_head.weight", &[self.vocab_size, hidden]);
+        }
+    }
+
+    /// Adds a projection.
+    pub(crate) fn add_linear(&mut self, prefix: &str, shape: [usize; 2], has_bias: bool) {
+        self.add(&format!("{prefix}.weight"), &shape);
+        if has_bias {
+            self.add(&format!("{prefix}.bias"), &shape[..1]);
         }
     }
 
@@ -147,7 +174,7 @@ impl Fixture {
 
     /// Writes config.json and two safetensors files.
     pub(crate) fn write(&self) {
-        let config = json!({
+        let mut config = json!({
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": self.hidden_size,
             "intermediate_size": self.intermediate_size, "num_attention_heads": self.num_heads,
             "num_key_value_heads": self.num_kv_heads, "head_dim": self.head_dim,
@@ -155,6 +182,7 @@ impl Fixture {
             "max_position_embeddings": 128, "tie_word_embeddings": self.is_tied, "attention_bias": self.has_biases,
             "mlp_bias": self.has_biases, "rope_theta": 100.0, "hidden_act": "silu",
         });
+        mixtures::change(&mut config, self);
         std::fs::write(self.folder().join("config.json"), config.to_string()).unwrap();
         let (first, second) = self.tensors.split_at(self.tensors.len() / 2);
         for (name, tensors) in [("model-00001-of-00002", first), ("model-00002-of-00002", second)] {
@@ -175,7 +203,7 @@ impl Fixture {
 
     /// The same model as a GGUF file: other names, and the rows of queries and keys so that a rotation pairs neighbours.
     pub(crate) fn as_gguf(&self) -> Self {
-        let mut fixture = Self::new(self.stored, self.is_tied, self.has_biases);
+        let mut fixture = Self::new(self.stored, self.kind, self.is_tied, self.has_biases);
         let code = if self.stored == Stored::F32 { 0 } else { 30 };
         let tensors: Vec<_> = self
             .tensors

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "in a test a panic is the report")]
 
 mod fixture;
+mod mixtures;
 mod reference;
 #[path = "../../src/testing.rs"]
 mod testing;

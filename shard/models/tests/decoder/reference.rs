@@ -1,6 +1,7 @@
-//! Llama as its papers have it: one token after the other in f64, no cache, no batch, nothing shared with the executor.
+//! The models as their papers have them: one token after the other in f64, no cache, no batch, nothing shared with the executor.
 
-use crate::fixture::Fixture;
+use crate::fixture::{Fixture, Kind};
+use crate::mixtures;
 
 /// The logits after every token.
 pub(crate) fn logits(fixture: &Fixture, tokens: &[u32]) -> Vec<Vec<f64>> {
@@ -9,8 +10,11 @@ pub(crate) fn logits(fixture: &Fixture, tokens: &[u32]) -> Vec<Vec<f64>> {
     for layer in 0..fixture.num_layers {
         let prefix = format!("model.layers.{layer}");
         let normed = norm(fixture, &stream, &format!("{prefix}.input_layernorm"));
+        let attention = if fixture.kind == Kind::Latent { mixtures::attention } else { attention };
         add(&mut stream, &attention(fixture, &normed, &format!("{prefix}.self_attn")));
         let normed = norm(fixture, &stream, &format!("{prefix}.post_attention_layernorm"));
+        let has_experts = fixture.values(&format!("{prefix}.mlp.gate.weight")).is_some();
+        let mlp = if has_experts { mixtures::experts } else { mlp };
         add(&mut stream, &mlp(fixture, &normed, &format!("{prefix}.mlp")));
     }
     let head = if fixture.is_tied { "model.embed_tokens" } else { "lm_head" };
@@ -60,7 +64,7 @@ fn rotate(head: &mut [f64], position: usize) {
     }
 }
 
-fn mlp(fixture: &Fixture, x: &[Vec<f64>], prefix: &str) -> Vec<Vec<f64>> {
+pub(crate) fn mlp(fixture: &Fixture, x: &[Vec<f64>], prefix: &str) -> Vec<Vec<f64>> {
     let mut inner = linear(fixture, x, &format!("{prefix}.gate_proj"));
     let up = linear(fixture, x, &format!("{prefix}.up_proj"));
     for (gate, up) in inner.iter_mut().zip(&up) {
@@ -70,15 +74,19 @@ fn mlp(fixture: &Fixture, x: &[Vec<f64>], prefix: &str) -> Vec<Vec<f64>> {
 }
 
 fn norm(fixture: &Fixture, x: &[Vec<f64>], name: &str) -> Vec<Vec<f64>> {
+    norm_with(fixture, x, name, 1e-5)
+}
+
+pub(crate) fn norm_with(fixture: &Fixture, x: &[Vec<f64>], name: &str, eps: f64) -> Vec<Vec<f64>> {
     let weight = matrix(fixture, &format!("{name}.weight"), 1).remove(0);
     let norm = |row: &Vec<f64>| {
-        let scale = 1.0 / (dot(row, row) / row.len() as f64 + 1e-5).sqrt();
+        let scale = 1.0 / (dot(row, row) / row.len() as f64 + eps).sqrt();
         row.iter().zip(&weight).map(|(value, weight)| value * scale * weight).collect()
     };
     x.iter().map(norm).collect()
 }
 
-fn linear(fixture: &Fixture, x: &[Vec<f64>], name: &str) -> Vec<Vec<f64>> {
+pub(crate) fn linear(fixture: &Fixture, x: &[Vec<f64>], name: &str) -> Vec<Vec<f64>> {
     let weight_name = format!("{name}.weight");
     let out_features = fixture.values(&weight_name).unwrap().len() / x[0].len();
     let weight = matrix(fixture, &weight_name, out_features);
@@ -101,6 +109,6 @@ fn add(x: &mut [Vec<f64>], y: &[Vec<f64>]) {
     }
 }
 
-fn dot(x: &[f64], y: &[f64]) -> f64 {
+pub(crate) fn dot(x: &[f64], y: &[f64]) -> f64 {
     x.iter().zip(y).map(|(x, y)| x * y).sum()
 }

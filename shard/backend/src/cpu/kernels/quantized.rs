@@ -1,8 +1,8 @@
 //! Quantized weights times activations with integer dot products.
 //!
 //! Weights are panels of sixteen outputs as in [`super::matmul`]; a step is four inputs of each output, one byte each, so that
-//! 64 bytes are a vector of four-byte dot products with an output a lane. 4-bit values lie two steps in 64 bytes. A group's
-//! values are followed by its sixteen scales and, where there are any, its sixteen offsets: one straight line of memory.
+//! 64 bytes are a vector of four-byte dot products with an output a lane. 4-bit values lie two steps in 64 bytes. A group is its
+//! sixteen scales, its sixteen offsets where there are any, and its values: memory is read in one straight line.
 //!
 //! Activations become 16-bit integers (`-32639..=32639`) with a scale for each group of inputs, as finely as the weights are
 //! grouped. A group's sum of products is exact in 32 bits: at most `255 * 32639 * 32`.
@@ -47,19 +47,19 @@ pub(in crate::cpu) struct GroupLayout {
 }
 
 impl GroupLayout {
-    /// Bytes of a panel's values of one group.
-    pub(in crate::cpu) const fn value_bytes(&self) -> usize {
-        self.group_size * LANES * self.bits as usize / 8
-    }
-
     /// Bytes of sixteen scales or offsets.
     pub(in crate::cpu) const fn factor_bytes(&self) -> usize {
         if self.is_wide { 4 * LANES } else { 2 * LANES }
     }
 
+    /// Bytes of a group's scales and offsets, which its values follow.
+    pub(in crate::cpu) const fn value_offset(&self) -> usize {
+        self.factor_bytes() * if self.has_offsets { 2 } else { 1 }
+    }
+
     /// Bytes of a panel's group with everything.
     pub(in crate::cpu) const fn group_bytes(&self) -> usize {
-        self.value_bytes() + self.factor_bytes() * if self.has_offsets { 2 } else { 1 }
+        self.value_offset() + self.group_size * LANES * self.bits as usize / 8
     }
 
     /// Bytes of a panel.
@@ -248,7 +248,8 @@ unsafe fn tile<S: IntegerDot, const BITS: u32, const STEPS: usize, const T: usiz
     x: *const u32,
     layout: &GroupLayout,
 ) -> [S::V; T] {
-    let (group_bytes, factor_bytes) = (layout.group_bytes(), layout.factor_bytes());
+    let (group_bytes, factor_bytes, value_offset) =
+        (layout.group_bytes(), layout.factor_bytes(), layout.value_offset());
     let (is_wide, has_offsets) = (layout.is_wide, layout.has_offsets);
     // SAFETY: all offsets are below the sizes the caller vouches for; a prefetch may point anywhere.
     unsafe {
@@ -257,43 +258,40 @@ unsafe fn tile<S: IntegerDot, const BITS: u32, const STEPS: usize, const T: usiz
             let w = w.add(group * group_bytes);
             let x = x.add(group * T * group_elements(STEPS));
             let rest = x.add(T * 2 * STEPS);
+            // The branches come first: behind the products, the compiler would move those past them and spill what they read.
+            S::prefetch(w.wrapping_add(PREFETCH_BYTES));
+            let scale = load_factors::<S>(w, is_wide);
+            if has_offsets {
+                let offset = load_factors::<S>(w.add(factor_bytes), is_wide);
+                for t in 0..T {
+                    acc[t] = S::fma(offset, S::splat(rest.add(2 * T + t).cast::<f32>().read()), acc[t]);
+                }
+            }
+            let w = w.add(value_offset);
             let mut sums = [S::start(0); T];
             for t in 0..T {
                 sums[t] = S::start(rest.add(t).read().cast_signed());
             }
-            if BITS == 4 {
-                for pair in 0..STEPS / 2 {
+            for pair in 0..STEPS / 2 {
+                let values = if BITS == 4 {
                     let from = w.add(pair * STEP_BYTES);
                     S::prefetch(from.wrapping_add(PREFETCH_BYTES));
-                    let values = S::load_nibbles(from);
-                    for half in 0..2 {
-                        for t in 0..T {
-                            sums[t] = S::dot(sums[t], values[half], x.add(((2 * pair + half) * T + t) * 2));
-                        }
-                    }
-                }
-            } else {
-                for step in 0..STEPS {
-                    let from = w.add(step * STEP_BYTES);
+                    S::load_nibbles(from)
+                } else {
+                    let from = w.add(2 * pair * STEP_BYTES);
                     S::prefetch(from.wrapping_add(PREFETCH_BYTES));
-                    let values = S::load_bytes(from);
+                    S::prefetch(from.wrapping_add(PREFETCH_BYTES + STEP_BYTES));
+                    [S::load_bytes(from), S::load_bytes(from.add(STEP_BYTES))]
+                };
+                for half in 0..2 {
                     for t in 0..T {
-                        sums[t] = S::dot(sums[t], values, x.add((step * T + t) * 2));
+                        sums[t] = S::dot(sums[t], values[half], x.add(((2 * pair + half) * T + t) * 2));
                     }
                 }
             }
-            let factors = w.add(STEPS * STEP_BYTES * BITS as usize / 8);
-            S::prefetch(factors.wrapping_add(PREFETCH_BYTES));
-            let scale = load_factors::<S>(factors, is_wide);
             for t in 0..T {
                 let scale = S::mul(scale, S::splat(rest.add(T + t).cast::<f32>().read()));
                 acc[t] = S::fma(S::finish(sums[t]), scale, acc[t]);
-            }
-            if has_offsets {
-                let offset = load_factors::<S>(factors.add(factor_bytes), is_wide);
-                for t in 0..T {
-                    acc[t] = S::fma(offset, S::splat(rest.add(2 * T + t).cast::<f32>().read()), acc[t]);
-                }
             }
         }
         acc
