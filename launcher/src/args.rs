@@ -76,12 +76,12 @@ pub struct ModelArgs {
     #[arg(long, env)]
     pub trust_remote_code: bool,
 
-    /// How rotary positions are stretched beyond the trained context. Not available yet as an option; the scaling in the
-    /// model's own `config.json` is honoured.
+    /// How rotary positions are stretched beyond the trained context, in place of the scaling in the model's own
+    /// `config.json`. Sequences may then be `--rope-factor` times as long.
     #[arg(long, env, value_enum)]
     pub rope_scaling: Option<RopeScaling>,
 
-    /// Factor for `--rope-scaling`. Not available yet as an option.
+    /// Factor for `--rope-scaling`, from 1 up; 1 when only `--rope-scaling` is given. Alone it means linear scaling.
     #[arg(long, env)]
     pub rope_factor: Option<f32>,
 

@@ -15,8 +15,7 @@ pub fn max_batch_prefill_tokens(config: Option<&ModelConfig>) -> u32 {
         _ => DEFAULT_PREFILL_TOKENS,
     };
     // A config with a wrong type counts as absent here, as upstream; the shard reads it again and says what is wrong.
-    let context =
-        config.and_then(|config| config.max_position_embeddings().ok().flatten()).unwrap_or(usize::MAX);
+    let context = config.and_then(|config| config.longest_sequence().ok().flatten()).unwrap_or(usize::MAX);
     u32::try_from(default.min(context)).unwrap_or(u32::MAX)
 }
 
@@ -34,6 +33,10 @@ mod tests {
             (r#"{"max_position_embeddings": 8192}"#, 4096),
             (r#"{"max_position_embeddings": 2048}"#, 2048),
             (r#"{"n_positions": 1024}"#, 1024),
+            (
+                r#"{"max_position_embeddings": 1024, "rope_scaling": {"type": "dynamic", "factor": 3.0}}"#,
+                3072,
+            ),
             (r#"{"max_seq_len": 512, "n_positions": 1024}"#, 512),
             (r#"{"max_position_embeddings": "many"}"#, 4096),
             (r#"{"model_type": "gemma3", "max_position_embeddings": 131072}"#, 8000),

@@ -2,6 +2,8 @@
 
 use std::ffi::OsString;
 
+use hub::RopeOverride;
+
 use crate::args::{Args, Dtype, Redacted, UsageStats, spelled};
 use crate::devices::Device;
 
@@ -54,6 +56,7 @@ pub struct ShardSpec {
     pub device: Device,
     args: Args,
     max_input_tokens: Option<usize>,
+    rope: Option<RopeOverride>,
 }
 
 /// What a shard is told that is known only once the launcher runs.
@@ -78,7 +81,13 @@ impl ShardSpec {
             device,
             args: args.clone(),
             max_input_tokens,
+            rope: None,
         }
+    }
+
+    /// With a rotary scaling in place of the model's own.
+    pub fn with_rope(self, rope: Option<RopeOverride>) -> Self {
+        Self { rope, ..self }
     }
 
     /// The command of one rank.
@@ -130,6 +139,10 @@ impl ShardSpec {
             self.args.hidden.hf_hub_enable_hf_transfer.as_deref().unwrap_or("1"),
         );
         command.set_if_some("HF_TOKEN", &hub.hf_api_token.as_ref().map(hub::Secret::reveal));
+        if let Some(rope) = self.rope {
+            command.set("ROPE_SCALING", rope.kind.name());
+            command.set("ROPE_FACTOR", rope.factor.to_string());
+        }
         command.set_if_some("MAX_TOTAL_TOKENS", &limits.max_total_tokens);
         command.set_if_some("MAX_BATCH_SIZE", &limits.max_batch_size);
         if features.enable_prefill_logprobs {

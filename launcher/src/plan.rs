@@ -4,9 +4,9 @@
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
-use hub::ModelConfig;
+use hub::{ModelConfig, RopeKind, RopeOverride};
 
-use crate::args::{Args, spelled};
+use crate::args::{Args, RopeScaling, spelled};
 use crate::budget;
 use crate::command::{RouterSpec, ShardSpec};
 use crate::devices::{Device, Devices, num_shard};
@@ -47,22 +47,38 @@ pub fn plan(
         mistakes.push(mistake);
         1
     });
+    let rope = rope_scaling(args).unwrap_or_else(|mistake| {
+        mistakes.push(LauncherError::ArgumentValidation(mistake));
+        None
+    });
     mistakes.extend(too_many_shards(num_shard, config).map(LauncherError::ArgumentValidation));
     if !mistakes.is_empty() {
         return Err(mistakes);
     }
+    let rescaled = config.zip(rope).map(|(config, rope)| config.with_rope_scaling(&rope));
+    let config = rescaled.as_ref().or(config);
     let max_input_tokens = args.limits.max_input_tokens.or(args.limits.max_input_length);
     let max_batch_prefill_tokens =
         args.limits.max_batch_prefill_tokens.unwrap_or_else(|| budget::max_batch_prefill_tokens(config));
     let ip = args.serving.hostname.parse().unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
     Ok(LaunchPlan {
-        shard: ShardSpec::new(args, devices.device, num_shard, max_input_tokens),
+        shard: ShardSpec::new(args, devices.device, num_shard, max_input_tokens).with_rope(rope),
         router: RouterSpec::new(args, max_input_tokens, max_batch_prefill_tokens),
         bind: SocketAddr::new(ip, args.serving.port),
         uds_prefix: args.devices.shard_uds_path.clone(),
         graceful_timeout: Duration::from_secs(args.serving.graceful_termination_timeout),
         notices: notices(args, devices, num_shard, max_batch_prefill_tokens),
     })
+}
+
+/// The rotary scaling in place of the model's own; its factor in the short spelling of 32 bits.
+fn rope_scaling(args: &Args) -> Result<Option<RopeOverride>, String> {
+    let kind = args.model.rope_scaling.map(|scaling| match scaling {
+        RopeScaling::Linear => RopeKind::Linear,
+        RopeScaling::Dynamic => RopeKind::Dynamic,
+    });
+    let factor = args.model.rope_factor.map(|factor| factor.to_string().parse().unwrap_or(f64::NAN));
+    RopeOverride::new(kind, factor)
 }
 
 /// Options that exclude each other. The texts begin as upstream's.
@@ -145,15 +161,6 @@ fn not_available(args: &Args) -> Vec<String> {
             format!("--kv-cache-dtype {}", spelled(dtype)),
             "leave it out: the cache then has the model's precision",
         );
-    }
-    if let Some(scaling) = model.rope_scaling {
-        refuse(
-            format!("--rope-scaling {}", spelled(scaling)),
-            "put `rope_scaling` into the model's config.json",
-        );
-    }
-    if let Some(factor) = model.rope_factor {
-        refuse(format!("--rope-factor {factor}"), "put `rope_scaling` into the model's config.json");
     }
     if features.lora_adapters.as_deref().is_some_and(|adapters| !adapters.trim().is_empty()) {
         refuse("--lora-adapters".to_owned(), "leave it out, or serve a model that has the adapter merged in");

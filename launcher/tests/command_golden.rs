@@ -120,6 +120,19 @@ fn shard_by_default() {
 }
 
 #[test]
+fn rotary_scaling_travels_in_the_environment() {
+    for (words, scaling, factor) in [
+        (&["--rope-scaling", "dynamic"][..], "dynamic", "1"),
+        (&["--rope-factor", "2.3"], "linear", "2.3"),
+        (&["--rope-scaling", "dynamic", "--rope-factor", "4"], "dynamic", "4"),
+    ] {
+        let shard = shard(&[NOTHING, words].concat(), 0);
+        let env = environment(&shard);
+        assert_eq!((env["ROPE_SCALING"], env["ROPE_FACTOR"]), (scaling, factor), "{words:?}");
+    }
+}
+
+#[test]
 fn shard_with_everything() {
     let shard = shard(EVERYTHING, 1);
     assert_eq!(

@@ -74,8 +74,6 @@ fn what_cannot_be_honoured_is_refused_with_its_name() {
         &["--quantize", "bitsandbytes-nf4"][..],
         &["--speculate", "2"],
         &["--kv-cache-dtype", "fp8_e5m2"],
-        &["--rope-scaling", "linear"],
-        &["--rope-factor", "2.0"],
         &["--lora-adapters", "a/b"],
         &["--watermark-gamma", "0.5"],
         &["--watermark-delta", "2.0"],
@@ -96,6 +94,8 @@ fn values_out_of_range_are_refused_with_their_flag() {
         &["--max-batch-prefill-tokens", "0"],
         &["--cuda-memory-fraction", "1.5"],
         &["--cuda-memory-fraction", "0"],
+        &["--rope-factor", "0.5"],
+        &["--rope-factor", "NaN"],
         &["--num-shard", "10"],
     ] {
         let text = refusal(words);
@@ -131,6 +131,21 @@ fn options_without_effect_are_accepted_with_a_line() {
     for harmless in [&["--speculate", "0"][..], &["--lora-adapters", " "], &["--usage-stats", "off"]] {
         planned(harmless).unwrap();
     }
+}
+
+#[test]
+fn a_rotary_scaling_makes_the_context_longer() {
+    let prefill = |context: usize, words: &[&str]| {
+        let args = Args::parse_from([&["launcher", "--hostname", "0.0.0.0"], words].concat());
+        let raw = serde_json::json!({"model_type": "llama", "max_position_embeddings": context});
+        let config = ModelConfig::new(raw.as_object().unwrap().clone());
+        let machine = Machine { has_cuda_kernels: false, has_cuda_device: false, cores: 2 };
+        let devices = Devices::choose(&args, machine).unwrap();
+        plan(&args, Some(&config), &devices).unwrap().notices.join(" ")
+    };
+    assert!(prefill(1024, &[]).contains("`max_batch_prefill_tokens` to 1024"));
+    assert!(prefill(1024, &["--rope-factor", "2"]).contains("`max_batch_prefill_tokens` to 2048"));
+    assert!(prefill(1024, &["--rope-scaling", "dynamic"]).contains("`max_batch_prefill_tokens` to 1024"));
 }
 
 #[test]

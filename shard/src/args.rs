@@ -86,6 +86,10 @@ pub struct ServeArgs {
     #[command(flatten)]
     pub limits: LimitArgs,
 
+    /// Rotary scaling.
+    #[command(flatten)]
+    pub rope: RopeArgs,
+
     /// What is refused when it asks for something.
     #[command(flatten)]
     pub refused: RefusedArgs,
@@ -159,6 +163,18 @@ pub struct LimitArgs {
     pub request_logprobs: Option<String>,
 }
 
+/// Rotary scaling in place of the model's own. Environment only.
+#[derive(ClapArgs, Debug, Clone, Default)]
+pub struct RopeArgs {
+    /// `linear` or `dynamic`.
+    #[arg(long, env = "ROPE_SCALING", hide = true)]
+    pub rope_scaling: Option<String>,
+
+    /// How many times the context.
+    #[arg(long, env = "ROPE_FACTOR", hide = true)]
+    pub rope_factor: Option<String>,
+}
+
 /// What is not supported: refused rather than ignored.
 #[derive(ClapArgs, Debug, Clone, Default)]
 pub struct RefusedArgs {
@@ -177,14 +193,6 @@ pub struct RefusedArgs {
     /// Where to send traces
     #[arg(long)]
     pub otlp_endpoint: Option<String>,
-
-    /// Kind of rope scaling.
-    #[arg(long, env = "ROPE_SCALING", hide = true)]
-    pub rope_scaling: Option<String>,
-
-    /// Factor of rope scaling.
-    #[arg(long, env = "ROPE_FACTOR", hide = true)]
-    pub rope_factor: Option<String>,
 
     /// Adapters to load.
     #[arg(long, env = "LORA_ADAPTERS", hide = true)]

@@ -4,9 +4,9 @@ use std::path::PathBuf;
 use std::str::FromStr;
 
 use backend::DType;
-use hub::{HubOptions, ModelRef};
+use hub::{HubOptions, ModelRef, RopeKind, RopeOverride};
 
-use crate::args::{DownloadArgs, RefusedArgs, ServeArgs};
+use crate::args::{DownloadArgs, RefusedArgs, RopeArgs, ServeArgs};
 
 /// What `serve` does.
 #[derive(Debug, Clone)]
@@ -23,6 +23,8 @@ pub struct ServeSettings {
     pub world_size: usize,
     /// Type of the weights; `None`: what suits the device.
     pub dtype: Option<DType>,
+    /// Rotary scaling in place of the model's own.
+    pub rope_scaling: Option<RopeOverride>,
     /// CPU threads of this rank.
     pub threads: usize,
     /// Repeated in the handshake; empty when started by hand.
@@ -81,6 +83,7 @@ pub fn serve_settings(args: &ServeArgs, num_cores: usize) -> Result<ServeSetting
         }
         dtype
     });
+    let rope_scaling = rope_scaling(&args.rope, &mut mistakes);
     check_device(args.quartet.device.as_deref(), &mut mistakes);
     let threads = mistakes
         .number("--threads (QUARTET_THREADS)", &args.quartet.threads)
@@ -109,6 +112,7 @@ pub fn serve_settings(args: &ServeArgs, num_cores: usize) -> Result<ServeSetting
         rank,
         world_size,
         dtype,
+        rope_scaling,
         threads,
         instance_id: args.quartet.instance_id.clone().unwrap_or_default(),
         lifeline_fd,
@@ -152,6 +156,20 @@ impl Mistakes {
     }
 }
 
+/// The rotary scaling that is asked for; an empty variable counts as unset.
+fn rope_scaling(args: &RopeArgs, mistakes: &mut Mistakes) -> Option<RopeOverride> {
+    let name = args.rope_scaling.as_deref().filter(|name| !name.is_empty());
+    let kind = name.and_then(RopeKind::from_name);
+    if let (Some(name), None) = (name, kind) {
+        mistakes.add(format!("--rope-scaling (ROPE_SCALING) is {name:?}, expected linear or dynamic"));
+    }
+    let factor = mistakes.number("--rope-factor (ROPE_FACTOR)", &args.rope_factor);
+    RopeOverride::new(kind, factor).unwrap_or_else(|mistake| {
+        mistakes.add(mistake);
+        None
+    })
+}
+
 fn check_device(device: Option<&str>, mistakes: &mut Mistakes) {
     match device {
         None | Some("" | "cpu" | "auto") => {}
@@ -177,8 +195,6 @@ fn refusals(args: &RefusedArgs) -> Vec<String> {
     let kv_cache_dtype = given(&args.kv_cache_dtype).filter(|dtype| dtype != "auto");
     refuse("--kv-cache-dtype", kv_cache_dtype, "leave it out to take the type that suits the weights");
     refuse("--otlp-endpoint", given(&args.otlp_endpoint), "leave it out, traces are not exported");
-    refuse("ROPE_SCALING", given(&args.rope_scaling), "unset it, the model's own scaling is used");
-    refuse("ROPE_FACTOR", given(&args.rope_factor), "unset it, the model's own scaling is used");
     refuse("LORA_ADAPTERS", given(&args.lora_adapters), "unset it and merge the adapter into the weights");
     refusals
 }
@@ -308,6 +324,31 @@ mod tests {
     }
 
     #[test]
+    fn rotary_scaling_is_read_as_upstreams_launcher_passes_it() {
+        let rope = |words: &[&str]| parse(&[&["m"], words].concat()).map(|settings| settings.rope_scaling);
+        let expected = |kind, factor| Ok(Some(RopeOverride { kind, factor }));
+        assert_eq!(rope(&[]), Ok(None));
+        assert_eq!(rope(&["--rope-scaling", "", "--rope-factor", ""]), Ok(None));
+        assert_eq!(
+            rope(&["--rope-scaling", "dynamic", "--rope-factor", "2.5"]),
+            expected(RopeKind::Dynamic, 2.5)
+        );
+        assert_eq!(rope(&["--rope-scaling", "dynamic"]), expected(RopeKind::Dynamic, 1.0));
+        assert_eq!(rope(&["--rope-factor", "2"]), expected(RopeKind::Linear, 2.0));
+        assert_eq!(
+            rope(&["--rope-scaling", "yarn", "--rope-factor", "two"]).unwrap_err(),
+            [
+                "--rope-scaling (ROPE_SCALING) is \"yarn\", expected linear or dynamic",
+                "--rope-factor (ROPE_FACTOR) is \"two\", expected a number",
+            ]
+        );
+        assert_eq!(
+            rope(&["--rope-factor", "0.5"]).unwrap_err(),
+            ["--rope-factor (ROPE_FACTOR) is 0.5, expected a number from 1 up"]
+        );
+    }
+
+    #[test]
     fn what_cannot_be_done_is_refused_in_one_line_each() {
         let mistakes = parse(&[
             "m",
@@ -316,15 +357,11 @@ mod tests {
             "fp8_e5m2",
             "--otlp-endpoint",
             "http://x",
-            "--rope-scaling",
-            "linear",
-            "--rope-factor",
-            "2",
             "--lora-adapters",
             "a=b",
         ])
         .unwrap_err();
-        assert_eq!(mistakes.len(), 6, "{mistakes:#?}");
+        assert_eq!(mistakes.len(), 4, "{mistakes:#?}");
         assert!(mistakes.iter().all(|mistake| !mistake.contains('\n')));
     }
 

@@ -84,6 +84,7 @@ fn load_engine(settings: &ServeSettings, ledger: &mut Ledger) -> Result<Engine, 
         dtype: settings.dtype,
         block_size: BLOCK_SIZE,
         threads: settings.threads,
+        rope_scaling: settings.rope_scaling,
         ..LoadOptions::default()
     };
     // The tokenizer takes as long as a small model's weights, and neither needs the other.
@@ -131,10 +132,14 @@ fn join_ranks(settings: &ServeSettings, files: &ModelFiles) -> Result<Box<dyn Co
         return Ok(Box::new(Single));
     }
     let fingerprint = format!(
-        "quartet {} model {} dtype {}",
+        "quartet {} model {} dtype {} rope {}",
         env!("CARGO_PKG_VERSION"),
         files.fingerprint()?,
-        settings.dtype.map_or("auto", backend::DType::name)
+        settings.dtype.map_or("auto", backend::DType::name),
+        settings.rope_scaling.map_or_else(
+            || "as in the model".to_owned(),
+            |rope| format!("{} {}", rope.kind.name(), rope.factor)
+        )
     );
     let communicator = shm::join(&Rendezvous {
         socket: settings.rendezvous_socket(),

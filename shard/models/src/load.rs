@@ -3,17 +3,17 @@
 use std::time::Instant;
 
 use backend::{AttentionShape, Backend, BackendError, DType, KvLayout};
-use hub::ModelFiles;
+use hub::{ModelFiles, RopeOverride};
 
 use crate::decoder::{Decoder, Layer, Mixer};
-use crate::families::decoder_spec;
+use crate::families::spec_with;
 use crate::layers::{Attention, Embedding, LatentAttention, LmHead, Loader, Mlp, Norm, Residual, Stream};
 use crate::spec::{DecoderSpec, ExpectedTensor, LayerSpec, MixerSpec, ResidualSpec};
 use crate::weights::{self, WeightSource, check_tensors, prevailing_dtype, with_names_of};
 use crate::{ModelError, ModelInfo};
 
 /// How a model is to be loaded.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct LoadOptions {
     /// Type of the weights; none: what the backend makes of the stored one, and quantized ones stay as they are.
     pub dtype: Option<DType>,
@@ -25,12 +25,21 @@ pub struct LoadOptions {
     pub max_rows_sampled: usize,
     /// Threads that may dequantize while loading.
     pub threads: usize,
+    /// In place of the configuration's rotary scaling.
+    pub rope_scaling: Option<RopeOverride>,
 }
 
 impl Default for LoadOptions {
     fn default() -> Self {
         // 64 rows of 49152 logits take 12 MiB, and a matrix product gains little from more rows.
-        Self { dtype: None, kv_dtype: None, block_size: 16, max_rows_sampled: 64, threads: 1 }
+        Self {
+            dtype: None,
+            kv_dtype: None,
+            block_size: 16,
+            max_rows_sampled: 64,
+            threads: 1,
+            rope_scaling: None,
+        }
     }
 }
 
@@ -45,7 +54,7 @@ pub fn load<B: Backend>(
     options: &LoadOptions,
 ) -> Result<Decoder<B>, ModelError> {
     let begin = Instant::now();
-    let spec = decoder_spec(&files.config()?)?;
+    let spec = spec_with(&files.config()?, options.rope_scaling.as_ref())?;
     let source = with_names_of(&spec, weights::open(files, options.threads)?);
     check_tensors(&spec, source.as_ref())?;
     let decoder = assemble(backend, &spec, source.as_ref(), options)?;

@@ -111,6 +111,17 @@ mod tests {
     }
 
     #[test]
+    fn ids_of_a_padded_embedding_have_no_text() {
+        let vocabulary = byte_vocabulary(&[]);
+        let ids = [vocabulary.encode("ab", false).unwrap(), vec![5000, u32::MAX]].concat();
+        assert_eq!(Detokenizer::new(2).next_text(&ids, &vocabulary).unwrap(), "");
+        let more = [ids, vocabulary.encode("c", false).unwrap()].concat();
+        assert_eq!(Detokenizer::new(2).next_text(&more, &vocabulary).unwrap(), "c");
+        assert_eq!(generated_text(&more, 2, &vocabulary).unwrap(), "c");
+        assert!(!vocabulary.is_special(5000));
+    }
+
+    #[test]
     fn half_a_character_at_the_end_is_left_out() {
         let vocabulary = byte_vocabulary(&[]);
         let mut ids = vocabulary.encode("ab\u{1f980}", false).unwrap();

@@ -30,13 +30,16 @@ mod qwen3;
 mod qwen3_moe;
 mod respelled;
 mod rope;
+mod rope_override;
 mod rope_scaling;
 mod stablelm;
 mod starcoder2;
 mod unsupported;
 mod window;
 
-use hub::ModelConfig;
+use hub::{ModelConfig, stretched};
+
+pub(crate) use rope_override::spec_with;
 
 use crate::ModelError;
 use crate::spec::DecoderSpec;
@@ -105,7 +108,13 @@ pub fn decoder_spec(config: &ModelConfig) -> Result<DecoderSpec, ModelError> {
              later: choose the unquantized checkpoint or a GGUF file with --model-id"
         )]));
     }
-    (family.build)(config)
+    let mut spec = (family.build)(config)?;
+    let stretch = config.context_stretch();
+    // Positions that are looked up in a table end with it, whatever the configuration says of scaling.
+    if stretch > 1.0 && rope_override::takes_scaling(family.build, config) {
+        spec.max_position_embeddings = stretched(spec.max_position_embeddings, stretch);
+    }
+    Ok(spec)
 }
 
 fn find(config: &ModelConfig) -> Result<&'static Family, ModelError> {

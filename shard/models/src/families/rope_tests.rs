@@ -1,11 +1,12 @@
 //! Rotary scalings: numbers worked out from their formulas, spellings, and refusals.
 
 use backend::RopeFrequencies;
+use hub::{RopeKind, RopeOverride};
 use serde_json::{Value, json};
 
 use super::config_reader::ConfigReader;
-use super::rope;
 use super::tests::{config, refusal, spec};
+use super::{rope, spec_with};
 use crate::spec::MixerSpec;
 
 /// The frequencies of the last layer: heads of 16 elements in a model of 512 positions, base 10000.
@@ -186,4 +187,35 @@ fn scalings_that_are_not_run_are_refused_in_one_line() {
     let error =
         refusal(json!({"rope_scaling": {"type": "dynamic", "factor": 2}, "max_position_embeddings": null}));
     assert!(error.contains("max_position_embeddings: missing") && error.lines().count() == 1, "{error}");
+}
+
+#[test]
+fn options_replace_the_scaling_of_the_configuration() {
+    let rope = RopeOverride { kind: RopeKind::Dynamic, factor: 4.0 };
+    let written = spec(json!({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}));
+    assert_eq!(written.max_position_embeddings, 2048);
+    for replaced in [json!(null), json!({"type": "mrope"}), longrope()] {
+        let config = config(json!({"rope_scaling": replaced}));
+        assert!(spec_with(&config, Some(&rope)).unwrap() == written);
+    }
+    let plain = config(json!({}));
+    assert!(spec_with(&plain, None).unwrap() == spec(json!({})));
+    let linear = RopeOverride { kind: RopeKind::Linear, factor: 1.0 };
+    assert!(spec_with(&plain, Some(&linear)).unwrap() == spec(json!({})));
+}
+
+#[test]
+fn positions_in_a_table_cannot_be_scaled() {
+    let gpt2 = json!({
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_layer": 2,
+        "n_positions": 512, "rope_scaling": {"type": "dynamic", "factor": 4.0},
+    });
+    assert_eq!(spec(gpt2.clone()).max_position_embeddings, 512);
+    let rope = RopeOverride { kind: RopeKind::Linear, factor: 2.0 };
+    let error = spec_with(&config(gpt2), Some(&rope)).unwrap_err().to_string();
+    assert!(
+        error.starts_with("--rope-scaling (ROPE_SCALING) linear and --rope-factor (ROPE_FACTOR) 2: "),
+        "{error}"
+    );
+    assert_eq!(error.lines().count(), 1);
 }

@@ -3,15 +3,14 @@
 //! The model is built from vocabulary and merges directly; going through tokenizer.json's text would take
 //! several times as long, and start-up waits for this.
 
+mod pre_tokenization;
+mod sentence_piece;
+
+use pre_tokenization::pre_tokenization;
 use tokenizers::models::bpe::{BPE, Vocab};
-use tokenizers::normalizers::unicode::NFC;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::pre_tokenizers::digits::Digits;
-use tokenizers::pre_tokenizers::sequence::Sequence;
-use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::processors::template::{SpecialToken, TemplateProcessing};
-use tokenizers::tokenizer::SplitDelimiterBehavior;
-use tokenizers::{AddedToken, NormalizerWrapper, PreTokenizerWrapper, Tokenizer};
+use tokenizers::{AddedToken, Tokenizer};
 
 use crate::error::HubError;
 use crate::gguf::{Array, Gguf, Value, quote};
@@ -19,37 +18,22 @@ use crate::gguf_config::MetadataReader;
 use crate::tokenizer_files::TokenizerConfig;
 
 /// Values of `tokenizer.ggml.token_type`.
+const UNKNOWN: u64 = 2;
 const CONTROL: u64 = 3;
 const USER_DEFINED: u64 = 4;
+const UNUSED: u64 = 5;
+const BYTE: u64 = 6;
 
-/// Words, numbers of up to three digits, punctuation and white space, as Llama 3 cuts text.
-const LLAMA3_PATTERN: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-/// The same with single digits, as Qwen 2 cuts text.
-const QWEN2_PATTERN: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-
-/// How a family cuts text before byte-pair encoding.
-struct PreTokenization {
-    pre_tokenizer: PreTokenizerWrapper,
-    normalizer: Option<NormalizerWrapper>,
-    /// Whether a piece that is a token needs no merges to become it.
-    ignore_merges: bool,
-    /// Whether the family puts the BOS token first when the file does not say.
-    add_bos: bool,
-}
+/// What is read, for messages.
+const SUPPORTED: &str = "tokenizers \"gpt2\" (byte-level BPE) and \"llama\" (SentencePiece)";
 
 /// The tokenizer that `tokenizer.ggml.*` describes.
 pub(crate) fn tokenizer(gguf: &Gguf, origin: &str) -> Result<Tokenizer, HubError> {
     let reader = MetadataReader { gguf, origin };
     match reader.str("tokenizer.ggml.model")? {
         Some("gpt2") => byte_pair_tokenizer(&reader),
-        Some("llama") => Err(reader.unsupported(
-            "tokenizer \"llama\" (SentencePiece)",
-            "tokenizer \"gpt2\" (byte-level BPE) in GGUF files; use the model's safetensors for now",
-        )),
-        Some(other) => {
-            Err(reader
-                .unsupported(&format!("tokenizer {}", quote(other)), "tokenizer \"gpt2\" (byte-level BPE)"))
-        }
+        Some("llama") => sentence_piece::tokenizer(&reader),
+        Some(other) => Err(reader.unsupported(&format!("tokenizer {}", quote(other)), SUPPORTED)),
         None => Err(reader.lacks("tokenizer.ggml.model")),
     }
 }
@@ -88,30 +72,50 @@ pub(crate) fn tokenizer_config(gguf: &Gguf, origin: &str) -> Result<TokenizerCon
 fn byte_pair_tokenizer(reader: &MetadataReader<'_>) -> Result<Tokenizer, HubError> {
     let tokens = reader.tokens()?;
     let family = pre_tokenization(reader)?;
-    let broken = |error: tokenizers::Error| HubError::Tokenizer {
-        origin: reader.origin.to_owned(),
-        problem: error.to_string(),
-    };
-    let vocab: Vocab = tokens.iter().cloned().zip(0_u32..).collect();
-    if vocab.len() != tokens.len() {
-        let problem = format!("{} of {} tokens appear twice", tokens.len() - vocab.len(), tokens.len());
-        return Err(reader.wrong(problem));
-    }
+    let wrong = |error| broken(reader, error);
+    let vocab = vocabulary(reader, tokens)?;
     let merges = merges(reader, &vocab)?;
     let model = BPE::builder()
         .vocab_and_merges(vocab, merges)
         .ignore_merges(family.ignore_merges)
         .build()
-        .map_err(broken)?;
+        .map_err(wrong)?;
     let mut tokenizer = Tokenizer::new(model);
-    tokenizer.with_normalizer(family.normalizer).map_err(broken)?;
+    tokenizer.with_normalizer(family.normalizer).map_err(wrong)?;
     tokenizer.with_pre_tokenizer(Some(family.pre_tokenizer));
     tokenizer.with_decoder(Some(ByteLevel::new(true, true, true)));
-    tokenizer.add_tokens(added_tokens(reader, tokens)?).map_err(broken)?;
-    if let Some(template) = special_token_template(reader, tokens, family.add_bos)? {
+    finish(reader, &mut tokenizer, &[CONTROL, USER_DEFINED], family.add_bos)?;
+    Ok(tokenizer)
+}
+
+fn broken(reader: &MetadataReader<'_>, error: tokenizers::Error) -> HubError {
+    HubError::Tokenizer { origin: reader.origin.to_owned(), problem: error.to_string() }
+}
+
+/// The tokens by their text.
+fn vocabulary(reader: &MetadataReader<'_>, tokens: &[String]) -> Result<Vocab, HubError> {
+    let vocab: Vocab = tokens.iter().cloned().zip(0_u32..).collect();
+    if vocab.len() != tokens.len() {
+        let problem = format!("{} of {} tokens appear twice", tokens.len() - vocab.len(), tokens.len());
+        return Err(reader.wrong(problem));
+    }
+    Ok(vocab)
+}
+
+/// Adds the tokens of `added_kinds`, and what goes before and after a text.
+fn finish(
+    reader: &MetadataReader<'_>,
+    tokenizer: &mut Tokenizer,
+    added_kinds: &[u64],
+    family_adds_bos: bool,
+) -> Result<(), HubError> {
+    let tokens = reader.tokens()?;
+    let added = added_tokens(reader, tokens, added_kinds)?;
+    tokenizer.add_tokens(added).map_err(|error| broken(reader, error))?;
+    if let Some(template) = special_token_template(reader, tokens, family_adds_bos)? {
         tokenizer.with_post_processor(Some(template));
     }
-    Ok(tokenizer)
+    Ok(())
 }
 
 /// The merges, each checked: the library's builder trusts that a merge's result is no longer than any token.
@@ -127,22 +131,32 @@ fn merges(reader: &MetadataReader<'_>, vocab: &Vocab) -> Result<Vec<(String, Str
     lines.iter().map(merge).collect()
 }
 
-/// The tokens that are found in text before anything else, in order of their ids.
-fn added_tokens(reader: &MetadataReader<'_>, tokens: &[String]) -> Result<Vec<AddedToken>, HubError> {
+/// The kind of each token; none where the file does not say.
+fn kinds(reader: &MetadataReader<'_>, num_tokens: usize) -> Result<Option<Vec<u64>>, HubError> {
     let key = "tokenizer.ggml.token_type";
     let kinds = match reader.gguf.metadata.get(key) {
-        None => return Ok(Vec::new()),
+        None => return Ok(None),
         Some(Value::Array(list @ (Array::Unsigned(_) | Array::Signed(_)))) => list.to_u64s(),
         Some(_) => None,
     };
     let kinds = kinds
         .ok_or_else(|| reader.wrong(format!("{key} is not a list of kinds, expected integers from 0")))?;
-    if kinds.len() != tokens.len() {
-        return Err(reader.wrong(format!("{key} has {} kinds for {} tokens", kinds.len(), tokens.len())));
+    if kinds.len() != num_tokens {
+        return Err(reader.wrong(format!("{key} has {} kinds for {num_tokens} tokens", kinds.len())));
     }
-    let added = tokens.iter().zip(kinds).filter(|(_, kind)| [CONTROL, USER_DEFINED].contains(kind));
+    Ok(Some(kinds))
+}
+
+/// The tokens that are found in text before anything else, in order of their ids.
+fn added_tokens(
+    reader: &MetadataReader<'_>,
+    tokens: &[String],
+    added_kinds: &[u64],
+) -> Result<Vec<AddedToken>, HubError> {
+    let kinds = kinds(reader, tokens.len())?.unwrap_or_default();
+    let added = tokens.iter().zip(kinds).filter(|(_, kind)| added_kinds.contains(kind));
     Ok(added
-        .map(|(token, kind)| AddedToken::from(token.as_str(), kind == CONTROL).normalized(false))
+        .map(|(token, kind)| AddedToken::from(token.as_str(), kind != USER_DEFINED).normalized(false))
         .collect())
 }
 
@@ -182,50 +196,5 @@ fn special_token_template(
     Ok(Some(template))
 }
 
-/// How text is cut, by the name llama.cpp gave the family's way.
-fn pre_tokenization(reader: &MetadataReader<'_>) -> Result<PreTokenization, HubError> {
-    let byte_level = |use_regex| PreTokenizerWrapper::from(ByteLevel::new(false, true, use_regex));
-    let sequence = |first: PreTokenizerWrapper, use_regex| {
-        PreTokenizerWrapper::from(Sequence::new(vec![first, byte_level(use_regex)]))
-    };
-    let split = |pattern: &str| {
-        let pattern = SplitPattern::Regex(pattern.to_owned());
-        Split::new(pattern, SplitDelimiterBehavior::Isolated, false)
-            .map(PreTokenizerWrapper::from)
-            .map_err(|error| reader.wrong(error.to_string()))
-    };
-    let plain = |pre_tokenizer| PreTokenization {
-        pre_tokenizer,
-        normalizer: None,
-        ignore_merges: false,
-        add_bos: false,
-    };
-    let name = reader.str("tokenizer.ggml.pre")?.unwrap_or_else(|| {
-        tracing::warn!("{}: it has no tokenizer.ggml.pre; text is cut as for GPT-2", reader.origin);
-        "default"
-    });
-    match name {
-        "default" | "gpt-2" | "phi-2" => Ok(plain(byte_level(true))),
-        "smollm" | "starcoder" | "refact" | "codeshell" => {
-            Ok(plain(sequence(PreTokenizerWrapper::from(Digits::new(true)), true)))
-        }
-        "llama-bpe" | "llama3" | "llama-v3" => Ok(PreTokenization {
-            ignore_merges: true,
-            add_bos: true,
-            ..plain(sequence(split(LLAMA3_PATTERN)?, false))
-        }),
-        "qwen2" | "deepseek-r1-qwen" => Ok(PreTokenization {
-            normalizer: Some(NormalizerWrapper::from(NFC)),
-            ..plain(sequence(split(QWEN2_PATTERN)?, false))
-        }),
-        other => Err(reader.unsupported(
-            &format!("tokenizer.ggml.pre {}", quote(other)),
-            "default, gpt-2, phi-2, smollm, starcoder, refact, codeshell, llama-bpe, llama3, llama-v3, qwen2, \
-             deepseek-r1-qwen",
-        )),
-    }
-}
-
 #[cfg(test)]
-#[path = "gguf_tokenizer_tests.rs"]
 mod tests;

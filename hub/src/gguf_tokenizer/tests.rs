@@ -100,17 +100,111 @@ fn special_tokens_with_template_syntax_are_taken_literally() {
 }
 
 #[test]
+fn every_known_way_keeps_the_text() {
+    let text = "Don't  cut\tmy 12345 words,\r\n\n ÉCOLE écoleX 日本語-한국어 🦀!? ";
+    for name in pre_tokenization::names() {
+        let tokenizer = build(&file(name)).unwrap();
+        let ids = tokenizer.encode(text, false).unwrap();
+        assert_eq!(tokenizer.decode(ids.get_ids(), false).unwrap(), text, "{name}");
+    }
+}
+
+#[test]
+fn ways_differ_where_they_should() {
+    // Merges stop at a cut: "123" is one token where three digits may stay together.
+    let digits = |pre: &str| tokens(pre, "1231").iter().filter(|token| !token.starts_with('<')).count();
+    for (pre, expected) in [("dbrx", 2), ("deepseek-v3", 2), ("falcon", 2), ("default", 2), ("gpt-4o", 2)] {
+        assert_eq!(digits(pre), expected, "{pre}");
+    }
+    for pre in ["stablelm2", "tekken", "command-r", "deepseek-coder", "viking", "seed-coder", "bailingmoe"] {
+        assert_eq!(digits(pre), 4, "{pre}");
+    }
+    assert_eq!(tokens("tekken", "he")[0], "<s>");
+    assert_eq!(tokens("dbrx", "he")[0], "he");
+}
+
+#[test]
 fn unsupported_kinds_are_named() {
-    let error = build(&file("tekken")).unwrap_err();
+    let error = build(&file("nosuch")).unwrap_err();
     assert!(
-        error.contains("tokenizer.ggml.pre \"tekken\" is not supported; supported are default"),
+        error.contains("tokenizer.ggml.pre \"nosuch\" is not supported; supported are default, llama-bpe"),
         "{error}"
     );
     let mut writer = file("smollm");
-    writer.text("tokenizer.ggml.model", "llama");
-    assert!(build(&writer).unwrap_err().contains("SentencePiece"));
     writer.text("tokenizer.ggml.model", "rwkv");
     assert!(build(&writer).unwrap_err().contains("tokenizer \"rwkv\""));
+}
+
+/// A SentencePiece model: three special tokens, all bytes, and a few pieces.
+fn sentence_piece_file() -> GgufWriter {
+    let bytes: Vec<String> = (0..256).map(|byte| format!("<0x{byte:02X}>")).collect();
+    let pieces = ["▁", "a", "b", "c", "ab", "bc", "abc", "▁a", "  ", "\n\n"];
+    let scores = [-9.0, -9.0, -9.0, -9.0, -2.0, -1.0, -3.0, -4.0, -1000.0, -1000.0];
+    let tokens: Vec<&str> =
+        ["<unk>", "<s>", "</s>"].into_iter().chain(bytes.iter().map(String::as_str)).chain(pieces).collect();
+    let mut kinds = vec![2, 3, 3];
+    kinds.extend([6; 256]);
+    kinds.extend([1, 1, 1, 1, 1, 1, 1, 1, 4, 4]);
+    let mut writer = GgufWriter::default();
+    writer
+        .text("general.architecture", "llama")
+        .text("tokenizer.ggml.model", "llama")
+        .texts("tokenizer.ggml.tokens", &tokens)
+        .set("tokenizer.ggml.token_type", Value::Array(Array::Signed(kinds)))
+        .set(
+            "tokenizer.ggml.scores",
+            Value::Array(Array::Floats([0.0; 259].into_iter().chain(scores).collect())),
+        )
+        .number("tokenizer.ggml.bos_token_id", 1)
+        .number("tokenizer.ggml.eos_token_id", 2);
+    writer
+}
+
+#[test]
+fn sentence_piece_joins_the_best_scores_first() {
+    let tokenizer = build(&sentence_piece_file()).unwrap();
+    let tokens = |text: &str| tokenizer.encode(text, true).unwrap().get_tokens().to_vec();
+    // "bc" is better than "ab", and what is left over joins to "abc"; only then would "▁a" be joined.
+    assert_eq!(tokens("abc"), ["<s>", "▁", "abc"]);
+    assert_eq!(tokens("ab a"), ["<s>", "▁", "ab", "▁a"]);
+    assert_eq!(tokens("aé"), ["<s>", "▁a", "<0xC3>", "<0xA9>"]);
+    for text in ["abc", " a  b\n\nc", "é🦀 ", "a</s>b"] {
+        let ids = tokenizer.encode(text, false).unwrap();
+        // The one space that was put before a text, and after a special token, is taken away at the start only.
+        let decoded = tokenizer.decode(ids.get_ids(), false).unwrap();
+        assert_eq!(decoded.replace("</s> ", "</s>").replace("   b", "  b").replace("\n\n c", "\n\nc"), text);
+    }
+}
+
+#[test]
+fn sentence_piece_without_a_prefix_keeps_text_as_it_is() {
+    let mut writer = sentence_piece_file();
+    writer.set("tokenizer.ggml.add_space_prefix", Value::Bool(false));
+    let tokenizer = build(&writer).unwrap();
+    assert_eq!(tokenizer.encode("a  b", true).unwrap().get_tokens(), ["<s>", "a", "  ", "b"]);
+    for text in ["abc", " a  b\n\nc", "é🦀 ", "a</s>b"] {
+        let ids = tokenizer.encode(text, false).unwrap();
+        assert_eq!(tokenizer.decode(ids.get_ids(), false).unwrap(), text);
+    }
+}
+
+#[test]
+fn damaged_scores_are_errors() {
+    let key = "tokenizer.ggml.scores";
+    let changed = |value: Value| build(sentence_piece_file().set(key, value)).unwrap_err();
+    assert!(changed(Value::Array(Array::Floats(vec![0.0]))).contains("1 scores for 269 tokens"));
+    assert!(changed(Value::Unsigned(1)).contains("not a list of numbers"));
+    let mut writer = sentence_piece_file();
+    writer.metadata.retain(|(known, _)| known != key);
+    assert!(build(&writer).unwrap_err().contains("no metadata key tokenizer.ggml.scores"));
+    writer.set(key, Value::Array(Array::Floats(vec![f64::NAN; 269])));
+    build(&writer).unwrap();
+    for bytes in mutations(&sentence_piece_file().bytes(), 2_000) {
+        let Ok(gguf) = Gguf::parse(&bytes) else { continue };
+        if let Ok(tokenizer) = tokenizer(&gguf, "m.gguf") {
+            let _ = tokenizer.encode("<s>abc é</s>", true);
+        }
+    }
 }
 
 #[test]
