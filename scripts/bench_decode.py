@@ -35,6 +35,7 @@ class Shard:
     def __init__(self, options, model, folder):
         self.prefix = f"{folder}/shard"
         command = [f"{options.bin}/shard", "serve", model, "--uds-path", self.prefix, "--threads", str(options.threads)]
+        command += ["--dtype", "bfloat16"]  # what the peer runs; without it a GGUF file is run from its blocks
         self.log = open(f"{folder}/log", "w+")
         self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log)
         while not Path(f"{self.prefix}-0").exists():

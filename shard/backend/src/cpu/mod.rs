@@ -1,6 +1,6 @@
 //! The CPU backend: readable reference, and a product for small models.
 //!
-//! Reading order: [`operations`] is `impl Backend`; [`linear`], [`quantized_linear`], [`kv_cache`] and [`buffer`] say
+//! Reading order: [`operations`] is `impl Backend`; [`plain_linear`], [`quantized_linear`], [`kv_cache`] and [`buffer`] say
 //! how things lie in memory;
 //! [`matmul`] and [`attention`] spread work over [`threads`]; [`kernels`] holds the arithmetic, written once over
 //! sixteen lanes and compiled for each instruction set of [`isa`].
@@ -16,13 +16,13 @@ mod heads;
 mod isa;
 mod kernels;
 mod kv_cache;
-mod linear;
 mod linear_kernels;
 mod matmul;
 mod memory;
 mod norm;
 mod operations;
 mod packed_linear;
+mod plain_linear;
 mod quantized_linear;
 mod rope;
 mod router;

@@ -2,9 +2,9 @@
 
 use std::ops::Range;
 
-use super::linear::PlainLinear;
 use super::norm::RowNorm;
 use super::packed_linear::Storage;
+use super::plain_linear::PlainLinear;
 use super::quantized_linear::QuantizedLinear;
 use super::rows::{SMALL, for_each_row, for_rows};
 use super::threads::{SharedMut, part};

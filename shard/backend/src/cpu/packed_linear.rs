@@ -1,6 +1,6 @@
 //! A linear layer's weight, however it is stored.
 
-use super::linear::PlainLinear;
+use super::plain_linear::PlainLinear;
 use super::quantized_linear::QuantizedLinear;
 
 /// A packed linear layer.

@@ -82,11 +82,7 @@ impl Dense {
             embedding: EmbeddingSpec::tokens("model.embed_tokens.weight"),
             layers,
             norm: NormSpec::rms("model.norm", eps),
-            lm_head: if is_tied {
-                LmHeadSpec::Tied
-            } else {
-                LmHeadSpec::Own(LinearSpec::new("lm_head", false))
-            },
+            lm_head: LmHeadSpec::new(is_tied),
             logits_multiplier: 1.0,
             logits_soft_cap: None,
             other_tensors: Vec::new(),

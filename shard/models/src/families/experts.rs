@@ -1,10 +1,10 @@
 //! What families with mixtures of experts share.
 
-use backend::{RouterScores, Routing, WeightNormalization};
+use backend::{Activation, RouterScores, Routing, WeightNormalization};
 use serde_json::Value;
 
 use super::config_reader::ConfigReader;
-use crate::spec::{ExpertsSpec, GatedSpec};
+use crate::spec::{DecoderSpec, ExpertsSpec, GatedSpec, LinearSpec, MlpSpec};
 
 /// The most experts a layer may have; the largest in use have some 400.
 const MAX_EXPERTS: usize = 1 << 14;
@@ -12,7 +12,7 @@ const MAX_EXPERTS: usize = 1 << 14;
 /// have 24 thousand.
 const MAX_EXPERTS_IN_ALL: usize = 1 << 17;
 /// Names of the projections of Mixtral's experts.
-pub(super) const MIXTRAL_NAMES: [&str; 3] = ["w1", "w3", "w2"];
+const MIXTRAL_NAMES: [&str; 3] = ["w1", "w3", "w2"];
 /// Names of the projections of most others' experts.
 pub(super) const NAMES: [&str; 3] = ["gate_proj", "up_proj", "down_proj"];
 
@@ -62,6 +62,32 @@ pub(super) fn numbered(prefix: &str, num_experts: usize, names: [&str; 3]) -> Ve
     (0..num_experts).map(|index| GatedSpec::new(&format!("{prefix}.{index}"), names)).collect()
 }
 
+/// Gives every layer `num_experts` experts with Mixtral's tensor names.
+pub(super) fn set_mixtral(spec: &mut DecoderSpec, num_experts: usize, shared: &ExpertsOfAllLayers) {
+    for (index, layer) in spec.layers.iter_mut().enumerate() {
+        let prefix = format!("model.layers.{index}.block_sparse_moe");
+        layer.mlp = MlpSpec::Experts(Box::new(ExpertsSpec {
+            intermediate_size: shared.intermediate_size,
+            activation: shared.activation,
+            routing: shared.routing,
+            router: LinearSpec::new(&format!("{prefix}.gate"), false),
+            correction: None,
+            experts: numbered(&format!("{prefix}.experts"), num_experts, MIXTRAL_NAMES),
+            shared: None,
+        }));
+    }
+}
+
+/// What the experts of all layers have in common.
+pub(super) struct ExpertsOfAllLayers {
+    /// Width between an expert's projections.
+    pub(super) intermediate_size: usize,
+    /// On the gate.
+    pub(super) activation: Activation,
+    /// How a token's experts are chosen.
+    pub(super) routing: Routing,
+}
+
 /// Which layers have experts after Qwen's rule: every `decoder_sparse_step`-th that `mlp_only_layers` does not name.
 pub(super) fn qwen_layers(reader: &mut ConfigReader<'_>, num_layers: usize) -> Vec<bool> {
     let step = reader.size_or("decoder_sparse_step", 1);
@@ -83,7 +109,7 @@ pub(super) fn qwen_layers(reader: &mut ConfigReader<'_>, num_layers: usize) -> V
 /// Qwen's experts of a layer, by the layer's prefix: `num_experts` of `moe_intermediate_size`, `num_experts_per_tok` for a token.
 pub(super) fn qwen(
     reader: &mut ConfigReader<'_>,
-    activation: backend::Activation,
+    activation: Activation,
     num_chosen: usize,
 ) -> impl Fn(&str) -> ExpertsSpec + use<> {
     let num_experts = count(reader, "num_experts", None);
@@ -95,7 +121,7 @@ pub(super) fn qwen(
         intermediate_size,
         activation,
         routing,
-        router: crate::spec::LinearSpec::new(&format!("{prefix}.mlp.gate"), false),
+        router: LinearSpec::new(&format!("{prefix}.mlp.gate"), false),
         correction: None,
         experts: numbered(&format!("{prefix}.mlp.experts"), num_experts, NAMES),
         shared: None,

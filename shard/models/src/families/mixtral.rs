@@ -4,9 +4,10 @@ use hub::ModelConfig;
 
 use super::config_reader::ConfigReader;
 use super::dense::{Dense, attentions};
+use super::experts::ExpertsOfAllLayers;
 use super::{experts, rope, window};
 use crate::ModelError;
-use crate::spec::{DecoderSpec, ExpertsSpec, LinearSpec, MlpSpec};
+use crate::spec::DecoderSpec;
 
 /// Llama without biases; the weights of the chosen experts add up to 1.
 pub(super) fn spec(config: &ModelConfig) -> Result<DecoderSpec, ModelError> {
@@ -27,17 +28,7 @@ pub(super) fn spec(config: &ModelConfig) -> Result<DecoderSpec, ModelError> {
     let routing = experts::softmax(reader.size_or("num_experts_per_tok", 2), true);
     experts::check(&mut reader, &routing, num_experts);
     let intermediate_size = reader.size("intermediate_size");
-    for (index, layer) in spec.layers.iter_mut().enumerate() {
-        let prefix = format!("model.layers.{index}.block_sparse_moe");
-        layer.mlp = MlpSpec::Experts(Box::new(ExpertsSpec {
-            intermediate_size,
-            activation: dense.activation,
-            routing,
-            router: LinearSpec::new(&format!("{prefix}.gate"), false),
-            correction: None,
-            experts: experts::numbered(&format!("{prefix}.experts"), num_experts, experts::MIXTRAL_NAMES),
-            shared: None,
-        }));
-    }
+    let shared = ExpertsOfAllLayers { intermediate_size, activation: dense.activation, routing };
+    experts::set_mixtral(&mut spec, num_experts, &shared);
     reader.finish(spec)
 }

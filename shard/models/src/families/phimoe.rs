@@ -5,9 +5,10 @@ use hub::ModelConfig;
 
 use super::config_reader::ConfigReader;
 use super::dense::{Dense, attentions, norms};
+use super::experts::ExpertsOfAllLayers;
 use super::{experts, rope, window};
 use crate::ModelError;
-use crate::spec::{DecoderSpec, ExpertsSpec, LinearSpec, LmHeadSpec, MlpSpec, NormKind};
+use crate::spec::{DecoderSpec, LinearSpec, LmHeadSpec, NormKind};
 
 /// Llama whose norms subtract the mean; two experts for a token.
 pub(super) fn spec(config: &ModelConfig) -> Result<DecoderSpec, ModelError> {
@@ -45,17 +46,7 @@ pub(super) fn spec(config: &ModelConfig) -> Result<DecoderSpec, ModelError> {
     let routing = Routing { scores, ..experts::softmax(num_chosen, false) };
     experts::check(&mut reader, &routing, num_experts);
     let intermediate_size = reader.size("intermediate_size");
-    for (index, layer) in spec.layers.iter_mut().enumerate() {
-        let prefix = format!("model.layers.{index}.block_sparse_moe");
-        layer.mlp = MlpSpec::Experts(Box::new(ExpertsSpec {
-            intermediate_size,
-            activation: dense.activation,
-            routing,
-            router: LinearSpec::new(&format!("{prefix}.gate"), false),
-            correction: None,
-            experts: experts::numbered(&format!("{prefix}.experts"), num_experts, experts::MIXTRAL_NAMES),
-            shared: None,
-        }));
-    }
+    let shared = ExpertsOfAllLayers { intermediate_size, activation: dense.activation, routing };
+    experts::set_mixtral(&mut spec, num_experts, &shared);
     reader.finish(spec)
 }

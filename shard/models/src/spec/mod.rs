@@ -176,3 +176,10 @@ pub enum LmHeadSpec {
     /// A matrix of its own, `[vocab_size, hidden_size]`.
     Own(LinearSpec),
 }
+
+impl LmHeadSpec {
+    /// The embedding when `is_tied`, else the tensor `lm_head`.
+    pub fn new(is_tied: bool) -> Self {
+        if is_tied { LmHeadSpec::Tied } else { LmHeadSpec::Own(LinearSpec::new("lm_head", false)) }
+    }
+}
