@@ -27,7 +27,8 @@ fn main() {
         }
         None => fatbins_rs(&[], &[]),
     };
-    fs::write(out.join("fatbins.rs"), text).unwrap_or_else(|error| panic!("cannot write fatbins.rs: {error}"));
+    fs::write(out.join("fatbins.rs"), text)
+        .unwrap_or_else(|error| panic!("cannot write fatbins.rs: {error}"));
 }
 
 fn required(name: &str) -> String {
@@ -38,7 +39,11 @@ fn required(name: &str) -> String {
 fn find_nvcc(manifest: &Path) -> Option<PathBuf> {
     if let Some(nvcc) = env::var_os("NVCC").filter(|path| !path.is_empty()) {
         let nvcc = PathBuf::from(nvcc);
-        assert!(nvcc.is_file(), "NVCC is {}, which is no file; unset it to build without CUDA", nvcc.display());
+        assert!(
+            nvcc.is_file(),
+            "NVCC is {}, which is no file; unset it to build without CUDA",
+            nvcc.display()
+        );
         return Some(nvcc);
     }
     let home = env::var_os("CUDA_HOME").map(|home| PathBuf::from(home).join("bin"));
@@ -56,7 +61,9 @@ fn compile_all(nvcc: &Path, sources: &Path, out: &Path) -> String {
     let flags: Vec<String> = architectures.iter().map(|name| gencode(name)).collect();
     let mut names: Vec<String> = fs::read_dir(sources)
         .unwrap_or_else(|error| panic!("cannot list {}: {error}", sources.display()))
-        .filter_map(|entry| entry.ok()?.file_name().into_string().ok()?.strip_suffix(".cu").map(str::to_owned))
+        .filter_map(|entry| {
+            entry.ok()?.file_name().into_string().ok()?.strip_suffix(".cu").map(str::to_owned)
+        })
         .collect();
     names.sort();
     let jobs = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(2usize).max(1);
@@ -108,7 +115,8 @@ fn fatbins_rs(architectures: &[&str], names: &[String]) -> String {
     let mut text = format!("const ARCHITECTURES: &[&str] = &{architectures:?};\n");
     text.push_str("const FATBINS: &[(&str, &[u8])] = &[\n");
     for name in names {
-        let _ = writeln!(text, "    ({name:?}, include_bytes!(concat!(env!(\"OUT_DIR\"), \"/{name}.fatbin\"))),");
+        let _ =
+            writeln!(text, "    ({name:?}, include_bytes!(concat!(env!(\"OUT_DIR\"), \"/{name}.fatbin\"))),");
     }
     text.push_str("];\n");
     text

@@ -28,7 +28,7 @@ mod rope;
 mod router;
 mod rows;
 mod sampling;
-mod step_check;
+
 mod threads;
 
 use std::cell::{Cell, RefCell};

@@ -1,6 +1,6 @@
 //! Gated activations, factors and soft caps.
 
-use backend::{Activation, Backend};
+use backend::{Activation, Backend, DType};
 
 use crate::cases::{Random, on_every_backend, upload};
 use crate::tolerances::{ACTIVATION, assert_close};
@@ -40,7 +40,7 @@ fn agrees<B: Backend>(backend: &mut B) {
             x[0] = 120.0;
             x[1] = -120.0;
             let input = upload(backend, &x, 2 * width);
-            let mut out = backend.buffer(rows, width).unwrap();
+            let mut out = backend.buffer(rows, width, DType::F32).unwrap();
             backend.gated_activation(&input, activation, &mut out).unwrap();
             let mut expected = Vec::new();
             let mut magnitude = Vec::new();

@@ -13,6 +13,11 @@ macro_rules! on_every_backend {
             eprintln!("on {name}");
             $body(&mut backend);
         }
+        #[cfg(feature = "cuda")]
+        if let Some(mut backend) = crate::cases::cuda() {
+            eprintln!("on CUDA");
+            $body(&mut backend);
+        }
     };
 }
 pub(crate) use on_every_backend;
@@ -23,6 +28,17 @@ pub(crate) fn cpu_backends() -> Vec<(String, CpuBackend)> {
     isas.zip([1, 3, 1, 2, 2])
         .map(|(isa, threads)| (format!("{isa}, {threads} threads"), cpu(isa, threads)))
         .collect()
+}
+
+/// The CUDA backend, where there is a device. Where there is one it has to work.
+#[cfg(feature = "cuda")]
+pub(crate) fn cuda() -> Option<backend::cuda::CudaBackend> {
+    use backend::cuda::{CudaBackend, CudaOptions};
+    if let Err(error) = CudaBackend::find_device(0) {
+        eprintln!("not on CUDA: {error}");
+        return None;
+    }
+    Some(CudaBackend::new(CudaOptions::default(), Box::new(Single)).unwrap())
 }
 
 /// One CPU backend.
@@ -107,7 +123,7 @@ pub(crate) fn prompt(tokens: usize) -> StepInput {
 pub(crate) fn upload<B: Backend>(backend: &mut B, values: &[f32], width: usize) -> B::Buffer {
     let rows = values.len() / width;
     let table = backend.linear(&[matrix(values, rows, width, DType::F32)], DType::F32).unwrap();
-    let mut buffer = backend.buffer(rows, width).unwrap();
+    let mut buffer = backend.buffer(rows, width, DType::F32).unwrap();
     backend.begin_step(&prompt(rows)).unwrap();
     backend.embed(&table, 0, &mut buffer).unwrap();
     buffer

@@ -13,7 +13,7 @@ fn embeds<B: Backend>(backend: &mut B) {
         let mut step = prompt(4);
         step.input_ids = vec![100, 136, 99, 137];
         backend.begin_step(&step).unwrap();
-        let mut out = backend.buffer(4, width).unwrap();
+        let mut out = backend.buffer(4, width, DType::F32).unwrap();
         backend.embed(&table, first_id, &mut out).unwrap();
         let mut expected: Vec<f32> = values[..width].iter().map(|&x| rounded(x, dtype)).collect();
         expected.extend(values[36 * width..].iter().map(|&x| rounded(x, dtype)));
@@ -57,11 +57,11 @@ fn learned_positions_are_added_and_bounded() {
 fn gathers<B: Backend>(backend: &mut B) {
     let x: Vec<f32> = (0..15u8).map(f32::from).collect();
     let input = upload(backend, &x, 3);
-    let mut out = backend.buffer(4, 3).unwrap();
+    let mut out = backend.buffer(4, 3, DType::F32).unwrap();
     backend.gather_rows(&input, &[4, 0, 4], &mut out).unwrap();
     assert_eq!(backend.read(&out).unwrap(), [12.0, 13.0, 14.0, 0.0, 1.0, 2.0, 12.0, 13.0, 14.0]);
     backend.all_reduce(&mut out).unwrap();
-    let mut gathered = backend.buffer(4, 3).unwrap();
+    let mut gathered = backend.buffer(4, 3, DType::F32).unwrap();
     backend.all_gather(&out, &[3], &mut gathered).unwrap();
     assert_eq!(backend.read(&gathered).unwrap(), backend.read(&out).unwrap());
 }

@@ -154,7 +154,7 @@ fn agrees<B: Backend>(backend: &mut B, sizes: Sizes, routing: &Routing, has_corr
         let correction_vector = correction.clone().map(|correction| backend.vector(correction).unwrap());
         let logits_buffer = upload(backend, &logits, experts);
         let input = upload(backend, &x, hidden);
-        let mut out = backend.buffer(rows, hidden).unwrap();
+        let mut out = backend.buffer(rows, hidden, DType::F32).unwrap();
         backend
             .mixture_of_experts(
                 &input,
@@ -235,7 +235,7 @@ fn first_of_equals<B: Backend>(backend: &mut B) {
     let x = random.vector(16);
     let input = upload(backend, &x, 16);
     let logits = upload(backend, &[0.5, 1.0, 1.0, 0.0, 1.0, 1.0], 6);
-    let mut out = backend.buffer(1, 16).unwrap();
+    let mut out = backend.buffer(1, 16, DType::F32).unwrap();
     let routing = Routing { normalization: WeightNormalization::Sum, ..PLAIN };
     backend.mixture_of_experts(&input, &logits, (&routing, None), &mixture.experts, &mut out).unwrap();
     let (expected, magnitude) = mixture.reference(&x, &[(1, 0.5), (2, 0.5)], Activation::Silu);
@@ -287,7 +287,7 @@ fn quantized_agree<B: Backend>(backend: &mut B) {
         let (x, logits) = (random.vector(rows * hidden), random.vector(rows * num_experts));
         let logits_buffer = upload(backend, &logits, num_experts);
         let input = upload(backend, &x, hidden);
-        let mut out = backend.buffer(rows, hidden).unwrap();
+        let mut out = backend.buffer(rows, hidden, DType::F32).unwrap();
         let routing = (&PLAIN, None);
         backend.mixture_of_experts(&input, &logits_buffer, routing, &mixture.experts, &mut out).unwrap();
         let (mut expected, mut magnitudes) = (Vec::new(), Vec::new());

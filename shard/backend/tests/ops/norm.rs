@@ -1,6 +1,6 @@
 //! RMSNorm and LayerNorm, alone and with the residual.
 
-use backend::{Backend, SplitNorm};
+use backend::{Backend, DType, SplitNorm};
 
 use crate::cases::{Random, on_every_backend, upload};
 use crate::tolerances::{NORM, assert_close};
@@ -17,7 +17,7 @@ fn agrees<B: Backend>(backend: &mut B) {
         let (x, delta, weight) =
             (random.vector(rows * width), random.vector(rows * width), random.vector(width));
         let norm = backend.vector(weight.clone()).unwrap();
-        let mut out = backend.buffer(rows, width).unwrap();
+        let mut out = backend.buffer(rows, width, DType::F32).unwrap();
         let mut residual = upload(backend, &x, width);
         backend.rms_norm(&residual, &norm, 1e-5, &mut out).unwrap();
         let expected: Vec<f64> = x.chunks(width).flat_map(|row| reference(row, &weight, 1e-5)).collect();
@@ -54,7 +54,7 @@ fn layers_agree<B: Backend>(backend: &mut B) {
             x.chunks(width).flat_map(|row| layer_reference(row, (&weight, &bias), 1e-5)).collect()
         };
         let magnitude = vec![4.0; rows * width];
-        let mut out = backend.buffer(rows, width).unwrap();
+        let mut out = backend.buffer(rows, width, DType::F32).unwrap();
         let mut residual = upload(backend, &x, width);
         backend.layer_norm(&residual, (&w, &b), 1e-5, &mut out).unwrap();
         assert_close("layer_norm", &backend.read(&out).unwrap(), &expected(&x), &magnitude, NORM);
@@ -131,7 +131,7 @@ fn all_heads_together_agree<B: Backend>(backend: &mut B) {
         let (x, weight) = (random.vector(rows * width), random.vector(columns.len()));
         let norm = backend.vector(weight.clone()).unwrap();
         let mut buffer = upload(backend, &x, width);
-        let mut squares = backend.buffer(rows, 1).unwrap();
+        let mut squares = backend.buffer(rows, 1, DType::F32).unwrap();
         // Two ranks with the same columns would bring half each; here half is missing.
         for copies in [1, 2] {
             let split = SplitNorm { weight: &norm, eps: 1e-5, total_width: columns.len(), copies };

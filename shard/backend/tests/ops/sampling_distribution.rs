@@ -1,7 +1,7 @@
 //! Random choice: its distribution over many draws, what it never draws, and what decides it.
 
-use backend::Backend;
 use backend::sampling::{SamplingParams, SamplingRow};
+use backend::{Backend, DType};
 
 use crate::cases::{Random, best_cpu, matrix, on_every_backend, prompt, upload};
 use crate::sampling::{log_softmax, one, plain, wide};
@@ -179,7 +179,7 @@ fn logits_that_are_no_numbers_do_no_harm() {
             let table =
                 backend.linear(&[matrix(&logits, 1, 40, backend::DType::F32)], backend::DType::F32).unwrap();
             backend.begin_step(&prompt(1)).unwrap();
-            let mut buffer = backend.buffer(1, 40).unwrap();
+            let mut buffer = backend.buffer(1, 40, DType::F32).unwrap();
             backend.embed(&table, 0, &mut buffer).unwrap();
             let sampled =
                 backend.sample(&mut buffer, &[SamplingRow { params, history: &[], top_n: 2 }]).unwrap();
