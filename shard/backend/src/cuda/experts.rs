@@ -85,7 +85,9 @@ impl CudaExperts {
 
     /// Elements from one row to the next of gate and up, and of down.
     fn pitches(&self) -> [i32; 2] {
-        self.projections.first().map_or([0; 2], |(gate_up, down)| [gate_up, down].map(|w| w.row_stride as i32))
+        self.projections
+            .first()
+            .map_or([0; 2], |(gate_up, down)| [gate_up, down].map(|w| w.row_stride as i32))
     }
 
     /// Bytes of work for a token and one of its experts.
@@ -293,7 +295,8 @@ impl ExpertKernels {
         };
         let chosen = routing.num_chosen;
         // There is room for a token that is sent to all experts.
-        let at_once = (memory.bytes().saturating_sub(PADDING) / experts.scratch_bytes_a_pair() / chosen).max(1);
+        let at_once =
+            (memory.bytes().saturating_sub(PADDING) / experts.scratch_bytes_a_pair() / chosen).max(1);
         let row_bytes = experts.hidden * experts.dtype.size_bytes();
         for first in (0..x.rows()).step_by(at_once) {
             let rows = at_once.min(x.rows() - first);
@@ -350,13 +353,29 @@ impl ExpertKernels {
         queue.launch(
             &launch(self.project_in_few.of(experts.dtype), experts.width, part.pairs()),
             args![
-                part.x, experts.addresses[0].ptr(), pitch_in, ids, chosen, hidden, width, activation, activated
+                part.x,
+                experts.addresses[0].ptr(),
+                pitch_in,
+                ids,
+                chosen,
+                hidden,
+                width,
+                activation,
+                activated
             ],
         )?;
         queue.launch(
             &launch(self.project_out_few.of(experts.dtype), experts.hidden, rows),
             args![
-                activated, experts.addresses[1].ptr(), pitch_out, ids, weights, chosen, hidden, width, part.out
+                activated,
+                experts.addresses[1].ptr(),
+                pitch_out,
+                ids,
+                weights,
+                chosen,
+                hidden,
+                width,
+                part.out
             ],
         )
     }
@@ -406,7 +425,15 @@ impl ExpertKernels {
         queue.launch(
             &launch(tiled.project_in, experts.width, tiled.columns[0]),
             args![
-                part.x, experts.addresses[0].ptr(), pitch_in, slots, tiles, chosen, hidden, width, activation,
+                part.x,
+                experts.addresses[0].ptr(),
+                pitch_in,
+                slots,
+                tiles,
+                chosen,
+                hidden,
+                width,
+                activation,
                 activated
             ],
         )?;
@@ -448,6 +475,9 @@ fn check(
         router_logits.dtype(),
         x.rows()
     );
-    assert!(correction.is_none_or(|correction| correction.width == count), "a correction for {count} experts");
+    assert!(
+        correction.is_none_or(|correction| correction.width == count),
+        "a correction for {count} experts"
+    );
     assert!(routing.problem(count).is_none(), "{:?}", routing.problem(count));
 }

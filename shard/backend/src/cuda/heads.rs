@@ -90,10 +90,9 @@ impl Heads {
             let mut matrices = Matrices([0; HEADS]);
             matrices.0.iter_mut().zip(weights).for_each(|(place, weight)| *place = weight.ptr());
             let before = group * HEADS;
-            let [x_columns, out_columns] =
-                [(x.width(), from), (out.width(), to)].map(|(width, columns)| {
-                    [width, columns.first + before * columns.stride, columns.stride].map(|size| size as i32)
-                });
+            let [x_columns, out_columns] = [(x.width(), from), (out.width(), to)].map(|(width, columns)| {
+                [width, columns.first + before * columns.stride, columns.stride].map(|size| size as i32)
+            });
             let launch = Launch {
                 function,
                 grid: [
@@ -110,8 +109,19 @@ impl Heads {
             queue.launch(
                 &launch,
                 args![
-                    x.ptr(), x_width, x_first, x_stride, matrices, pitch, out.ptr(), out_width, out_first,
-                    out_stride, rows, inputs, outputs
+                    x.ptr(),
+                    x_width,
+                    x_first,
+                    x_stride,
+                    matrices,
+                    pitch,
+                    out.ptr(),
+                    out_width,
+                    out_first,
+                    out_stride,
+                    rows,
+                    inputs,
+                    outputs
                 ],
             )?;
         }
@@ -148,7 +158,15 @@ impl Heads {
         queue.launch(
             &launch,
             args![
-                x.ptr(), x_width, x_first, x_stride, out.ptr(), out_width, out_first, out_stride, num_heads,
+                x.ptr(),
+                x_width,
+                x_first,
+                x_stride,
+                out.ptr(),
+                out_width,
+                out_first,
+                out_stride,
+                num_heads,
                 width
             ],
         )

@@ -73,7 +73,10 @@ impl Module {
         let function = |&(a, b): &(DType, DType)| {
             Ok(((a, b), self.function(&format!("{name}_{}_{}", suffix(a), suffix(b)))?))
         };
-        Ok(ByTypes { name: name.to_owned(), functions: pairs.iter().map(function).collect::<Result<_, _>>()? })
+        Ok(ByTypes {
+            name: name.to_owned(),
+            functions: pairs.iter().map(function).collect::<Result<_, _>>()?,
+        })
     }
 
     /// The instantiations `{name}_{f32,bf16,f16}`, by element type.
@@ -118,7 +121,9 @@ impl ByTypes {
         let found = self.functions.iter().find(|(types, _)| *types == (a, b));
         found.map(|(_, function)| *function).ok_or_else(|| BackendError::Device {
             operation: self.name.clone(),
-            reason: format!("there is no kernel for {a} and {b}; expected one type, or float32 for one of them"),
+            reason: format!(
+                "there is no kernel for {a} and {b}; expected one type, or float32 for one of them"
+            ),
         })
     }
 }

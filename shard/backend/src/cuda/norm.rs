@@ -233,8 +233,7 @@ impl Norms {
         let launch = Launch { function: self.scale_by_squares.of(x.dtype()), grid, block, shared_bytes: 0 };
         let (width, first, count) = (x.width() as i32, columns.start as i32, columns.len() as i32);
         let total = total_width as f32;
-        queue
-            .launch(&launch, args![x.ptr(), width, first, count, squares.ptr(), total, weight.ptr(), eps])
+        queue.launch(&launch, args![x.ptr(), width, first, count, squares.ptr(), total, weight.ptr(), eps])
     }
 }
 

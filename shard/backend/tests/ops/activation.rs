@@ -111,7 +111,9 @@ fn sums_and_limits_are_exact<B: Backend>(backend: &mut B) {
     let types = activation_types(backend);
     // The residual stream is f32, whatever is added.
     let pairs = types.iter().flat_map(|&dtype| [(dtype, dtype), (DType::F32, dtype)]);
-    for ((dtype, added), (rows, width)) in pairs.flat_map(|pair| [(1, 33), (70, 130)].map(|size| (pair, size))) {
+    for ((dtype, added), (rows, width)) in
+        pairs.flat_map(|pair| [(1, 33), (70, 130)].map(|size| (pair, size)))
+    {
         let x = random_as(&mut random, rows * width, dtype);
         let y = random_as(&mut random, rows * width, added);
         let mut buffer = upload_as(backend, &x, width, dtype);

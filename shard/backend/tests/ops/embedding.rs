@@ -37,23 +37,23 @@ fn adds_positions<B: Backend>(backend: &mut B) {
     let mut random = Random(35);
     let (rows, offset) = (12, 2);
     for width in [51, 264] {
-    let (values, x) = (random.vector(rows * width), random.vector(4 * width));
-    let table = backend.linear(&[matrix(&values, rows, width, DType::F32)], DType::F32).unwrap();
-    let mut out = upload(backend, &x, width);
-    let mut step = prompt(4);
-    step.position_ids = vec![0, 9, 9, 3];
-    backend.begin_step(&step).unwrap();
-    backend.add_positions(&table, offset, &mut out).unwrap();
-    let expected: Vec<f32> = x
-        .chunks(width)
-        .zip([2, 11, 11, 5])
-        .flat_map(|(x, row)| x.iter().zip(&values[row * width..]).map(|(x, value)| x + value))
-        .collect();
-    assert_eq!(backend.read(&out).unwrap(), expected);
-    step.position_ids[1] = 10;
-    backend.begin_step(&step).unwrap();
-    let error = backend.add_positions(&table, offset, &mut out).unwrap_err().to_string();
-    assert!(error.contains("row 12 of a table of 12"), "{error}");
+        let (values, x) = (random.vector(rows * width), random.vector(4 * width));
+        let table = backend.linear(&[matrix(&values, rows, width, DType::F32)], DType::F32).unwrap();
+        let mut out = upload(backend, &x, width);
+        let mut step = prompt(4);
+        step.position_ids = vec![0, 9, 9, 3];
+        backend.begin_step(&step).unwrap();
+        backend.add_positions(&table, offset, &mut out).unwrap();
+        let expected: Vec<f32> = x
+            .chunks(width)
+            .zip([2, 11, 11, 5])
+            .flat_map(|(x, row)| x.iter().zip(&values[row * width..]).map(|(x, value)| x + value))
+            .collect();
+        assert_eq!(backend.read(&out).unwrap(), expected);
+        step.position_ids[1] = 10;
+        backend.begin_step(&step).unwrap();
+        let error = backend.add_positions(&table, offset, &mut out).unwrap_err().to_string();
+        assert!(error.contains("row 12 of a table of 12"), "{error}");
     }
 }
 

@@ -5,7 +5,9 @@ use backend::{
     WeightNormalization,
 };
 
-use crate::cases::{Random, activations_beside, matrix, on_every_backend, random_as, rounded, upload, upload_as};
+use crate::cases::{
+    Random, activations_beside, matrix, on_every_backend, random_as, rounded, upload, upload_as,
+};
 use crate::tolerances::{self, assert_close};
 
 const PLAIN: Routing = Routing {

@@ -118,8 +118,7 @@ fn keep_the_same_tokens<B: Backend>(backend: &mut B) {
         SamplingParams { top_k: 1000, top_p: 0.95, ..on },
     ] {
         let expected = reference(&logits, &params);
-        let found =
-            one(backend, &logits, SamplingRow { params: &params, history: &[], top_n: vocab as u32 });
+        let found = one(backend, &logits, SamplingRow { params: &params, history: &[], top_n: vocab as u32 });
         let kept = expected.iter().filter(|&&p| p > 0.0).count();
         // The last token is at the edge, where f32 and f64 may differ.
         assert!(
@@ -175,16 +174,11 @@ fn chooses_as_the_cpu<B: Backend>(backend: &mut B) {
             .enumerate()
             .map(|(index, (params, history))| SamplingRow { params, history, top_n: index as u32 % 7 })
             .collect();
-        let sample = |backend: &mut dyn FnMut(&[SamplingRow<'_>]) -> Vec<Sampled>| backend(&inputs);
-        let found = sample(&mut |inputs| {
-            let mut buffer = upload(backend, &logits, vocab);
-            backend.sample(&mut buffer, inputs).unwrap()
-        });
-        let expected = sample(&mut |inputs| {
-            let mut cpu = best_cpu();
-            let mut buffer = upload(&mut cpu, &logits, vocab);
-            cpu.sample(&mut buffer, inputs).unwrap()
-        });
+        let mut buffer = upload(backend, &logits, vocab);
+        let found = backend.sample(&mut buffer, &inputs).unwrap();
+        let mut cpu = best_cpu();
+        let mut buffer = upload(&mut cpu, &logits, vocab);
+        let expected = cpu.sample(&mut buffer, &inputs).unwrap();
         let mut different = 0;
         for ((found, expected), (params, _)) in found.iter().zip(&expected).zip(&rows) {
             let ids = |sampled: &Sampled| sampled.top.iter().map(|top| top.0).collect::<Vec<_>>();
