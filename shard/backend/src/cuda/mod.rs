@@ -9,6 +9,7 @@
 
 mod attention;
 mod buffer;
+mod ceilings;
 mod driver;
 mod elementwise;
 mod embedding;
@@ -33,6 +34,7 @@ use std::sync::Arc;
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
 
 pub use buffer::CudaBuffer;
+pub use ceilings::Ceilings;
 pub use experts::CudaExperts;
 pub use kv_cache::CudaKvCache;
 pub use linear::{CudaLinear, CudaVector};
