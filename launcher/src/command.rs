@@ -154,9 +154,9 @@ impl ShardSpec {
         if let Some(directory) = &hub.weights_cache_override {
             command.set("WEIGHTS_CACHE_OVERRIDE", directory);
         }
-        let graphs = cuda_graphs(devices.cuda_graphs.as_deref());
-        if !graphs.is_empty() {
-            command.set("CUDA_GRAPHS", graphs);
+        if let Some(sizes) = &devices.cuda_graphs {
+            let sizes = sizes.iter().map(usize::to_string).collect::<Vec<_>>();
+            command.set("CUDA_GRAPHS", sizes.join(","));
         }
         if devices.disable_custom_kernels {
             command.set("DISABLE_CUSTOM_KERNELS", "True");
@@ -165,12 +165,6 @@ impl ShardSpec {
         command.set("ATTENTION", "paged");
         command.set("PREFIX_CACHING", "0");
     }
-}
-
-/// Batch sizes to capture as the shard reads them; zeros mean "none" and are dropped.
-fn cuda_graphs(given: Option<&[usize]>) -> String {
-    let sizes = given.unwrap_or(&[1, 2, 4, 8, 16, 32]).iter().filter(|&&size| size > 0);
-    sizes.map(usize::to_string).collect::<Vec<_>>().join(",")
 }
 
 /// What the router is started with.

@@ -26,6 +26,11 @@ impl CudaBuffer {
         Ok(Self { memory, dtype, max_rows, width, rows: 0 })
     }
 
+    /// Its memory.
+    pub(super) fn memory(&self) -> &DeviceMemory {
+        &self.memory
+    }
+
     /// Address of the first element.
     pub(super) fn ptr(&self) -> DevicePtr {
         self.memory.ptr()

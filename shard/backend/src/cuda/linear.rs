@@ -41,6 +41,11 @@ impl CudaLinear {
         Ok(Self { memory, dtype, out_features, in_features, row_stride })
     }
 
+    /// Its memory.
+    pub(super) fn memory(&self) -> &DeviceMemory {
+        &self.memory
+    }
+
     /// Address of the first row.
     pub(super) fn ptr(&self) -> DevicePtr {
         self.memory.ptr()

@@ -9,6 +9,7 @@
 
 mod attention;
 mod buffer;
+mod ceilings;
 mod driver;
 mod elementwise;
 mod embedding;
@@ -33,6 +34,7 @@ use std::sync::Arc;
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
 
 pub use buffer::CudaBuffer;
+pub use ceilings::Ceilings;
 pub use experts::CudaExperts;
 pub use kv_cache::CudaKvCache;
 pub use linear::{CudaLinear, CudaVector};
@@ -121,12 +123,23 @@ pub struct CudaBackend {
 }
 
 impl CudaBackend {
-    /// Whether this machine has a driver and a device `ordinal`.
+    /// Whether this program has kernels and this machine a driver and a device `ordinal`.
     ///
     /// # Errors
     /// One line that says what is missing.
     pub fn find_device(ordinal: usize) -> Result<(), BackendError> {
+        if kernels::architectures().is_empty() {
+            return Err(BackendError::Device {
+                operation: "starting CUDA".to_owned(),
+                reason: "this program was built without nvcc and has no CUDA kernels".to_owned(),
+            });
+        }
         driver::require(ordinal)
+    }
+
+    /// What the kernels of this program run on, e.g. `sm_90a`.
+    pub fn architectures() -> &'static [&'static str] {
+        kernels::architectures()
     }
 
     /// Opens the device and loads the kernels.
