@@ -31,6 +31,7 @@ pub(super) fn request(id: u64, entry: &Entry, chunk_len: Option<u32>) -> Request
         add_special_tokens: request.add_special_tokens,
         chunk_len,
         input_ids: request.input_ids.clone(),
+        generated_ids: Vec::new(),
     }
 }
 

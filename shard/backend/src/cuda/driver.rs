@@ -6,6 +6,7 @@
 use std::ffi::{CStr, c_int, c_void};
 use std::ptr;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use cudarc::driver::sys;
 
@@ -315,12 +316,25 @@ impl Stream {
     }
 
     /// Waits, polling, until everything launched so far is done: sleeping would cost 50 us a step.
-    pub(super) fn synchronize(&self) -> Result<(), BackendError> {
+    ///
+    /// # Errors
+    /// Something launched went wrong, or nothing ends within `patience`.
+    pub(super) fn synchronize(&self, patience: Duration) -> Result<(), BackendError> {
+        let begin = Instant::now();
         loop {
-            // SAFETY: the stream is alive.
-            match unsafe { sys::cuStreamQuery(self.raw) } {
-                sys::CUresult::CUDA_ERROR_NOT_READY => std::hint::spin_loop(),
-                code => return check("waiting for the device", code),
+            // Asking for the time costs less than asking the driver.
+            for _ in 0..64 {
+                // SAFETY: the stream is alive.
+                match unsafe { sys::cuStreamQuery(self.raw) } {
+                    sys::CUresult::CUDA_ERROR_NOT_READY => std::hint::spin_loop(),
+                    code => return check("waiting for the device", code),
+                }
+            }
+            if begin.elapsed() > patience {
+                return Err(BackendError::Device {
+                    operation: "waiting for the device".to_owned(),
+                    reason: format!("not done after {} s", patience.as_secs()),
+                });
             }
         }
     }

@@ -1,8 +1,10 @@
 //! Launches in stream order, and their recording into graphs.
 
-use std::ffi::c_void;
+use std::cell::Cell;
+use std::ffi::{CStr, c_void};
 use std::mem;
 use std::ptr;
+use std::time::Duration;
 
 use cudarc::driver::sys;
 
@@ -52,16 +54,60 @@ pub(super) enum Mode {
     Dry,
 }
 
+/// A step of the largest legal shape takes seconds at most; after this the device counts as lost.
+const PATIENCE: Duration = Duration::from_secs(60);
+
 /// Where operations go.
 pub(crate) struct Queue {
     stream: Stream,
     pub(super) mode: Mode,
+    /// Names the device in errors.
+    device: String,
+    /// What was launched last, for errors.
+    last: Cell<sys::CUfunction>,
 }
 
+// SAFETY: the handle is only read, and used from one thread at a time.
+unsafe impl Send for Queue {}
+
 impl Queue {
-    /// Work on `stream`.
-    pub(super) fn new(stream: Stream) -> Self {
-        Self { stream, mode: Mode::Launch }
+    /// Work on `stream` of the device of that name.
+    pub(super) fn new(stream: Stream, device: &str) -> Self {
+        Self { stream, mode: Mode::Launch, device: device.to_owned(), last: Cell::new(ptr::null_mut()) }
+    }
+
+    /// Waits until everything is done. The only place where the host waits for the device in a step.
+    ///
+    /// # Errors
+    /// [`BackendError::DeviceLost`]: whatever was launched went wrong, here or in the hardware.
+    pub(crate) fn wait(&self) -> Result<(), BackendError> {
+        self.stream.synchronize(PATIENCE).map_err(|error| {
+            let reason = match error {
+                BackendError::Device { reason, .. } => reason,
+                other => other.to_string(),
+            };
+            BackendError::DeviceLost {
+                device: self.device.clone(),
+                operation: format!("waiting for a step (last launched: {})", self.last_kernel()),
+                reason,
+            }
+        })
+    }
+
+    /// Name of the kernel that was launched last, recorded ones aside.
+    fn last_kernel(&self) -> String {
+        let mut name = ptr::null();
+        let function = self.last.get();
+        if function.is_null() {
+            return "a recorded graph".to_owned();
+        }
+        // SAFETY: a place for a pointer to a name that lives as long as the kernel.
+        let code = unsafe { sys::cuFuncGetName(&raw mut name, function) };
+        if code != sys::CUresult::CUDA_SUCCESS || name.is_null() {
+            return "a kernel".to_owned();
+        }
+        // SAFETY: the driver gave a string.
+        unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned()
     }
 
     /// The stream, for what is not a launch. Nothing may be put on it in dry mode: ask [`Queue::is_dry`].
@@ -101,6 +147,7 @@ impl Queue {
         let code = unsafe {
             sys::cuLaunchKernelEx(&raw const config, launch.function.raw, args.as_mut_ptr(), ptr::null_mut())
         };
+        self.last.set(launch.function.raw);
         check("launching a kernel", code)
     }
 

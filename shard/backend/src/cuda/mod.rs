@@ -156,9 +156,9 @@ impl CudaBackend {
         let step =
             StepInputs::new(&context, options.max_step_tokens, options.max_seqs, options.max_table_elements)?;
         Ok(Self {
-            description,
             facts,
-            queue: Queue::new(Stream::new(&context)?),
+            queue: Queue::new(Stream::new(&context)?, &description),
+            description,
             uploader: RefCell::new(None),
             communicator,
             workspace: DeviceMemory::zeroed(&context, WORKSPACE_BYTES, "the workspace")?,

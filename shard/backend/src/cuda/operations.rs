@@ -108,7 +108,7 @@ impl Backend for CudaBackend {
         self.context.make_current()?;
         self.finish_uploads()?;
         // The pinned arrays may still be on their way for a step that failed or was not sampled.
-        self.queue.stream().synchronize()?;
+        self.queue.wait()?;
         self.step.upload(self.queue.stream(), step)
     }
 
@@ -398,7 +398,7 @@ impl Backend for CudaBackend {
         self.context.make_current()?;
         let mut bytes = vec![0; buffer.used_bytes()];
         self.queue.stream().download(&mut bytes, buffer.ptr())?;
-        self.queue.stream().synchronize()?;
+        self.queue.wait()?;
         let elements = bytes.len() / buffer.dtype().size_bytes();
         let matrix = HostMatrix {
             dtype: buffer.dtype(),
@@ -421,7 +421,7 @@ impl CudaBackend {
         let to: DevicePtr = buffer.ptr();
         self.queue.stream().upload(to, &bytes)?;
         // `bytes` is gone after this.
-        self.queue.stream().synchronize()
+        self.queue.wait()
     }
 }
 

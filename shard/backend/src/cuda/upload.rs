@@ -6,6 +6,7 @@
 use std::cell::RefCell;
 use std::ptr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use cudarc::driver::sys;
 
@@ -15,6 +16,9 @@ use crate::{BackendError, DType, HostMatrix};
 /// Bytes of one buffer; a few of them keep the bus busy.
 const PIECE: usize = 32 << 20;
 const NUM_PIECES: usize = 3;
+
+/// Longer than any copy of a buffer takes.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A buffer and the event that says that it may be written again.
 struct Piece {
@@ -99,7 +103,7 @@ impl Uploader {
 
     /// Waits until everything is on the device.
     pub(super) fn finish(&self) -> Result<(), BackendError> {
-        self.stream.synchronize()
+        self.stream.synchronize(PATIENCE)
     }
 }
 
