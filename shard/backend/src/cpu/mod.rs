@@ -27,7 +27,7 @@ mod quantized_linear;
 mod rope;
 mod router;
 mod rows;
-mod sampling;
+pub(crate) mod sampling;
 
 mod threads;
 

@@ -256,6 +256,11 @@ impl PinnedMemory {
         Ok(Self { ptr: ptr.cast(), bytes, context: Arc::clone(context) })
     }
 
+    /// Where kernels find it: the device sees page-locked memory at the host's address.
+    pub(super) fn ptr(&self) -> DevicePtr {
+        self.ptr as DevicePtr
+    }
+
     /// Its bytes.
     pub(super) fn as_slice(&self) -> &[u8] {
         // SAFETY: allocated and initialised by `new`.

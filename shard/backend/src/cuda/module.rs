@@ -68,6 +68,17 @@ impl Module {
         Ok(Function { raw })
     }
 
+    /// The instantiations `{name}_{a}_{b}` that there are, by two element types.
+    pub(super) fn by_types(&self, name: &str, pairs: &[(DType, DType)]) -> Result<ByTypes, BackendError> {
+        let function = |&(a, b): &(DType, DType)| {
+            Ok(((a, b), self.function(&format!("{name}_{}_{}", suffix(a), suffix(b)))?))
+        };
+        Ok(ByTypes {
+            name: name.to_owned(),
+            functions: pairs.iter().map(function).collect::<Result<_, _>>()?,
+        })
+    }
+
     /// The instantiations `{name}_{f32,bf16,f16}`, by element type.
     pub(super) fn by_type(&self, name: &str) -> Result<ByType, BackendError> {
         Ok(ByType {
@@ -96,6 +107,46 @@ impl ByType {
         }
     }
 }
+
+/// A kernel for some pairs of element types.
+#[derive(Debug)]
+pub(crate) struct ByTypes {
+    name: String,
+    functions: Vec<((DType, DType), Function)>,
+}
+
+impl ByTypes {
+    /// The one for `a` and `b`.
+    pub(super) fn of(&self, a: DType, b: DType) -> Result<Function, BackendError> {
+        let found = self.functions.iter().find(|(types, _)| *types == (a, b));
+        found.map(|(_, function)| *function).ok_or_else(|| BackendError::Device {
+            operation: self.name.clone(),
+            reason: format!(
+                "there is no kernel for {a} and {b}; expected one type, or float32 for one of them"
+            ),
+        })
+    }
+}
+
+/// What kernels of an element type are called after.
+fn suffix(dtype: DType) -> &'static str {
+    match dtype {
+        DType::F32 => "f32",
+        DType::BF16 => "bf16",
+        DType::F16 => "f16",
+    }
+}
+
+/// Pairs of equal types and of float32 with another: what kernels of two types are compiled for.
+pub(super) const MIXED_TYPES: [(DType, DType); 7] = [
+    (DType::F32, DType::F32),
+    (DType::F32, DType::BF16),
+    (DType::F32, DType::F16),
+    (DType::BF16, DType::BF16),
+    (DType::BF16, DType::F32),
+    (DType::F16, DType::F16),
+    (DType::F16, DType::F32),
+];
 
 impl Function {
     /// Allows it `bytes` of shared memory where that is more than the 48 KiB every kernel may have.

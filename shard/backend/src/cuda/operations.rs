@@ -74,7 +74,11 @@ impl Backend for CudaBackend {
         activation: Activation,
     ) -> Result<CudaExperts, BackendError> {
         self.context.make_current()?;
-        self.with_uploader(|uploader| CudaExperts::new(&self.context, uploader, projections, activation))
+        let experts = self
+            .with_uploader(|uploader| CudaExperts::new(&self.context, uploader, projections, activation))?;
+        self.has_stale_graphs.set(true);
+        self.experts.prepare(&self.context, &experts, self.options.max_step_tokens)?;
+        Ok(experts)
     }
 
     fn quantized_linear(&self, parts: &[QuantizedMatrix]) -> Result<CudaLinear, BackendError> {
@@ -321,8 +325,7 @@ impl Backend for CudaBackend {
         experts: &CudaExperts,
         out: &mut CudaBuffer,
     ) -> Result<(), BackendError> {
-        let tools = (&self.queue, &self.workspace);
-        self.experts.mix(tools, (x, router_logits), routing, experts, out)
+        self.experts.mix(&self.queue, (x, router_logits), routing, experts, out)
     }
 
     fn matmul_heads(

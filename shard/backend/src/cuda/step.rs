@@ -27,6 +27,8 @@ pub(super) struct StepFacts {
     pub(super) num_decode_seqs: usize,
     /// Longest context.
     pub(super) max_context: usize,
+    /// Largest position; none without tokens.
+    pub(super) max_position: Option<usize>,
 }
 
 /// Offsets of the arrays in elements of 32 bits; each begins at a multiple of 128 bytes.
@@ -152,6 +154,7 @@ impl StepInputs {
             num_prefill_tiles: tiles,
             num_decode_seqs: decode_seqs,
             max_context: step.context_lens.iter().copied().max().unwrap_or(0) as usize,
+            max_position: step.position_ids.iter().max().map(|&position| position as usize),
         };
         self.bounds = largest_slot_and_block(step);
         // One copy of everything up to the end of the tables that are used: a few microseconds more than the arrays alone
