@@ -13,6 +13,8 @@ pub struct DeviceInfo {
     pub device_type: &'static str,
     /// For people: the processor and the kernels chosen for it.
     pub description: String,
+    /// Operations return before they are done; what reads a result waits.
+    pub is_asynchronous: bool,
 }
 
 /// Memory of the device, in bytes. For the CPU: of the machine, or of its control group where that is less.

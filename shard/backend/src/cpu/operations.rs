@@ -27,7 +27,7 @@ impl Backend for CpuBackend {
     type KvCache = CpuKvCache;
 
     fn device(&self) -> DeviceInfo {
-        DeviceInfo { device_type: "cpu", description: self.description.clone() }
+        DeviceInfo { device_type: "cpu", description: self.description.clone(), is_asynchronous: false }
     }
 
     fn memory(&self) -> Result<MemoryInfo, BackendError> {

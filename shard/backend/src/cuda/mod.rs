@@ -10,6 +10,7 @@
 mod attention;
 mod buffer;
 mod ceilings;
+mod cublaslt;
 mod driver;
 mod elementwise;
 mod embedding;

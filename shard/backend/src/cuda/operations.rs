@@ -21,7 +21,7 @@ impl Backend for CudaBackend {
     type KvCache = CudaKvCache;
 
     fn device(&self) -> DeviceInfo {
-        DeviceInfo { device_type: "cuda", description: self.description.clone() }
+        DeviceInfo { device_type: "cuda", description: self.description.clone(), is_asynchronous: true }
     }
 
     fn memory(&self) -> Result<MemoryInfo, BackendError> {

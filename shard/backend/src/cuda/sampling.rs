@@ -240,7 +240,7 @@ impl Samplers {
             let answers = self.answers.ptr() + (work.greedy.len() * size_of::<Answer>()) as DevicePtr;
             queue.launch(&launch, args![logits, width, requests, answers])?;
         }
-        queue.stream().synchronize()?;
+        queue.wait()?;
         let mut unfinished = Vec::new();
         let indices = work.greedy.iter().copied().chain(work.requests.iter().map(|request| request.row));
         for (answer, index) in self.answers().iter().zip(indices) {
@@ -328,7 +328,7 @@ impl Samplers {
         let mut values = vec![0.0_f32; vocab];
         let from = logits + (index * vocab * size_of::<f32>()) as DevicePtr;
         queue.stream().download(bytemuck::cast_slice_mut(&mut values), from)?;
-        queue.stream().synchronize()?;
+        queue.wait()?;
         Ok(self.on_host.get_or_insert_with(Sampler::of_this_processor).sample(&mut values, row))
     }
 
@@ -353,7 +353,7 @@ impl Samplers {
             staging.copy_from_slice(bytemuck::cast_slice(part));
             queue.stream().upload(self.inputs.ptr(), staging)?;
             self.launch_best((queue, workspace), (vocab, from), (0, self.inputs.ptr()), part.len())?;
-            queue.stream().synchronize()?;
+            queue.wait()?;
             logprobs.extend(self.answers()[..part.len()].iter().map(|answer| answer.logprob));
         }
         Ok(logprobs)
