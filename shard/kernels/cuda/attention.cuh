@@ -18,8 +18,6 @@ struct Attention {
     const int* cu_seqlens_q;
     const int* context_lens;
     const int* block_tables;
-    // [num_heads] or null.
-    const float* slopes;
     int num_heads;
     int num_kv_heads;
     int head_dim;
@@ -29,7 +27,21 @@ struct Attention {
     float scale;
     // 0: none.
     float soft_cap;
+    // Linear biases: heads of the whole model (0: none), and which of them is the first here.
+    int alibi_heads;
+    int alibi_first;
+    float alibi_max_bias;
+    float alibi_multiplier;
 };
+
+// What a head's score loses for each token between key and query. A model whose heads are no power of two takes the slopes of the
+// next lower one first, then every other one of the next higher.
+__device__ __forceinline__ float slope_of(const Attention& a, int head) {
+    if (a.alibi_heads == 0) return 0.0f;
+    const int at = a.alibi_first + head, lower = 1 << (31 - __clz(a.alibi_heads));
+    const int power = at < lower ? at + 1 : 2 * (at - lower) + 1, heads = at < lower ? lower : 2 * lower;
+    return exp2f(-a.alibi_max_bias * static_cast<float>(power) / static_cast<float>(heads)) * a.alibi_multiplier;
+}
 
 // The page `page` of one sequence's KV head, as an offset in elements.
 __device__ __forceinline__ size_t page_offset(const Attention& a, int block, int page, int kv_head) {

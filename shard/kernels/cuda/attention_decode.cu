@@ -22,6 +22,8 @@ struct Parts {
     float2* weights;
     // [blocks]: finished parts of the head that the block is the first of; zero between launches.
     int* finished;
+    // Pages of keys and of values that a warp has room for: 2 to 4.
+    int stages;
 };
 
 // How the line of units is cut.
@@ -139,7 +141,7 @@ __device__ __forceinline__ void merge(const Attention& a, const Parts& parts, T*
     }
 }
 
-template <typename T, int DIM, int STAGES> struct Decode {
+template <typename T, int DIM> struct Decode {
     using Lines = Rows<DIM>;
     static constexpr int PAGE_BYTES = PAGE_KEYS * Lines::STRIDE;
     static constexpr int STAGE_BYTES = 2 * PAGE_BYTES;
@@ -215,7 +217,7 @@ template <typename T, int DIM, int STAGES> struct Decode {
         for (int half = 0; half < 2; ++half) {
             const int row = lane / 4 + 8 * half;
             const bool is_row = row < rows;
-            slope[half] = a.slopes != nullptr && is_row ? a.slopes[head + row] : 0.0f;
+            slope[half] = is_row ? slope_of(a, head + row) : 0.0f;
             highest[half] = -INFINITY;
             total[half] = 0.0f;
             if constexpr (!SHARES_QUERY) {
@@ -265,7 +267,7 @@ template <typename T, int DIM, int STAGES> struct Decode {
             multiply<T>(scores[0], q, b[0], b[1]);
             multiply<T>(scores[1], q, b[2], b[3]);
         }
-        const bool is_plain = a.soft_cap == 0.0f && a.slopes == nullptr;
+        const bool is_plain = a.soft_cap == 0.0f && a.alibi_heads == 0;
         const float factor = a.scale * LOG2_E;
         const int last = place.context - 1;
 #pragma unroll
@@ -452,8 +454,8 @@ template <typename T, int DIM, int STAGES> struct Decode {
         // before still runs.
         bool has_waited = a.header[NUM_PREFILL_TILES] != 0;
         if (has_waited) pdl_wait();
-#pragma unroll
-        for (int stage = 0; stage < STAGES - 1; ++stage) {
+        const int stages = parts.stages;
+        for (int stage = 0; stage < stages - 1; ++stage) {
             if (!has_waited && fetched < end_place && (ahead.page(warp) + 1) * PAGE_KEYS >= ahead.context) {
                 pdl_wait();
                 has_waited = true;
@@ -466,11 +468,13 @@ template <typename T, int DIM, int STAGES> struct Decode {
         begin(now);
         int stage = 0;
         for (int place = begin_place; place < end_place; ++place) {
-            cp_async_wait<STAGES - 2>();
+            if (stages == 3) cp_async_wait<1>();
+            else if (stages == 4) cp_async_wait<2>();
+            else cp_async_wait<0>();
             __syncwarp();
-            fetch_next(stage == 0 ? STAGES - 1 : stage - 1);
+            fetch_next(stage == 0 ? stages - 1 : stage - 1);
             attend(now, stage);
-            stage = stage + 1 == STAGES ? 0 : stage + 1;
+            stage = stage + 1 == stages ? 0 : stage + 1;
             const bool ends = now.unit + 1 == now.units;
             if (ends || place + 1 == end_place) {
                 end(line, now, begins, ends, tree_rows);
@@ -486,9 +490,9 @@ template <typename T, int DIM, int STAGES> struct Decode {
     }
 };
 
-template <typename T, int DIM, int STAGES>
+template <typename T, int DIM>
 __device__ __forceinline__ void attend_decode(const Attention& a, const Parts& parts, const int* decode_seqs) {
-    using Work = Decode<T, DIM, STAGES>;
+    using Work = Decode<T, DIM>;
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ float2 weights[WARPS * TILE_ROWS];
     __shared__ int scratch[WARPS];
@@ -499,7 +503,7 @@ __device__ __forceinline__ void attend_decode(const Attention& a, const Parts& p
     work.warp = threadIdx.x / 32;
     work.lane = threadIdx.x % 32;
     const int tree_rows = min(work.group, TILE_ROWS);
-    work.shared_query = shared + WARPS * STAGES * Work::STAGE_BYTES;
+    work.shared_query = shared + WARPS * parts.stages * Work::STAGE_BYTES;
     float* const tree = reinterpret_cast<float*>(work.shared_query + Work::QUERY_BYTES);
     int* const first_unit = reinterpret_cast<int*>(tree + 2 * tree_rows * Work::TREE_ROW);
     int* const contexts = first_unit + n + 1;
@@ -512,23 +516,24 @@ __device__ __forceinline__ void attend_decode(const Attention& a, const Parts& p
         pdl_wait();
         return;
     }
-    work.ring = shared_address(shared) + work.warp * STAGES * Work::STAGE_BYTES;
+    work.ring = shared_address(shared) + work.warp * parts.stages * Work::STAGE_BYTES;
     work.tree = tree;
     work.shared_weights = weights;
     work.flag = scratch;
     work.run(line, tree_rows);
 }
 
-#define ATTENTION_DECODE(T, DIM, STAGES, BLOCKS)                                                                      \
+// Blocks that a multiprocessor runs at a time.
+#define ATTENTION_DECODE(T, DIM, BLOCKS)                                                                              \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_decode_##DIM##_##T(                      \
         const __grid_constant__ Attention attention, const __grid_constant__ Parts parts, const int* decode_seqs) { \
-        attend_decode<T, DIM, STAGES>(attention, parts, decode_seqs);                                                \
+        attend_decode<T, DIM>(attention, parts, decode_seqs);                                                \
     }
 #define ATTENTION_DECODE_EACH_DIM(T)  \
-    ATTENTION_DECODE(T, 64, 4, 2)     \
-    ATTENTION_DECODE(T, 96, 3, 2)     \
-    ATTENTION_DECODE(T, 128, 3, 2)    \
-    ATTENTION_DECODE(T, 192, 3, 1)    \
-    ATTENTION_DECODE(T, 256, 3, 1)
+    ATTENTION_DECODE(T, 64, 2)     \
+    ATTENTION_DECODE(T, 96, 2)     \
+    ATTENTION_DECODE(T, 128, 2)    \
+    ATTENTION_DECODE(T, 192, 1)    \
+    ATTENTION_DECODE(T, 256, 1)
 ATTENTION_DECODE_EACH_DIM(bf16)
 ATTENTION_DECODE_EACH_DIM(f16)

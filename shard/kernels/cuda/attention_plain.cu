@@ -35,7 +35,7 @@ template <typename T, typename C> __device__ __forceinline__ void attend(const A
     const int first_key = a.window > 0 ? max(0, end_key - a.window) : 0;
     const int* const table = a.block_tables + static_cast<size_t>(seq) * a.header[BLOCK_TABLE_STRIDE];
     const int kv_head = head / (a.num_heads / a.num_kv_heads);
-    const float slope = a.slopes == nullptr ? 0.0f : a.slopes[head];
+    const float slope = slope_of(a, head);
     const bool is_wide = dim % 4 == 0;
     pdl_wait();
     const size_t width = static_cast<size_t>(a.num_heads + 2 * a.num_kv_heads) * dim;

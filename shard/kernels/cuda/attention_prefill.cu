@@ -78,8 +78,8 @@ template <typename T, int DIM, int KEYS> struct Prefill {
         }
 
         float sums[2 * STEPS][4] = {}, highest[2] = {-INFINITY, -INFINITY}, total[2] = {};
-        const float slope = a.slopes == nullptr ? 0.0f : a.slopes[head];
-        const bool is_plain = a.soft_cap == 0.0f && a.slopes == nullptr;
+        const float slope = slope_of(a, head);
+        const bool is_plain = a.soft_cap == 0.0f && a.alibi_heads == 0;
         const float factor = a.scale * LOG2_E;
         const int warp_position = first_position + warp * 16;
         int stage = 0;
