@@ -122,7 +122,7 @@ impl Batch {
         let mut budget = max_prefill_tokens;
         for sequence in self.sequences.iter_mut().filter(|sequence| !sequence.is_finished()) {
             let remaining = sequence.ids.len() - sequence.computed_len;
-            if sequence.computed_len < sequence.prompt_len {
+            if sequence.computed_len < sequence.known_len {
                 sequence.next_len = remaining.min(budget.max(1));
                 budget = budget.saturating_sub(sequence.next_len);
             } else {

@@ -25,6 +25,9 @@ pub struct NewRequest {
     pub id: u64,
     /// What to continue.
     pub prompt: Prompt,
+    /// The answer so far, of a request that was interrupted elsewhere; empty for a new one. It goes on behind them as if
+    /// they had been generated here.
+    pub generated: Vec<u32>,
     /// Only this many tokens at the end of the prompt are kept; 0: all.
     pub truncate: usize,
     /// How tokens are chosen.
@@ -41,7 +44,7 @@ pub struct NewRequest {
     pub slots: Vec<u32>,
     /// Tokens of the prompt that the caller's blocks hold already.
     pub cache_len: usize,
-    /// Compute only so many tokens of the prompt in the first step; `None`: all.
+    /// Compute only so many tokens of prompt and answer so far in the first step; `None`: all.
     pub chunk_len: Option<usize>,
 }
 

@@ -40,6 +40,8 @@ pub(super) struct Sequence {
     pub ids: Vec<u32>,
     /// Tokens of the prompt.
     pub prompt_len: usize,
+    /// Tokens there were at the start: the prompt and, of a resumed request, the answer so far.
+    pub known_len: usize,
     /// Tokens at the start of `ids` whose keys and values are cached and whose step was reported.
     pub computed_len: usize,
     /// Tokens the next step computes: 1 in decode, a part of the prompt or all of it in prefill.
@@ -72,30 +74,39 @@ impl Sequence {
     }
 
     fn build(mut request: NewRequest, context: &SequenceContext<'_>) -> Result<Self, String> {
-        let ids = prompt_ids(&mut request, context)?;
+        let mut ids = prompt_ids(&mut request, context)?;
         let prompt_len = ids.len();
+        ids.append(&mut request.generated);
+        let known_len = ids.len();
+        check_ids(&ids, context)?;
         // The last token is never computed, so it needs no slot.
         let wanted_slots = prompt_len + (request.stopping.max_new_tokens as usize).max(1) - 1;
-        let (blocks, num_slots) = place(&mut request, prompt_len, wanted_slots, context)?;
-        if request.cache_len >= prompt_len {
+        let mut stopping = Stopping::new(std::mem::take(&mut request.stopping));
+        let mut detokenizer = Detokenizer::new(prompt_len);
+        replay(&ids, prompt_len, &mut stopping, &mut detokenizer, context.vocabulary)?;
+        let (blocks, num_slots) = place(&mut request, known_len, wanted_slots, context)?;
+        if request.cache_len >= known_len {
             return Err(format!(
-                "cache_len is {}, expected less than the {prompt_len} tokens of the prompt",
+                "cache_len is {}, expected less than the {known_len} tokens of the prompt",
                 request.cache_len
             ));
         }
-        let remaining = prompt_len - request.cache_len;
+        let remaining = known_len - request.cache_len;
         let next_len = match request.chunk_len {
             Some(0) => return Err("chunk_len is 0, expected at least 1".to_string()),
             Some(chunk_len) => chunk_len.min(remaining),
             None => remaining,
         };
-        // Nothing comes before the first token, and cached tokens are not computed again.
-        let prompt_logprobs = (request.prefill_logprobs && context.request_logprobs)
-            .then(|| vec![f32::NAN; request.cache_len.max(1)]);
+        // Nothing comes before the first token, and cached tokens are not computed again. They come with the first
+        // generated token, which a resumed request has had.
+        let prompt_logprobs =
+            (request.prefill_logprobs && context.request_logprobs && known_len == prompt_len)
+                .then(|| vec![f32::NAN; request.cache_len.max(1)]);
         Ok(Self {
             request_id: request.id,
             ids,
             prompt_len,
+            known_len,
             computed_len: request.cache_len,
             next_len,
             blocks,
@@ -104,8 +115,8 @@ impl Sequence {
             top_n: request.top_n,
             prompt_logprobs,
             pending: None,
-            stopping: Stopping::new(request.stopping),
-            detokenizer: Detokenizer::new(prompt_len),
+            stopping,
+            detokenizer,
             is_finished: false,
         })
     }
@@ -185,12 +196,6 @@ fn prompt_ids(request: &mut NewRequest, context: &SequenceContext<'_>) -> Result
     if ids.is_empty() {
         return Err("the prompt has no tokens, expected at least 1".to_string());
     }
-    let vocab_size = context.model.vocab_size;
-    if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab_size) {
-        return Err(format!(
-            "the prompt has token id {id}, expected ids below the vocabulary's {vocab_size}"
-        ));
-    }
     let total = ids.len() + request.stopping.max_new_tokens as usize;
     let max_positions = context.model.max_position_embeddings;
     if total > max_positions {
@@ -204,10 +209,42 @@ fn prompt_ids(request: &mut NewRequest, context: &SequenceContext<'_>) -> Result
     Ok(ids)
 }
 
-/// The blocks of a request and how many tokens may be stored in them.
+fn check_ids(ids: &[u32], context: &SequenceContext<'_>) -> Result<(), String> {
+    let vocab_size = context.model.vocab_size;
+    match ids.iter().find(|&&id| id as usize >= vocab_size) {
+        Some(id) => {
+            Err(format!("the prompt has token id {id}, expected ids below the vocabulary's {vocab_size}"))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Brings a resumed request to where it was: what its answer so far, behind `prompt_len`, has left in the detokenizer
+/// and in the stop conditions depends on every token of it.
+fn replay(
+    ids: &[u32],
+    prompt_len: usize,
+    stopping: &mut Stopping,
+    detokenizer: &mut Detokenizer,
+    vocabulary: &Vocabulary,
+) -> Result<(), String> {
+    for end in prompt_len + 1..=ids.len() {
+        let text = detokenizer.next_text(&ids[..end], vocabulary)?;
+        if let Some(reason) = stopping.push(ids[end - 1], &text, vocabulary.eos_token_ids()) {
+            return Err(format!(
+                "generated_ids end the text with the {}. of their {} tokens ({reason:?}), expected an answer that goes on",
+                end - prompt_len,
+                ids.len() - prompt_len,
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// The blocks of a request of `known_len` tokens and how many tokens may be stored in them.
 fn place(
     request: &mut NewRequest,
-    prompt_len: usize,
+    known_len: usize,
     wanted_slots: usize,
     context: &SequenceContext<'_>,
 ) -> Result<(BlockLease, usize), String> {
@@ -225,9 +262,9 @@ fn place(
     }
     let capacity = request.blocks.len() * block_size;
     let num_slots = if request.slots.is_empty() { capacity } else { request.slots.len() };
-    if num_slots > capacity || num_slots < prompt_len {
+    if num_slots > capacity || num_slots < known_len {
         return Err(format!(
-            "{num_slots} slots in {} blocks for a prompt of {prompt_len} tokens, expected {prompt_len} to {capacity}",
+            "{num_slots} slots in {} blocks for a prompt of {known_len} tokens, expected {known_len} to {capacity}",
             request.blocks.len()
         ));
     }

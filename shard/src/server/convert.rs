@@ -68,6 +68,7 @@ fn convert_request(request: v3::Request, purpose: Purpose) -> Result<NewRequest,
     Ok(NewRequest {
         id: request.id,
         prompt,
+        generated: request.generated_ids,
         truncate: request.truncate as usize,
         sampling: sampling_params(&parameters)?,
         stopping: StoppingParams {
@@ -161,6 +162,7 @@ pub(super) fn info(model: &ModelInfo) -> v3::InfoResponse {
         use_prefix_caching: false,
         attention_impl: "paged".to_string(),
         block_size: saturate(model.block_size),
+        supports_resume: true,
     }
 }
 

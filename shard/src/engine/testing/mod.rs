@@ -56,10 +56,12 @@ pub(crate) fn greedy() -> SamplingParams {
 
 /// A greedy request with a prompt of `prompt_len` tokens that is different for every id, and four new tokens.
 pub(crate) fn request(id: u64, prompt_len: usize) -> NewRequest {
-    let ids = (0..prompt_len as u64).map(|index| b'a' as u32 + ((id % 26 * 7 + index * index) % 26) as u32);
+    let ids = (0..prompt_len as u64)
+        .map(|index| b'a' as u32 + ((id.wrapping_mul(7).wrapping_add(index * index)) % 26) as u32);
     NewRequest {
         id,
         prompt: Prompt::Ids(ids.collect()),
+        generated: Vec::new(),
         truncate: 0,
         sampling: greedy(),
         stopping: StoppingParams { max_new_tokens: 4, stop_sequences: Vec::new(), ignore_eos: true },

@@ -5,6 +5,7 @@ use backend::sampling::SamplingParams;
 use super::testing::*;
 use super::*;
 
+mod resume;
 mod schedules;
 
 fn ids(reply: &StepReply) -> Vec<(u64, u32)> {

@@ -7,7 +7,7 @@ use super::super::stopping::Stopping;
 use super::*;
 
 /// The reference: everything a request is told, computed alone and straight ahead.
-fn alone(request: &NewRequest, vocabulary: &Vocabulary) -> VecDeque<Generation> {
+pub(super) fn alone(request: &NewRequest, vocabulary: &Vocabulary) -> VecDeque<Generation> {
     let Prompt::Ids(mut ids) = request.prompt.clone() else { panic!("tests give ids") };
     if request.truncate > 0 && ids.len() > request.truncate {
         ids.drain(..ids.len() - request.truncate);
@@ -49,7 +49,7 @@ fn alone(request: &NewRequest, vocabulary: &Vocabulary) -> VecDeque<Generation> 
     }
 }
 
-fn random_request(id: u64, lots: &mut Lots) -> NewRequest {
+pub(super) fn random_request(id: u64, lots: &mut Lots) -> NewRequest {
     let mut request = request(id, 1 + lots.below(60));
     request.stopping.max_new_tokens = 1 + lots.below(30) as u32;
     request.stopping.ignore_eos = lots.once_in(2);
