@@ -4,16 +4,19 @@ use std::sync::Arc;
 
 use super::cublaslt::{CublasLt, Operands, Product, WORKSPACE_BYTES};
 use super::driver::{Context, DeviceMemory};
+use super::elementwise::activation_number;
+use super::gemv::Gemvs;
 use super::launch::{Launch, Queue, args};
 use super::module::{ByType, Module};
 use super::{CudaBuffer, CudaLinear, CudaVector, DeviceFacts};
-use crate::{BackendError, DType};
+use crate::{Activation, BackendError, DType};
 
 const THREADS: u32 = 256;
 
 /// Kernels and library.
 pub(super) struct Matmuls {
     library: CublasLt,
+    gemvs: Gemvs,
     add_bias: ByType,
     widen: ByType,
 }
@@ -24,6 +27,7 @@ impl Matmuls {
         let module = Module::load(context, "matmul")?;
         Ok(Self {
             library: CublasLt::open()?,
+            gemvs: Gemvs::load(context)?,
             add_bias: module.by_type("add_bias")?,
             widen: module.by_type("widen")?,
         })
@@ -51,6 +55,9 @@ impl Matmuls {
         if queue.is_dry() || rows == 0 {
             return Ok(());
         }
+        if self.gemvs.multiply(queue, x, (weight, bias), out)? {
+            return Ok(());
+        }
         let product = Product {
             rows,
             outputs: weight.out_features,
@@ -69,6 +76,28 @@ impl Matmuls {
             Some(bias) => self.add_bias(queue, bias, out),
             None => Ok(()),
         }
+    }
+
+    /// `out = activation(gate) * up` with gate and up the halves of `x weight^T (+ bias)`, where that is one launch; false: it is
+    /// not.
+    pub(super) fn gated(
+        &self,
+        queue: &Queue,
+        x: &CudaBuffer,
+        (weight, bias): (&CudaLinear, Option<&CudaVector>),
+        activation: Activation,
+        out: &mut CudaBuffer,
+    ) -> Result<bool, BackendError> {
+        assert!(
+            x.width() == weight.in_features && 2 * out.width() == weight.out_features,
+            "a gated product of {} columns with {} x {} to {}",
+            x.width(),
+            weight.out_features,
+            weight.in_features,
+            out.width()
+        );
+        out.resize(x.rows());
+        self.gemvs.multiply_gated(queue, x, (weight, bias), activation_number(activation), out)
     }
 
     /// A product with a float32 weight, such as a router's, of activations that are narrower. They are widened at the end

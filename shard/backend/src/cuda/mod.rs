@@ -15,6 +15,7 @@ mod driver;
 mod elementwise;
 mod embedding;
 mod experts;
+mod gemv;
 mod graph;
 mod heads;
 mod kv_cache;
