@@ -7,7 +7,7 @@ use super::kernels::{Kernels, LANES, MatmulArgs, PackArgs, padded_tile, padded_t
 use super::memory::Memory;
 use super::packed_linear::{PackedLinear, Storage};
 use super::threads::{SharedMut, Threads, part};
-use crate::BackendError;
+use crate::{BackendError, DType};
 
 /// Memory for packed activations, grown by the warm-up and then constant.
 #[derive(Debug)]
@@ -28,6 +28,10 @@ impl Workspace {
     }
 }
 
+/// Rows from which on bf16 weights are converted to fixed point, where the processor gains by that: below, converting them
+/// costs more than it saves (`docs/kernels.md`).
+const FIXED_ROWS: usize = 32;
+
 /// How a product is computed, whatever the weight's storage.
 struct Product<'a> {
     /// Outputs.
@@ -38,10 +42,12 @@ struct Product<'a> {
     max_tile: usize,
     /// The tokens a tile of so many is padded to.
     padded: fn(usize) -> usize,
-    /// Packs a tile. Unsafe for the instruction set.
+    /// 32-bit elements of memory that each thread needs beside.
+    scratch_elements: usize,
+    /// Packs a tile.
     pack: &'a (dyn Fn(PackArgs<'_>) + Sync),
-    /// Multiplies panels: which, with the packed activations and the results.
-    multiply: &'a (dyn Fn(Range<usize>, *const u32, *mut f32) + Sync),
+    /// Multiplies panels: which, with the packed activations, the results and the thread's memory.
+    multiply: &'a (dyn Fn(Range<usize>, *const u32, *mut f32, &mut [u32]) + Sync),
 }
 
 /// `out = x weight^T (+ bias)`.
@@ -64,17 +70,38 @@ pub(super) fn matmul(
         "the bias has another width than the outputs"
     );
     let rows = x.rows();
-    match &weight.0 {
-        Storage::Plain(weight) => {
+    match (&weight.0, kernels.fixed) {
+        (Storage::Plain(weight), Some(fixed)) if weight.dtype == DType::BF16 && rows >= FIXED_ROWS => {
+            let product = Product {
+                out_features,
+                row_elements: (fixed.row_elements)(in_features),
+                max_tile: fixed.max_tokens,
+                padded: fixed.padded,
+                scratch_elements: (fixed.scratch_elements)(in_features),
+                // SAFETY: the processor has the instruction set.
+                pack: &|args| unsafe { (fixed.pack)(args) },
+                multiply: &|panels, x, out, scratch| {
+                    let weights = weight.memory.as_slice::<u8>().as_ptr();
+                    let steps = weight.steps;
+                    let args =
+                        MatmulArgs { weights, panels, steps, x, rows, out, out_width: out_features, bias };
+                    // SAFETY: weights, activations and results have the sizes given; the panels are this thread's.
+                    unsafe { (fixed.matmul)(&args, scratch) };
+                },
+            };
+            product.compute((threads, workspace), x, out)
+        }
+        (Storage::Plain(weight), _) => {
             let typed = kernels.typed(weight.dtype);
             let product = Product {
                 out_features,
                 row_elements: weight.steps * typed.step_inputs,
                 max_tile: kernels.max_tile,
                 padded: padded_tile,
+                scratch_elements: 0,
                 // SAFETY: the processor has the instruction set.
                 pack: &|args| unsafe { (typed.pack)(args) },
-                multiply: &|panels, x, out| {
+                multiply: &|panels, x, out, _| {
                     let weights = weight.memory.as_slice::<u8>().as_ptr();
                     let steps = weight.steps;
                     let args =
@@ -85,16 +112,17 @@ pub(super) fn matmul(
             };
             product.compute((threads, workspace), x, out)
         }
-        Storage::Quantized(weight) => {
+        (Storage::Quantized(weight), _) => {
             let (kernels, layout) = (&kernels.quantized, &weight.layout);
             let product = Product {
                 out_features,
                 row_elements: layout.row_elements(),
                 max_tile: kernels.max_tokens,
                 padded: padded_tokens,
+                scratch_elements: 0,
                 // SAFETY: the processor has the instruction set.
                 pack: &|args| unsafe { (kernels.pack)(args, layout) },
-                multiply: &|panels, x, out| {
+                multiply: &|panels, x, out, _| {
                     let weights = weight.memory.as_slice::<u8>().as_ptr();
                     let steps = layout.groups;
                     let args =
@@ -115,7 +143,7 @@ impl Product<'_> {
         x: &CpuBuffer,
         out: &mut CpuBuffer,
     ) -> Result<(), BackendError> {
-        let &Product { row_elements, max_tile, .. } = self;
+        let &Product { row_elements, max_tile, scratch_elements, .. } = self;
         let rows = x.rows();
         out.resize(rows);
         let tiles = rows.div_ceil(max_tile);
@@ -123,7 +151,10 @@ impl Product<'_> {
         // One row is packed by each thread for itself, which is quicker than waiting for one another.
         let copies = if rows == 1 { threads_count } else { 1 };
         let copy_elements = (rows + max_tile) * row_elements;
-        let packed = SharedMut::new(workspace.at_least(copies * copy_elements)?);
+        // On a cache line, as what a thread streams should be.
+        let scratch_start = (copies * copy_elements).next_multiple_of(LANES);
+        let needed = scratch_start + threads_count * scratch_elements;
+        let packed = SharedMut::new(workspace.at_least(needed)?);
         let results = SharedMut::new(out.as_mut_slice());
         let panels = self.out_features.div_ceil(LANES);
         let barrier = threads.barrier();
@@ -145,9 +176,11 @@ impl Product<'_> {
             if copies == 1 {
                 barrier.wait();
             }
-            // SAFETY: within the workspace.
-            let x = unsafe { packed.get().add(own_copy) };
-            (self.multiply)(part(panels, index, threads_count), x, results.get());
+            let scratch = scratch_start + index * scratch_elements;
+            // SAFETY: within the workspace, behind the activations, and each thread's own.
+            let (x, scratch) =
+                unsafe { (packed.get().add(own_copy), packed.slice(scratch..scratch + scratch_elements)) };
+            (self.multiply)(part(panels, index, threads_count), x, results.get(), scratch);
         });
         Ok(())
     }
