@@ -1,7 +1,5 @@
 //! Spreads a matrix product over the threads.
 
-use std::ops::Range;
-
 use super::buffer::CpuBuffer;
 use super::kernels::{Kernels, LANES, MatmulArgs, PackArgs, padded_tile, padded_tokens};
 use super::memory::Memory;
@@ -32,10 +30,15 @@ impl Workspace {
 /// costs more than it saves (`docs/kernels.md`).
 const FIXED_ROWS: usize = 32;
 
+/// Multiplies panels, with the thread's memory.
+type Multiply<'a> = dyn Fn(&MatmulArgs<'_>, &mut [u32]) + Sync + 'a;
+
 /// How a product is computed, whatever the weight's storage.
 struct Product<'a> {
-    /// Outputs.
-    out_features: usize,
+    weights: &'a [u8],
+    /// Steps or groups of a panel.
+    steps: usize,
+    bias: Option<&'a [f32]>,
     /// 32-bit elements of a row's packed activations.
     row_elements: usize,
     /// Largest tile of tokens.
@@ -46,8 +49,7 @@ struct Product<'a> {
     scratch_elements: usize,
     /// Packs a tile.
     pack: &'a (dyn Fn(PackArgs<'_>) + Sync),
-    /// Multiplies panels: which, with the packed activations, the results and the thread's memory.
-    multiply: &'a (dyn Fn(Range<usize>, *const u32, *mut f32, &mut [u32]) + Sync),
+    multiply: &'a Multiply<'a>,
 }
 
 /// `out = x weight^T (+ bias)`.
@@ -69,69 +71,59 @@ pub(super) fn matmul(
         bias.is_none_or(|bias| bias.len() == out_features),
         "the bias has another width than the outputs"
     );
-    let rows = x.rows();
+    let tools = (threads, workspace);
+    // SAFETY: of all calls of kernels: the processor has the instruction set; `compute` gives them weights, activations, results
+    // and memory of the sizes they say, and panels that are the thread's.
     match (&weight.0, kernels.fixed) {
-        (Storage::Plain(weight), Some(fixed)) if weight.dtype == DType::BF16 && rows >= FIXED_ROWS => {
+        (Storage::Plain(weight), Some(fixed)) if weight.dtype == DType::BF16 && x.rows() >= FIXED_ROWS => {
             let product = Product {
-                out_features,
+                weights: weight.memory.as_slice(),
+                steps: weight.steps,
+                bias,
                 row_elements: (fixed.row_elements)(in_features),
                 max_tile: fixed.max_tokens,
                 padded: fixed.padded,
                 scratch_elements: (fixed.scratch_elements)(in_features),
-                // SAFETY: the processor has the instruction set.
+                // SAFETY: as above.
                 pack: &|args| unsafe { (fixed.pack)(args) },
-                multiply: &|panels, x, out, scratch| {
-                    let weights = weight.memory.as_slice::<u8>().as_ptr();
-                    let steps = weight.steps;
-                    let args =
-                        MatmulArgs { weights, panels, steps, x, rows, out, out_width: out_features, bias };
-                    // SAFETY: weights, activations and results have the sizes given; the panels are this thread's.
-                    unsafe { (fixed.matmul)(&args, scratch) };
-                },
+                // SAFETY: as above.
+                multiply: &|args, scratch| unsafe { (fixed.matmul)(args, scratch) },
             };
-            product.compute((threads, workspace), x, out)
+            product.compute(tools, x, out)
         }
         (Storage::Plain(weight), _) => {
             let typed = kernels.typed(weight.dtype);
             let product = Product {
-                out_features,
+                weights: weight.memory.as_slice(),
+                steps: weight.steps,
+                bias,
                 row_elements: weight.steps * typed.step_inputs,
                 max_tile: kernels.max_tile,
                 padded: padded_tile,
                 scratch_elements: 0,
-                // SAFETY: the processor has the instruction set.
+                // SAFETY: as above.
                 pack: &|args| unsafe { (typed.pack)(args) },
-                multiply: &|panels, x, out, _| {
-                    let weights = weight.memory.as_slice::<u8>().as_ptr();
-                    let steps = weight.steps;
-                    let args =
-                        MatmulArgs { weights, panels, steps, x, rows, out, out_width: out_features, bias };
-                    // SAFETY: weights, activations and results have the sizes given; the panels are this thread's.
-                    unsafe { (typed.matmul)(&args) };
-                },
+                // SAFETY: as above.
+                multiply: &|args, _| unsafe { (typed.matmul)(args) },
             };
-            product.compute((threads, workspace), x, out)
+            product.compute(tools, x, out)
         }
         (Storage::Quantized(weight), _) => {
             let (kernels, layout) = (&kernels.quantized, &weight.layout);
             let product = Product {
-                out_features,
+                weights: weight.memory.as_slice(),
+                steps: layout.groups,
+                bias,
                 row_elements: layout.row_elements(),
                 max_tile: kernels.max_tokens,
                 padded: padded_tokens,
                 scratch_elements: 0,
-                // SAFETY: the processor has the instruction set.
+                // SAFETY: as above.
                 pack: &|args| unsafe { (kernels.pack)(args, layout) },
-                multiply: &|panels, x, out, _| {
-                    let weights = weight.memory.as_slice::<u8>().as_ptr();
-                    let steps = layout.groups;
-                    let args =
-                        MatmulArgs { weights, panels, steps, x, rows, out, out_width: out_features, bias };
-                    // SAFETY: weights, activations and results have the sizes given; the panels are this thread's.
-                    unsafe { (kernels.matmul)(&args, layout) };
-                },
+                // SAFETY: as above.
+                multiply: &|args, _| unsafe { (kernels.matmul)(args, layout) },
             };
-            product.compute((threads, workspace), x, out)
+            product.compute(tools, x, out)
         }
     }
 }
@@ -144,7 +136,7 @@ impl Product<'_> {
         out: &mut CpuBuffer,
     ) -> Result<(), BackendError> {
         let &Product { row_elements, max_tile, scratch_elements, .. } = self;
-        let rows = x.rows();
+        let (rows, out_width) = (x.rows(), out.width());
         out.resize(rows);
         let tiles = rows.div_ceil(max_tile);
         let threads_count = threads.count();
@@ -156,7 +148,7 @@ impl Product<'_> {
         let needed = scratch_start + threads_count * scratch_elements;
         let packed = SharedMut::new(workspace.at_least(needed)?);
         let results = SharedMut::new(out.as_mut_slice());
-        let panels = self.out_features.div_ceil(LANES);
+        let panels = out_width.div_ceil(LANES);
         let barrier = threads.barrier();
         threads.run(&|index| {
             let own_copy = if copies > 1 { index * copy_elements } else { 0 };
@@ -180,7 +172,17 @@ impl Product<'_> {
             // SAFETY: within the workspace, behind the activations, and each thread's own.
             let (x, scratch) =
                 unsafe { (packed.get().add(own_copy), packed.slice(scratch..scratch + scratch_elements)) };
-            (self.multiply)(part(panels, index, threads_count), x, results.get(), scratch);
+            let args = MatmulArgs {
+                weights: self.weights.as_ptr(),
+                panels: part(panels, index, threads_count),
+                steps: self.steps,
+                x,
+                rows,
+                out: results.get(),
+                out_width,
+                bias: self.bias,
+            };
+            (self.multiply)(&args, scratch);
         });
         Ok(())
     }
