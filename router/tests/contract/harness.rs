@@ -53,7 +53,7 @@ impl TestRouter {
         let model = ModelParts {
             model_id: "test/model".to_string(),
             sha: None,
-            tokenizer: TOKENIZER.parse().unwrap(),
+            tokenizer: hub::tokenizer_from_json(TOKENIZER.as_bytes()).unwrap(),
             template: ChatTemplate::new(TEMPLATE, None, None),
         };
         let assembled = startup::assemble(&config, shards.unwrap(), model, &Handle::current()).unwrap();
