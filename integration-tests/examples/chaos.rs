@@ -10,6 +10,7 @@
 //! asked for again; once in `--stop-one-in` rounds a shard is stopped instead (`--stall-timeout` is 2 s). Every answer is
 //! compared with the one of an undisturbed run. Prints one JSON object; exits with 1 when anything was noticed.
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -92,7 +93,7 @@ fn main() -> Result<()> {
     let requests = requests(2 * options.chaos.streams, options.tokens);
     let expected = undisturbed(server.port(), &requests)?;
     let report = chaos::run(&server, &options.chaos, &requests, &expected)?;
-    println!("{}", summary(&report));
+    writeln!(std::io::stdout(), "{}", summary(&report))?;
     if !report.errors.is_empty() || report.blocks_left > 0 {
         bail!("{} errors, {} blocks left", report.errors.len(), report.blocks_left);
     }
