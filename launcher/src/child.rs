@@ -244,15 +244,21 @@ fn describe(child: ChildId, status: io::Result<ExitStatus>, was_told: bool, last
         Err(error) => (format!("is lost: {error}"), None, None),
     };
     let is_orderly = was_told && (code == Some(0) || signal.is_some());
-    Exit { child, reason: format!("{child} {how}"), death: death(code, is_orderly), is_orderly, last_words }
+    let death = death(code, signal, is_orderly);
+    Exit { child, reason: format!("{child} {how}"), death, is_orderly, last_words }
 }
 
 /// A code of ours says whether the next one would end alike; a signal, a panic or an end that nobody asked for may be
 /// chance.
-fn death(code: Option<i32>, is_orderly: bool) -> Death {
+fn death(code: Option<i32>, signal: Option<i32>, is_orderly: bool) -> Death {
     let known = code.and_then(ExitCode::from_code);
     if is_orderly || known == Some(ExitCode::PeerLost) {
         return Death::Consequence;
+    }
+    let from_outside =
+        [Signal::SIGKILL, Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].map(|signal| Some(signal as i32));
+    if from_outside.contains(&signal) {
+        return Death::Killed;
     }
     Death::Cause { restart_helps: known.is_none_or(|code| code == ExitCode::Ok || code.is_restartable()) }
 }
@@ -317,8 +323,9 @@ mod tests {
 
     #[test]
     fn causes_tell_whether_a_restart_helps() {
+        assert_eq!(exit(9, false).death, Death::Killed);
         for (wait_status, helps) in [
-            (9, true),
+            (6, true),
             (11, true),
             (0, true),
             (1 << 8, true),
