@@ -152,6 +152,9 @@ template <typename T, int DIM, int KEYS> struct Prefill {
             if (thread == 0) barrier_arrive(shared_address(barrier));
         };
 
+#ifdef TURNS
+        if (group == 1 && begin_key + KEYS < end_key) asm volatile("bar.arrive 4, 256;" ::: "memory");
+#endif
         int stage = 0, phase = 0;
         barrier_wait(shared_address(&barriers.keys_there[0]), 0);
         hold(scores);
@@ -171,10 +174,18 @@ template <typename T, int DIM, int KEYS> struct Prefill {
             barrier_wait(shared_address(&barriers.keys_there[stage]), phase);
             hold(scores);
             hold(sums);
+#ifdef TURNS
+            if (group == 0) sync_some<4, 256>();
+            else sync_some<5, 256>();
+#endif
             products_begin();
             score(scores, queries, keys_at(stage));
             barrier_wait(shared_address(&barriers.values_there[before]), before_phase);
             add_values(sums, weights, values_at(before));
+#ifdef TURNS
+            if (group == 0) asm volatile("bar.arrive 5, 256;" ::: "memory");
+            else if (first + KEYS < end_key) asm volatile("bar.arrive 4, 256;" ::: "memory");
+#endif
             products_wait<1>();
             hold(scores);
             release(&barriers.keys_read[stage]);
@@ -187,10 +198,11 @@ template <typename T, int DIM, int KEYS> struct Prefill {
             round(scores, weights);
         }
         barrier_wait(shared_address(&barriers.values_there[stage]), phase);
-        if (end_key == context && context % PAGE_KEYS != 0) {
+        const int end_row = (end_key + PAGE_KEYS - 1) / PAGE_KEYS * PAGE_KEYS;
+        if (end_row > context) {
             // What lies past the context need not be numbers, which a weight of zero would not hide.
             const int last = begin_key + (end_key - begin_key - 1) / KEYS * KEYS;
-            const int rows = PAGE_KEYS - context % PAGE_KEYS;
+            const int rows = end_row - context;
             for (int at = threadIdx.x - 128; at < rows * PARTS * (ROW / 16); at += 256) {
                 const int which = at / (ROW / 16), past = context - last + which / PARTS;
                 *reinterpret_cast<uint4*>(shared_values + stage * TILE_BYTES + which % PARTS * KEYS * ROW + past * ROW + at % (ROW / 16) * 16) =
