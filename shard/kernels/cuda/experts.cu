@@ -150,10 +150,22 @@ extern "C" __global__ void choose_experts(const float* logits, const float* corr
     }
 }
 
-// A tile of slots of one expert.
+// A tile of slots of one expert, and which tiles are its.
 struct Tile {
-    int expert, first, count, unused;
+    int expert, first, count, first_tile, num_tiles;
 };
+
+// The tile and the block of `columns` columns that this block computes; false where there is none. The blocks of an expert follow
+// one another, and among them those with the same columns, so that weights are read from memory once and tokens stay in the L2.
+__device__ __forceinline__ bool find_work(const Tile* tiles, int width, int columns, Tile& tile, int& column) {
+    const int blocks = (width + columns - 1) / columns;
+    const Tile any = tiles[blockIdx.x / blocks];
+    if (any.count == 0) return false;
+    const int within = blockIdx.x - any.first_tile * blocks;
+    tile = tiles[any.first_tile + within % any.num_tiles];
+    column = within / any.num_tiles * columns;
+    return true;
+}
 
 // Sorts pairs by expert, and cuts each expert's slots into tiles of at most `tile_rows`: `slots[s]` is the pair in slot s; tiles
 // past the last have no rows. One block. Shared memory: two ints an expert.
@@ -184,24 +196,24 @@ extern "C" __global__ void __launch_bounds__(1024) sort_by_expert(const int* exp
                     tile_end += t;
                 }
             }
-            const int first = slots_before + slot_end - own;
+            const int first = slots_before + slot_end - own, first_tile = tiles_before + tile_end - own_tiles;
             if (e < num_experts) next[e] = first;
             for (int t = 0; t < own_tiles; ++t)
-                tiles[tiles_before + tile_end - own_tiles + t] =
-                    Tile{e, first + t * tile_rows, min(tile_rows, own - t * tile_rows), 0};
+                tiles[first_tile + t] =
+                    Tile{e, first + t * tile_rows, min(tile_rows, own - t * tile_rows), first_tile, own_tiles};
             slots_before += __shfl_sync(ALL, slot_end, 31);
             tiles_before += __shfl_sync(ALL, tile_end, 31);
         }
         if (threadIdx.x == 0) num_tiles = tiles_before;
     }
     __syncthreads();
-    for (int t = num_tiles + threadIdx.x; t < max_tiles; t += blockDim.x) tiles[t] = Tile{0, 0, 0, 0};
+    for (int t = num_tiles + threadIdx.x; t < max_tiles; t += blockDim.x) tiles[t] = Tile{0, 0, 0, 0, 0};
     // Which of an expert's slots a pair takes is chance, and changes no result.
     for (int i = threadIdx.x; i < pairs; i += blockDim.x) slots[atomicAdd(&next[experts[i]], 1)] = i;
 }
 
 // `activated[s] = activation(gate(x)) * up(x)` of the token in each slot, tile by tile. `weights` are the addresses of each
-// expert's gate and up, `[2 * width, hidden]`. Blocks along the width, then the tiles.
+// expert's gate and up, `[2 * width, hidden]`. See `find_work` for the blocks.
 template <typename T, int BM>
 __device__ __forceinline__ void project_in_tensor(const T* x, const void* const* weights, int pitch, const int* slots,
                                                   const Tile* tiles, int chosen, int hidden, int width, int activation,
@@ -210,10 +222,10 @@ __device__ __forceinline__ void project_in_tensor(const T* x, const void* const*
     __shared__ __align__(16) unsigned char shared[Product::SHARED];
     pdl_launch();
     pdl_wait();
-    const Tile tile = tiles[blockIdx.y];
-    if (tile.count == 0) return;
+    Tile tile;
+    int column0;
+    if (!find_work(tiles, width, 64, tile, column0)) return;
     const T* const weight = static_cast<const T*>(weights[tile.expert]);
-    const int column0 = blockIdx.x * 64;
     Product product;
     // Of the 32 weight rows of a warp 16 are gates, the next 16 the ups that belong to them.
     product.run(
@@ -252,10 +264,10 @@ __device__ __forceinline__ void project_out_tensor(const T* activated_in, const 
     __shared__ __align__(16) unsigned char shared[Product::SHARED];
     pdl_launch();
     pdl_wait();
-    const Tile tile = tiles[blockIdx.y];
-    if (tile.count == 0) return;
+    Tile tile;
+    int column0;
+    if (!find_work(tiles, hidden, Product::N, tile, column0)) return;
     const T* const weight = static_cast<const T*>(weights[tile.expert]);
-    const int column0 = blockIdx.x * Product::N;
     Product product;
     product.run(
         [&](int i) { return i < tile.count ? activated_in + static_cast<size_t>(tile.first + i) * width : nullptr; },
@@ -288,10 +300,11 @@ __device__ __forceinline__ void project_in_plain(const T* x, const void* const* 
     __shared__ typename Product::Shared shared;
     pdl_launch();
     pdl_wait();
-    const Tile tile = tiles[blockIdx.y];
-    if (tile.count == 0) return;
+    Tile tile;
+    int column0;
+    if (!find_work(tiles, width, Product::N, tile, column0)) return;
     const T* const weight = static_cast<const T*>(weights[tile.expert]);
-    const int column0 = blockIdx.x * Product::N, column = column0 + threadIdx.x % 32;
+    const int column = column0 + threadIdx.x % 32;
     auto a = [&](int i) {
         return i < tile.count ? x + static_cast<size_t>(slots[tile.first + i] / chosen) * hidden : nullptr;
     };
@@ -319,10 +332,11 @@ __device__ __forceinline__ void project_out_plain(const T* activated_in, const v
     __shared__ typename Product::Shared shared;
     pdl_launch();
     pdl_wait();
-    const Tile tile = tiles[blockIdx.y];
-    if (tile.count == 0) return;
+    Tile tile;
+    int column0;
+    if (!find_work(tiles, hidden, Product::N, tile, column0)) return;
     const T* const weight = static_cast<const T*>(weights[tile.expert]);
-    const int column0 = blockIdx.x * Product::N, column = column0 + threadIdx.x % 32;
+    const int column = column0 + threadIdx.x % 32;
     Product product;
     product.run(
         [&](int i) { return i < tile.count ? activated_in + static_cast<size_t>(tile.first + i) * width : nullptr; },
@@ -457,8 +471,10 @@ __device__ __forceinline__ void project_out_few(const T* activated_in, const voi
         project_out_tensor<T, BM>(x, weights, pitch, slots, tiles, hidden, width, out);                                 \
     }
 TENSOR(bf16, 32)
+TENSOR(bf16, 64)
 TENSOR(bf16, 128)
 TENSOR(f16, 32)
+TENSOR(f16, 64)
 TENSOR(f16, 128)
 
 #define PLAIN(T)                                                                                                        \

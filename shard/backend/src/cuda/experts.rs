@@ -23,7 +23,7 @@ const WARPS: usize = THREADS as usize / 32;
 const SCRATCH_BYTES: usize = 512 << 20;
 /// Arrays of the scratch begin at multiples of this many bytes.
 const ALIGNMENT: usize = 256;
-const TILE_BYTES: usize = 16;
+const TILE_BYTES: usize = 20;
 /// What alignment adds to all of them together, at most.
 const PADDING: usize = 6 * ALIGNMENT;
 
@@ -195,7 +195,7 @@ pub(super) struct ExpertKernels {
     project_in_few: ByType,
     project_out_few: ByType,
     /// Of bfloat16, then float16; by rows of a tile.
-    tensor: [[Tiled; 2]; 2],
+    tensor: [[Tiled; 3]; 2],
     plain: [ByType; 2],
     /// Grows while experts are made; its address is then fixed.
     scratch: RefCell<Option<DeviceMemory>>,
@@ -247,7 +247,10 @@ impl ExpertKernels {
             combine: module.by_type("combine")?,
             project_in_few: module.by_type("project_in_few")?,
             project_out_few: module.by_type("project_out_few")?,
-            tensor: [[tiled(32, "bf16")?, tiled(128, "bf16")?], [tiled(32, "f16")?, tiled(128, "f16")?]],
+            tensor: [
+                [tiled(32, "bf16")?, tiled(64, "bf16")?, tiled(128, "bf16")?],
+                [tiled(32, "f16")?, tiled(64, "f16")?, tiled(128, "f16")?],
+            ],
             plain: [module.by_type("project_in_plain")?, module.by_type("project_out_plain")?],
             scratch: RefCell::new(None),
         })
@@ -384,7 +387,7 @@ impl ExpertKernels {
     fn tiles(&self, part: &Part<'_>) -> Tiled {
         let experts = part.experts;
         let is_aligned = experts.hidden.is_multiple_of(8) && experts.width.is_multiple_of(8);
-        let [few, many] = match experts.dtype {
+        let [small, middle, large] = match experts.dtype {
             DType::BF16 if is_aligned => self.tensor[0],
             DType::F16 if is_aligned => self.tensor[1],
             dtype => {
@@ -392,7 +395,12 @@ impl ExpertKernels {
                 return Tiled { project_in, project_out, rows: 32, columns: [32, 32] };
             }
         };
-        if part.pairs() <= few.rows * experts.len() { few } else { many }
+        // By how many tokens an expert has on average.
+        match part.pairs() / experts.len() {
+            0..=24 => small,
+            25..=64 => middle,
+            _ => large,
+        }
     }
 
     /// For many tokens: tiles of tokens times tiles of weights, then the sums.
@@ -418,7 +426,7 @@ impl ExpertKernels {
         queue.launch(&sort, args![ids, pairs, num_experts, tile_rows, most_tiles, slots, tiles])?;
         let launch = |function: Function, columns: usize, tile: usize| Launch {
             function,
-            grid: [columns.div_ceil(tile) as u32, max_tiles as u32, 1],
+            grid: [(columns.div_ceil(tile) * max_tiles) as u32, 1, 1],
             block: THREADS,
             shared_bytes: 0,
         };

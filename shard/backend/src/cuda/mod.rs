@@ -172,7 +172,7 @@ impl CudaBackend {
             attentions: attention::Attentions::load(&context, facts)?,
             heads: heads::Heads::load(&context)?,
             experts: experts::ExpertKernels::load(&context)?,
-            samplers: sampling::Samplers::load(&context)?,
+            samplers: sampling::Samplers::load(&context, facts)?,
             host: Vec::new(),
             step,
             options,

@@ -8,10 +8,10 @@ use std::sync::Arc;
 
 use bytemuck::{Pod, Zeroable};
 
-use super::CudaBuffer;
 use super::driver::{Context, DeviceMemory, DevicePtr, PinnedMemory};
 use super::launch::{Launch, Queue, args};
 use super::module::{Function, Module};
+use super::{CudaBuffer, DeviceFacts};
 use crate::cpu::sampling::Sampler;
 use crate::cpu::sampling::random::uniform;
 use crate::sampling::{Sampled, SamplingParams, SamplingRow};
@@ -27,6 +27,8 @@ const PART_THREADS: u32 = 256;
 const PENALTY_ELEMENTS: usize = 8192;
 const PENALTY_THREADS: u32 = 512;
 const CHOOSE_THREADS: u32 = 1024;
+/// Blocks that choose a row's token together where there are few rows.
+const CLUSTER: usize = 8;
 /// Bytes of a part's result.
 const PART_BYTES: usize = 16;
 /// Places for the best tokens of a row.
@@ -87,6 +89,8 @@ pub(super) struct Samplers {
     best_of_rows: Function,
     penalize: Function,
     choose_tokens: Function,
+    /// The same by clusters of blocks, and the most rows that have room for theirs at once.
+    choose_in_clusters: (Function, usize),
     /// See [`ROWS_AT`].
     staging: PinnedMemory,
     inputs: DeviceMemory,
@@ -150,12 +154,15 @@ impl Work {
 
 impl Samplers {
     /// Loads them.
-    pub(super) fn load(context: &Arc<Context>) -> Result<Self, BackendError> {
+    pub(super) fn load(context: &Arc<Context>, facts: DeviceFacts) -> Result<Self, BackendError> {
         let module = Module::load(context, "sampling")?;
+        let has_clusters = facts.capability >= (9, 0);
+        let clusters = if has_clusters { facts.num_sms / CLUSTER } else { 0 };
         Ok(Self {
             best_of_rows: module.function("best_of_rows")?,
             penalize: module.function("penalize")?,
             choose_tokens: module.function("choose_tokens")?,
+            choose_in_clusters: (module.function("choose_tokens_in_clusters")?, clusters),
             staging: PinnedMemory::new(context, INPUT_BYTES, "sampling requests")?,
             inputs: DeviceMemory::new(context, INPUT_BYTES, "sampling requests")?,
             answers: PinnedMemory::new(context, MAX_ROWS * size_of::<Answer>(), "sampled tokens")?,
@@ -230,12 +237,12 @@ impl Samplers {
             self.launch_best((queue, workspace), (vocab, logits), (list, 0), work.greedy.len())?;
         }
         if !work.requests.is_empty() {
-            let launch = Launch {
-                function: self.choose_tokens,
-                grid: [work.requests.len() as u32, 1, 1],
-                block: CHOOSE_THREADS,
-                shared_bytes: 0,
-            };
+            let count = work.requests.len();
+            let (clustered, most) = self.choose_in_clusters;
+            let (function, blocks) =
+                if count <= most { (clustered, count * CLUSTER) } else { (self.choose_tokens, count) };
+            let launch =
+                Launch { function, grid: [blocks as u32, 1, 1], block: CHOOSE_THREADS, shared_bytes: 0 };
             let requests = inputs + (work.penalized.len() * size_of::<Request>()) as DevicePtr;
             let answers = self.answers.ptr() + (work.greedy.len() * size_of::<Answer>()) as DevicePtr;
             queue.launch(&launch, args![logits, width, requests, answers])?;
