@@ -5,6 +5,7 @@
 #include "activation.cuh"
 #include "common.cuh"
 #include "tile.cuh"
+#include "warpgroup.cuh"
 
 // The numbers are the host's (experts.rs).
 enum Scores { SOFTMAX = 0, SIGMOID = 1, SPARSE_MIXER = 2 };
@@ -219,7 +220,7 @@ __device__ __forceinline__ void project_in_tensor(const T* x, const void* const*
                                                   const Tile* tiles, int chosen, int hidden, int width, int activation,
                                                   T* activated_out) {
     using Product = tile::Tensor<T, BM>;
-    __shared__ __align__(16) unsigned char shared[Product::SHARED];
+    extern __shared__ __align__(16) unsigned char tile_memory[];
     pdl_launch();
     pdl_wait();
     Tile tile;
@@ -236,7 +237,7 @@ __device__ __forceinline__ void project_in_tensor(const T* x, const void* const*
             const int column = column0 + j / 32 * 16 + j % 16;
             return column < width ? weight + static_cast<size_t>(column + (j / 16 % 2) * width) * pitch : nullptr;
         },
-        hidden, shared);
+        hidden, tile_memory);
 #pragma unroll
     for (int mi = 0; mi < Product::MI; ++mi)
 #pragma unroll
@@ -261,7 +262,7 @@ __device__ __forceinline__ void project_out_tensor(const T* activated_in, const 
                                                    const int* slots, const Tile* tiles, int hidden, int width,
                                                    float* products) {
     using Product = tile::Tensor<T, BM>;
-    __shared__ __align__(16) unsigned char shared[Product::SHARED];
+    extern __shared__ __align__(16) unsigned char tile_memory[];
     pdl_launch();
     pdl_wait();
     Tile tile;
@@ -272,7 +273,7 @@ __device__ __forceinline__ void project_out_tensor(const T* activated_in, const 
     product.run(
         [&](int i) { return i < tile.count ? activated_in + static_cast<size_t>(tile.first + i) * width : nullptr; },
         [&](int j) { return column0 + j < hidden ? weight + static_cast<size_t>(column0 + j) * pitch : nullptr; },
-        width, shared);
+        width, tile_memory);
 #pragma unroll
     for (int mi = 0; mi < Product::MI; ++mi)
 #pragma unroll
@@ -287,6 +288,74 @@ __device__ __forceinline__ void project_out_tensor(const T* activated_in, const 
                 if (column < hidden)
                     *reinterpret_cast<float2*>(out + column) =
                         make_float2(product.sums[mi][ni][2 * h], product.sums[mi][ni][2 * h + 1]);
+            }
+        }
+}
+
+// The same two by warpgroups of Hopper, which take weights as rows and tokens as columns: tiles have TOKENS tokens.
+template <typename T, int TOKENS>
+__device__ __forceinline__ void project_in_warpgroups(const T* x, const void* const* weights, int pitch, const int* slots,
+                                                      const Tile* tiles, int chosen, int hidden, int width, int activation,
+                                                      T* activated_out) {
+    using Product = warpgroup::Tile<T, TOKENS>;
+    extern __shared__ __align__(16) unsigned char tile_memory[];
+    pdl_launch();
+    pdl_wait();
+    Tile tile;
+    int column0;
+    if (!find_work(tiles, width, 64, tile, column0)) return;
+    const T* const weight = static_cast<const T*>(weights[tile.expert]);
+    Product product;
+    // Of 16 weight rows eight are gates, the next eight the ups that belong to them: a thread has both.
+    product.run(
+        [&](int j) {
+            const int column = column0 + j / 16 * 8 + j % 8;
+            return column < width ? weight + static_cast<size_t>(column + (j / 8 % 2) * width) * pitch : nullptr;
+        },
+        [&](int i) {
+            return i < tile.count ? x + static_cast<size_t>(slots[tile.first + i] / chosen) * hidden : nullptr;
+        },
+        hidden, tile_memory);
+    const int column = column0 + threadIdx.x / 32 * 8 + threadIdx.x % 32 / 4;
+    if (column >= width) return;
+#pragma unroll
+    for (int j = 0; j < TOKENS / 8; ++j)
+#pragma unroll
+        for (int l = 0; l < 2; ++l) {
+            const int token = Product::token(j, l);
+            if (token < tile.count)
+                activated_out[static_cast<size_t>(tile.first + token) * width + column] =
+                    from_float<T>(activated<T>(product.sums[j][l], activation) * product.sums[j][2 + l]);
+        }
+}
+template <typename T, int TOKENS>
+__device__ __forceinline__ void project_out_warpgroups(const T* activated_in, const void* const* weights, int pitch,
+                                                       const int* slots, const Tile* tiles, int hidden, int width,
+                                                       float* products) {
+    using Product = warpgroup::Tile<T, TOKENS>;
+    extern __shared__ __align__(16) unsigned char tile_memory[];
+    pdl_launch();
+    pdl_wait();
+    Tile tile;
+    int column0;
+    if (!find_work(tiles, hidden, Product::ROWS, tile, column0)) return;
+    const T* const weight = static_cast<const T*>(weights[tile.expert]);
+    Product product;
+    product.run(
+        [&](int j) { return column0 + j < hidden ? weight + static_cast<size_t>(column0 + j) * pitch : nullptr; },
+        [&](int i) { return i < tile.count ? activated_in + static_cast<size_t>(tile.first + i) * width : nullptr; },
+        width, tile_memory);
+#pragma unroll
+    for (int j = 0; j < TOKENS / 8; ++j)
+#pragma unroll
+        for (int l = 0; l < 2; ++l) {
+            const int token = Product::token(j, l);
+            if (token >= tile.count) continue;
+            float* const out = products + static_cast<size_t>(slots[tile.first + token]) * hidden;
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                const int column = column0 + Product::row(h);
+                if (column < hidden) out[column] = product.sums[j][2 * h + l];
             }
         }
 }
@@ -476,6 +545,29 @@ TENSOR(bf16, 128)
 TENSOR(f16, 32)
 TENSOR(f16, 64)
 TENSOR(f16, 128)
+
+// Empty where there are no warpgroups, and not launched there.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define IN_WARPGROUPS(T, TOKENS)                                                                                        \
+    project_in_warpgroups<T, TOKENS>(x, weights, pitch, slots, tiles, chosen, hidden, width, activation, out);
+#define OUT_WARPGROUPS(T, TOKENS)                                                                                       \
+    project_out_warpgroups<T, TOKENS>(x, weights, pitch, slots, tiles, hidden, width, out);
+#else
+#define IN_WARPGROUPS(T, TOKENS)
+#define OUT_WARPGROUPS(T, TOKENS)
+#endif
+#define WARPGROUPS(T, TOKENS)                                                                                           \
+    extern "C" __global__ void __launch_bounds__(tile::THREADS, 1)                                                      \
+        project_in_warpgroups_##TOKENS##_##T(IN_PARAMETERS(T)) {                                                        \
+        IN_WARPGROUPS(T, TOKENS)                                                                                        \
+    }                                                                                                                   \
+    extern "C" __global__ void __launch_bounds__(tile::THREADS, 1)                                                      \
+        project_out_warpgroups_##TOKENS##_##T(OUT_PARAMETERS(T)) {                                                      \
+        OUT_WARPGROUPS(T, TOKENS)                                                                                       \
+    }
+#define ALL_WARPGROUPS(T) WARPGROUPS(T, 16) WARPGROUPS(T, 32) WARPGROUPS(T, 64) WARPGROUPS(T, 128) WARPGROUPS(T, 256)
+ALL_WARPGROUPS(bf16)
+ALL_WARPGROUPS(f16)
 
 #define PLAIN(T)                                                                                                        \
     extern "C" __global__ void __launch_bounds__(tile::THREADS) project_in_plain_##T(IN_PARAMETERS(T)) {                \

@@ -17,7 +17,7 @@ struct Columns {
 template <typename T, typename Tile>
 __device__ __forceinline__ void multiply_tensor(const T* x, Columns from, const Matrices& weights, int pitch, T* out,
                                                 Columns to, int rows, int inputs, int outputs) {
-    __shared__ __align__(16) unsigned char shared[Tile::SHARED];
+    extern __shared__ __align__(16) unsigned char tile_memory[];
     pdl_launch();
     pdl_wait();
     const int head = blockIdx.z, row0 = blockIdx.y * Tile::M, column0 = blockIdx.x * Tile::N;
@@ -27,7 +27,7 @@ __device__ __forceinline__ void multiply_tensor(const T* x, Columns from, const 
     Tile tile;
     tile.run([&](int i) { return row0 + i < rows ? x + static_cast<size_t>(row0 + i) * from.width : nullptr; },
              [&](int j) { return column0 + j < outputs ? weight + static_cast<size_t>(column0 + j) * pitch : nullptr; },
-             inputs, shared);
+             inputs, tile_memory);
 #pragma unroll
     for (int mi = 0; mi < Tile::MI; ++mi)
 #pragma unroll

@@ -171,7 +171,7 @@ impl CudaBackend {
             ropes: rope::Ropes::load(&context)?,
             attentions: attention::Attentions::load(&context, facts)?,
             heads: heads::Heads::load(&context)?,
-            experts: experts::ExpertKernels::load(&context)?,
+            experts: experts::ExpertKernels::load(&context, facts)?,
             samplers: sampling::Samplers::load(&context, facts)?,
             host: Vec::new(),
             step,

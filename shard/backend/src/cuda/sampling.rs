@@ -156,13 +156,13 @@ impl Samplers {
     /// Loads them.
     pub(super) fn load(context: &Arc<Context>, facts: DeviceFacts) -> Result<Self, BackendError> {
         let module = Module::load(context, "sampling")?;
-        let has_clusters = facts.capability >= (9, 0);
-        let clusters = if has_clusters { facts.num_sms / CLUSTER } else { 0 };
+        let clustered = module.function("choose_tokens_in_clusters")?;
+        let clusters = if clustered.is_for_hopper_or_later()? { facts.num_sms / CLUSTER } else { 0 };
         Ok(Self {
             best_of_rows: module.function("best_of_rows")?,
             penalize: module.function("penalize")?,
             choose_tokens: module.function("choose_tokens")?,
-            choose_in_clusters: (module.function("choose_tokens_in_clusters")?, clusters),
+            choose_in_clusters: (clustered, clusters),
             staging: PinnedMemory::new(context, INPUT_BYTES, "sampling requests")?,
             inputs: DeviceMemory::new(context, INPUT_BYTES, "sampling requests")?,
             answers: PinnedMemory::new(context, MAX_ROWS * size_of::<Answer>(), "sampled tokens")?,
