@@ -467,12 +467,16 @@ template <typename T> __device__ __forceinline__ float dot_part(const T* weight,
     return sum;
 }
 
+// Bytes that a warp fetches early: those of all warps that run at once have to fit into the L2.
+constexpr int MOST_FETCHED = 4096;
+
 // For few tokens: `activated[pair] = activation(gate(x)) * up(x)`, one warp a column. Blocks along the width, then the pairs.
 template <typename T>
 __device__ __forceinline__ void project_in_few(const T* x, const void* const* weights, int pitch, const int* experts,
                                                int chosen, int hidden, int width, int activation, T* activated_out) {
-    pdl_launch();
     pdl_wait();
+    // What follows may read what was chosen, which is there by now, before this is done.
+    pdl_launch();
     const int column = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, pair = blockIdx.y;
     if (column >= width) return;
     const T* const gate = static_cast<const T*>(weights[experts[pair]]) + static_cast<size_t>(column) * pitch;
@@ -511,8 +515,16 @@ __device__ __forceinline__ void project_out_few(const T* activated_in, const voi
                                                 const int* experts, const float* expert_weights, int chosen, int hidden,
                                                 int width, T* out) {
     pdl_launch();
-    pdl_wait();
     const int column = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, token = blockIdx.y;
+    const int row_bytes = column < hidden ? width * static_cast<int>(sizeof(T)) : 0;
+    // Weights are fetched into the L2 while the projections in end.
+    for (int j = 0; j < min(chosen, MOST_FETCHED / max(row_bytes, 1) + 1); ++j) {
+        const void* const expert = weights[experts[token * chosen + j]];
+        const char* const row = static_cast<const char*>(expert) + static_cast<size_t>(column) * pitch * sizeof(T);
+        for (int at = threadIdx.x % 32 * 128; at < min(row_bytes, MOST_FETCHED); at += 32 * 128)
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(row + at));
+    }
+    pdl_wait();
     if (column >= hidden) return;
     const bool is_wide = width % (16 / sizeof(T)) == 0;
     float sum = 0.0f;
