@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::sync::OnceLock;
 
-use tokenizers::Tokenizer;
+use hub::Tokenizer;
 
 /// Makes the tokenizer for texts.
 pub(crate) type MakeTokenizer = Box<dyn Fn() -> Result<Tokenizer, String> + Send>;

@@ -27,8 +27,7 @@ impl CudaLinear {
         parts: &[HostMatrix<'_>],
         dtype: DType,
     ) -> Result<Self, BackendError> {
-        let in_features = parts.first().map_or(0, |part| part.cols);
-        assert!(parts.iter().all(|part| part.cols == in_features), "stacked matrices of different widths");
+        let in_features = HostMatrix::common_columns(parts)?;
         let out_features = parts.iter().map(|part| part.rows).sum::<usize>();
         let row_bytes = (in_features * dtype.size_bytes()).next_multiple_of(ROW_ALIGNMENT);
         let memory = DeviceMemory::new(context, out_features * row_bytes, "a weight")?;

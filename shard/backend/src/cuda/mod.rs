@@ -10,10 +10,12 @@
 mod attention;
 mod buffer;
 mod ceilings;
+mod cublaslt;
 mod driver;
 mod elementwise;
 mod embedding;
 mod experts;
+mod gemv;
 mod graph;
 mod heads;
 mod kv_cache;
