@@ -181,9 +181,11 @@ impl Attentions {
         out.resize(facts.num_tokens);
         let attention = attention(step, (qkv, shape), (layer, cache), out);
         let group = shape.num_heads / shape.num_kv_heads;
-        let Some((size, (decode_shared, stages))) =
-            self.size_for(shape.head_dim, (qkv.dtype(), cache.layout().dtype), (group, facts.num_decode_seqs))
-        else {
+        let Some((size, (decode_shared, stages))) = self.size_for(
+            shape.head_dim,
+            (qkv.dtype(), cache.layout().dtype),
+            (group, facts.num_decode_seqs),
+        ) else {
             return self.attend_plainly(queue, step, &attention, (qkv.dtype(), cache.layout().dtype));
         };
         let which = usize::from(qkv.dtype() == DType::F16);

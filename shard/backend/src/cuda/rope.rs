@@ -66,7 +66,11 @@ impl CudaRope {
         if pairs > MAX_PAIRS {
             return Err(BackendError::Device {
                 operation: "making a rotary embedding".to_owned(),
-                reason: format!("{} elements of a head turn; CUDA takes at most {}", 2 * pairs, 2 * MAX_PAIRS),
+                reason: format!(
+                    "{} elements of a head turn; CUDA takes at most {}",
+                    2 * pairs,
+                    2 * MAX_PAIRS
+                ),
             });
         }
         let mut tables = frequencies.inv_freq;
