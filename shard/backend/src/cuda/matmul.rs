@@ -7,18 +7,26 @@ use super::driver::{Context, DeviceMemory};
 use super::elementwise::activation_number;
 use super::gemv::Gemvs;
 use super::launch::{Launch, Queue, args};
-use super::module::{ByType, Module};
+use super::module::{ByType, ByTypes, Module};
 use super::{CudaBuffer, CudaLinear, CudaVector, DeviceFacts};
 use crate::{Activation, BackendError, DType};
 
 const THREADS: u32 = 256;
+
+/// From the activations' type to the weight's.
+const CONVERSIONS: [(DType, DType); 4] = [
+    (DType::F32, DType::BF16),
+    (DType::F32, DType::F16),
+    (DType::BF16, DType::F32),
+    (DType::F16, DType::F32),
+];
 
 /// Kernels and library.
 pub(super) struct Matmuls {
     library: CublasLt,
     gemvs: Gemvs,
     add_bias: ByType,
-    widen: ByType,
+    convert: ByTypes,
 }
 
 impl Matmuls {
@@ -29,7 +37,7 @@ impl Matmuls {
             library: CublasLt::open()?,
             gemvs: Gemvs::load(context)?,
             add_bias: module.by_type("add_bias")?,
-            widen: module.by_type("widen")?,
+            convert: module.by_types("convert", &CONVERSIONS)?,
         })
     }
 
@@ -70,7 +78,7 @@ impl Matmuls {
         if x.dtype() == weight.dtype {
             self.library.multiply(queue.stream(), workspace.ptr(), product, operands)?;
         } else {
-            self.multiply_widened(queue, workspace, x, (product, operands))?;
+            self.multiply_converted(queue, workspace, x, (product, operands))?;
         }
         match bias {
             Some(bias) => self.add_bias(queue, bias, out),
@@ -100,32 +108,28 @@ impl Matmuls {
         self.gemvs.multiply_gated(queue, x, (weight, bias), activation_number(activation), out)
     }
 
-    /// A product with a float32 weight, such as a router's, of activations that are narrower. They are widened at the end
-    /// of the workspace, some rows at a time.
-    fn multiply_widened(
+    /// A product of activations of another type than the weight's: a router's weight is float32, and so is the residual stream,
+    /// which some families multiply as it is. They are converted at the end of the workspace, some rows at a time.
+    fn multiply_converted(
         &mut self,
         queue: &Queue,
         workspace: &DeviceMemory,
         x: &CudaBuffer,
         (product, operands): (Product, Operands),
     ) -> Result<(), BackendError> {
-        assert!(product.dtype == DType::F32, "{} activations with {} weights", x.dtype(), product.dtype);
-        let row_bytes = product.inputs * size_of::<f32>();
+        let function = self.convert.of(x.dtype(), product.dtype)?;
+        let row_bytes = product.inputs * product.dtype.size_bytes();
         let rows_at_once = ((workspace.bytes() - WORKSPACE_BYTES) / row_bytes).max(1);
         for first in (0..product.rows).step_by(rows_at_once) {
             let rows = rows_at_once.min(product.rows - first);
             let from = x.ptr() + (first * product.inputs * x.dtype().size_bytes()) as u64;
-            let (widened, count) = (workspace.ptr() + WORKSPACE_BYTES as u64, (rows * product.inputs) as i64);
+            let (converted, count) =
+                (workspace.ptr() + WORKSPACE_BYTES as u64, (rows * product.inputs) as i64);
             let blocks = (count as usize).div_ceil(THREADS as usize).min(4096) as u32;
-            let launch = Launch {
-                function: self.widen.of(x.dtype()),
-                grid: [blocks, 1, 1],
-                block: THREADS,
-                shared_bytes: 0,
-            };
-            queue.launch(&launch, args![from, widened, count])?;
+            let launch = Launch { function, grid: [blocks, 1, 1], block: THREADS, shared_bytes: 0 };
+            queue.launch(&launch, args![from, converted, count])?;
             let out = operands.out + (first * product.outputs * product.out_dtype.size_bytes()) as u64;
-            let operands = Operands { x: widened, out, ..operands };
+            let operands = Operands { x: converted, out, ..operands };
             let product = Product { rows, ..product };
             self.library.multiply(queue.stream(), workspace.ptr(), product, operands)?;
         }
