@@ -1,29 +1,77 @@
-//! Matrix products.
+//! Matrix products: which kernel computes which, and what is beside it.
 
 use std::sync::Arc;
 
 use super::cublaslt::{CublasLt, Operands, Product, WORKSPACE_BYTES};
-use super::driver::{Context, DeviceMemory};
+use super::driver::{Context, DeviceMemory, DevicePtr};
 use super::launch::{Launch, Queue, args};
 use super::module::{ByType, Module};
-use super::{CudaBuffer, CudaLinear, CudaVector, DeviceFacts};
+use super::skinny::{Shape, Skinny};
+use super::{CudaBackend, CudaBuffer, CudaLinear, CudaVector, DeviceFacts};
 use crate::{BackendError, DType};
 
 const THREADS: u32 = 256;
+/// Shared memory that the vector of a product with one row may take.
+const MAX_VECTOR_BYTES: usize = 160 << 10;
+
+/// A way to compute a product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MatmulKernel {
+    /// cuBLASLt.
+    Library,
+    /// A warp a row of the weights, for one row of activations.
+    Vector,
+    /// Weights streamed through tensor cores, for few rows of activations; Hopper only.
+    Skinny {
+        /// Rows it is made for.
+        tokens: usize,
+        /// Warpgroups a block, each of which takes 64 rows of the weights.
+        groups: usize,
+    },
+}
+
+/// A product whose weights and activations have the same type.
+#[derive(Clone, Copy)]
+pub(super) struct Task<'a> {
+    pub(super) x: DevicePtr,
+    pub(super) weight: &'a CudaLinear,
+    /// Zero: none.
+    pub(super) bias: DevicePtr,
+    pub(super) out: DevicePtr,
+    pub(super) rows: usize,
+    pub(super) out_dtype: DType,
+}
+
+/// `OutType` of the kernels.
+pub(super) fn out_type(dtype: DType) -> i32 {
+    match dtype {
+        DType::F32 => 0,
+        DType::BF16 => 1,
+        DType::F16 => 2,
+    }
+}
 
 /// Kernels and library.
 pub(super) struct Matmuls {
     library: CublasLt,
+    skinny: Option<Skinny>,
+    vector: ByType,
     add_bias: ByType,
     widen: ByType,
 }
 
 impl Matmuls {
     /// Loads them.
-    pub(super) fn load(context: &Arc<Context>, _facts: DeviceFacts) -> Result<Self, BackendError> {
+    pub(super) fn load(context: &Arc<Context>, facts: DeviceFacts) -> Result<Self, BackendError> {
         let module = Module::load(context, "matmul")?;
+        let vector = Module::load(context, "gemv")?.by_type("gemv")?;
+        for dtype in [DType::F32, DType::BF16, DType::F16] {
+            vector.of(dtype).allow_shared_memory(MAX_VECTOR_BYTES as u32)?;
+        }
         Ok(Self {
             library: CublasLt::open()?,
+            skinny: Skinny::load(context, facts)?,
+            vector,
             add_bias: module.by_type("add_bias")?,
             widen: module.by_type("widen")?,
         })
@@ -47,28 +95,89 @@ impl Matmuls {
             out.width()
         );
         out.resize(x.rows());
-        let rows = x.rows();
-        if queue.is_dry() || rows == 0 {
+        if queue.is_dry() || x.rows() == 0 {
             return Ok(());
         }
-        let product = Product {
-            rows,
-            outputs: weight.out_features,
-            inputs: weight.in_features,
-            weight_stride: weight.row_stride,
-            dtype: weight.dtype,
-            out_dtype: out.dtype(),
-        };
-        let operands = Operands { x: x.ptr(), weight: weight.ptr(), out: out.ptr() };
         if x.dtype() == weight.dtype {
-            self.library.multiply(queue.stream(), workspace.ptr(), product, operands)?;
-        } else {
-            self.multiply_widened(queue, workspace, x, (product, operands))?;
+            let task = task(x, (weight, bias), out);
+            let kernel = self.choose(task, workspace);
+            return self.multiply((queue, workspace), kernel, task, (bias, out));
         }
+        let operands = Operands { x: x.ptr(), weight: weight.ptr(), out: out.ptr() };
+        let product = product(x.rows(), weight, out.dtype());
+        self.multiply_widened(queue, workspace, x, (product, operands))?;
         match bias {
             Some(bias) => self.add_bias(queue, bias, out),
             None => Ok(()),
         }
+    }
+
+    /// The kernel for a product, by what `cuda_kernels matmul` measured: see the table in `shard/kernels/README.md`.
+    fn choose(&self, task: Task<'_>, workspace: &DeviceMemory) -> MatmulKernel {
+        let kernels = self.kernels(task, workspace);
+        let preferred = kernels.iter().copied().find(|kernel| match *kernel {
+            MatmulKernel::Skinny { .. } => true,
+            MatmulKernel::Vector => self.skinny.is_none() || task.weight.dtype == DType::F32,
+            MatmulKernel::Library => false,
+        });
+        preferred.unwrap_or(MatmulKernel::Library)
+    }
+
+    /// All that can compute it.
+    fn kernels(&self, task: Task<'_>, workspace: &DeviceMemory) -> Vec<MatmulKernel> {
+        let mut kernels = Vec::new();
+        let weight = task.weight;
+        if let Some(skinny) = &self.skinny {
+            let shapes = Skinny::shapes(task.rows).filter(|&shape| skinny.accepts(shape, weight, workspace));
+            kernels
+                .extend(shapes.map(|Shape { tokens, groups, .. }| MatmulKernel::Skinny { tokens, groups }));
+        }
+        let row_bytes = weight.in_features * weight.dtype.size_bytes();
+        if task.rows == 1 && row_bytes.is_multiple_of(16) && row_bytes <= MAX_VECTOR_BYTES {
+            kernels.push(MatmulKernel::Vector);
+        }
+        kernels.push(MatmulKernel::Library);
+        kernels
+    }
+
+    fn multiply(
+        &mut self,
+        (queue, workspace): (&Queue, &DeviceMemory),
+        kernel: MatmulKernel,
+        task: Task<'_>,
+        (bias, out): (Option<&CudaVector>, &CudaBuffer),
+    ) -> Result<(), BackendError> {
+        match (kernel, &mut self.skinny) {
+            (MatmulKernel::Skinny { tokens, groups }, Some(skinny)) => {
+                let shape =
+                    Skinny::shapes(task.rows).find(|shape| shape.tokens == tokens && shape.groups == groups);
+                shape.map_or(Ok(()), |shape| skinny.multiply(queue, workspace, shape, task))
+            }
+            (MatmulKernel::Vector, _) => self.multiply_vector(queue, task),
+            _ => {
+                let operands = Operands { x: task.x, weight: task.weight.ptr(), out: task.out };
+                let product = product(task.rows, task.weight, task.out_dtype);
+                self.library.multiply(queue.stream(), workspace.ptr(), product, operands)?;
+                match bias {
+                    Some(bias) => self.add_bias(queue, bias, out),
+                    None => Ok(()),
+                }
+            }
+        }
+    }
+
+    fn multiply_vector(&self, queue: &Queue, task: Task<'_>) -> Result<(), BackendError> {
+        let Task { x, weight, bias, out, out_dtype, .. } = task;
+        let launch = Launch {
+            function: self.vector.of(weight.dtype),
+            grid: [(weight.out_features as u32).div_ceil(THREADS / 32), 1, 1],
+            block: THREADS,
+            shared_bytes: (weight.in_features * weight.dtype.size_bytes()) as u32,
+        };
+        let (outputs, inputs, stride) =
+            (weight.out_features as i32, weight.in_features as i32, weight.row_stride as i32);
+        let (weights, kind) = (weight.ptr(), out_type(out_dtype));
+        queue.launch(&launch, args![x, weights, out, bias, outputs, inputs, stride, kind])
     }
 
     /// A product with a float32 weight, such as a router's, of activations that are narrower. They are widened at the end
@@ -113,5 +222,68 @@ impl Matmuls {
             shared_bytes: 0,
         };
         queue.launch(&launch, args![to, from, rows, width])
+    }
+}
+
+fn task<'a>(
+    x: &CudaBuffer,
+    (weight, bias): (&'a CudaLinear, Option<&CudaVector>),
+    out: &CudaBuffer,
+) -> Task<'a> {
+    if let Some(bias) = bias {
+        assert!(bias.width == out.width(), "a bias of {} for {} columns", bias.width, out.width());
+    }
+    Task {
+        x: x.ptr(),
+        weight,
+        bias: bias.map_or(0, CudaVector::ptr),
+        out: out.ptr(),
+        rows: x.rows(),
+        out_dtype: out.dtype(),
+    }
+}
+
+fn product(rows: usize, weight: &CudaLinear, out_dtype: DType) -> Product {
+    Product {
+        rows,
+        outputs: weight.out_features,
+        inputs: weight.in_features,
+        weight_stride: weight.row_stride,
+        dtype: weight.dtype,
+        out_dtype,
+    }
+}
+
+impl CudaBackend {
+    /// The kernels that can compute `x weight^T` into `out`, to compare them: what [`crate::Backend::matmul`] takes comes
+    /// first.
+    pub fn matmul_kernels(&self, x: &CudaBuffer, weight: &CudaLinear, out: &CudaBuffer) -> Vec<MatmulKernel> {
+        if x.dtype() != weight.dtype {
+            return Vec::new();
+        }
+        let task = task(x, (weight, None), out);
+        let chosen = self.matmuls.choose(task, &self.workspace);
+        let mut kernels = self.matmuls.kernels(task, &self.workspace);
+        kernels.sort_by_key(|&kernel| kernel != chosen);
+        kernels
+    }
+
+    /// `out = x weight^T (+ bias)` by one of [`CudaBackend::matmul_kernels`].
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn matmul_with(
+        &mut self,
+        kernel: MatmulKernel,
+        x: &CudaBuffer,
+        (weight, bias): (&CudaLinear, Option<&CudaVector>),
+        out: &mut CudaBuffer,
+    ) -> Result<(), BackendError> {
+        out.resize(x.rows());
+        if self.queue.is_dry() {
+            return Ok(());
+        }
+        let task = task(x, (weight, bias), out);
+        self.matmuls.multiply((&self.queue, &self.workspace), kernel, task, (bias, out))
     }
 }

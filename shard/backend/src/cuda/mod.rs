@@ -26,6 +26,7 @@ mod norm;
 mod operations;
 mod rope;
 mod sampling;
+mod skinny;
 mod step;
 mod upload;
 
@@ -39,6 +40,7 @@ pub use ceilings::Ceilings;
 pub use experts::CudaExperts;
 pub use kv_cache::CudaKvCache;
 pub use linear::{CudaLinear, CudaVector};
+pub use matmul::MatmulKernel;
 pub use rope::CudaRope;
 
 use crate::BackendError;
