@@ -13,6 +13,7 @@
 /// | 13 | `EngineFailed` | the engine met an error while it served | yes |
 /// | 14 | `PeerLost` | another rank of the same model went away | yes, with its peers |
 /// | 15 | `ParentGone` | the launcher died; nobody is left to serve | – |
+/// | 16 | `RestartsSpent` | the launcher's children failed more often than `--max-restarts` allows | maybe, later |
 /// | 20 | `DeviceLost` | the GPU failed, or a step on it does not end | yes, unless the hardware is broken |
 ///
 /// Upstream's programs know 0, 1, 2 and 101 (a panic) only, so every other code is free for us.
@@ -37,13 +38,15 @@ pub enum ExitCode {
     PeerLost = 14,
     /// The launcher died.
     ParentGone = 15,
+    /// Children failed more often than `--max-restarts` allows.
+    RestartsSpent = 16,
     /// The GPU failed, or a step on it does not end.
     DeviceLost = 20,
 }
 
 impl ExitCode {
     /// Every code, in ascending order.
-    pub const ALL: [ExitCode; 10] = [
+    pub const ALL: [ExitCode; 11] = [
         ExitCode::Ok,
         ExitCode::Failure,
         ExitCode::Usage,
@@ -53,6 +56,7 @@ impl ExitCode {
         ExitCode::EngineFailed,
         ExitCode::PeerLost,
         ExitCode::ParentGone,
+        ExitCode::RestartsSpent,
         ExitCode::DeviceLost,
     ];
 
@@ -83,6 +87,7 @@ impl ExitCode {
             ExitCode::EngineFailed => "its engine met an error while it served",
             ExitCode::PeerLost => "another rank of the same model went away",
             ExitCode::ParentGone => "the launcher died",
+            ExitCode::RestartsSpent => "its children failed more often than --max-restarts allows",
             ExitCode::DeviceLost => "its GPU failed, or a step on it does not end",
         }
     }

@@ -384,6 +384,18 @@ pub trait Backend: Send + Sized + 'static {
         bias: Option<&Self::Vector>,
         out: &mut Self::Buffer,
     ) -> Result<(), BackendError>;
+    /// `out = activation(gate) * up` with `gate_up = x weight^T (+ bias)`: gate first, then up. `gate_up` is room for what is in
+    /// between and may stay as it is.
+    fn gated_matmul(
+        &mut self,
+        x: &Self::Buffer,
+        (weight, bias): (&Self::Linear, Option<&Self::Vector>),
+        activation: Activation,
+        (gate_up, out): (&mut Self::Buffer, &mut Self::Buffer),
+    ) -> Result<(), BackendError> {
+        self.matmul(x, weight, bias, gate_up)?;
+        self.gated_activation(gate_up, activation, out)
+    }
     /// Rotates the queries and keys in `qkv` (`[num_tokens, (num_heads + 2 num_kv_heads) * head_dim]`: all queries, then
     /// keys, then values) in place and stores keys and values of `layer` at the step's slots.
     fn rope_and_store_kv(

@@ -1,72 +1,135 @@
-// out[N] = W[N, K] x[K] (+ bias) for one row of x: a warp a row of the weights, eight loads of 16 bytes in flight.
-//
-// The first loads are on their way before the kernel waits for the one that makes x.
+// Products with few rows of activations: a race to read the weights once. A warp has one output, or the gate and the up of one;
+// its weights are on their way, 16 bytes a lane and eight of them at a time, before the activations are there.
+#include "activation.cuh"
 #include "common.cuh"
 
-// Element types of `out` where it is chosen at run time.
-enum OutType { OUT_F32 = 0, OUT_BF16 = 1, OUT_F16 = 2 };
+constexpr int GEMV_WARPS = 8;
+// Pieces of 16 bytes a lane has on their way.
+constexpr int GEMV_DEPTH = 8;
 
-constexpr int GEMV_LOADS = 8;
+struct Gemv {
+    const void* weight;
+    const void* x;
+    // May be null.
+    const float* bias;
+    void* out;
+    // Elements of a row of the weight and from one to the next; multiples of 8.
+    int inputs, pitch;
+    // Of the result; a gated product has twice as many rows of weights.
+    int outputs;
+};
 
-__device__ __forceinline__ float2 floats(uint32_t pair, bf16) {
-    return make_float2(__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000u));
+template <typename T> __device__ __forceinline__ void unpack(const uint4& v, float (&out)[8]);
+template <> __device__ __forceinline__ void unpack<bf16>(const uint4& v, float (&out)[8]) {
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        out[2 * i] = __uint_as_float(words[i] << 16);
+        out[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
 }
-__device__ __forceinline__ float2 floats(uint32_t pair, f16) { return __half22float2(*reinterpret_cast<__half2*>(&pair)); }
-template <typename T> __device__ __forceinline__ void add_product(float2& sum, uint32_t w, uint32_t x) {
-    const float2 a = floats(w, T{}), b = floats(x, T{});
-    sum.x = fmaf(a.x, b.x, sum.x);
-    sum.y = fmaf(a.y, b.y, sum.y);
-}
-template <> __device__ __forceinline__ void add_product<f32>(float2& sum, uint32_t w, uint32_t x) {
-    sum.x = fmaf(__uint_as_float(w), __uint_as_float(x), sum.x);
+template <> __device__ __forceinline__ void unpack<f16>(const uint4& v, float (&out)[8]) {
+    const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float2 pair = __half22float2(*reinterpret_cast<const __half2*>(&words[i]));
+        out[2 * i] = pair.x;
+        out[2 * i + 1] = pair.y;
+    }
 }
 
-template <typename T>
-__device__ __forceinline__ void gemv(const T* x, const T* weights, void* out, const float* bias, int outputs, int inputs, int stride,
-                                     int out_type) {
+// Sums of one output (`IS_GATED`: of its gate and its up) for `ROWS` rows of activations.
+template <typename T, typename Out, int ROWS, bool IS_GATED>
+__device__ __forceinline__ void gemv(const Gemv& g, int activation) {
+    constexpr int SUMS = IS_GATED ? 2 : 1;
+    constexpr int DEPTH = GEMV_DEPTH / SUMS;
     extern __shared__ uint4 shared_x[];
-    const int lane = threadIdx.x & 31, row = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5);
-    const int pieces = inputs / (16 / static_cast<int>(sizeof(T)));
-    const uint4* from = reinterpret_cast<const uint4*>(weights + static_cast<int64_t>(min(row, outputs - 1)) * stride);
-    const uint4 zero = make_uint4(0, 0, 0, 0);
-    uint4 now[GEMV_LOADS];
+    const int lane = threadIdx.x & 31;
+    const int output = blockIdx.x * GEMV_WARPS + (threadIdx.x >> 5);
+    const bool is_there = output < g.outputs;
+    const int pieces = g.inputs / 8;
+    const T* rows[SUMS];
 #pragma unroll
-    for (int i = 0; i < GEMV_LOADS; ++i) now[i] = i * 32 + lane < pieces ? ld_stream(from + i * 32 + lane) : zero;
-    pdl_launch();
-    pdl_wait();
-    for (int i = threadIdx.x; i < pieces; i += blockDim.x) shared_x[i] = reinterpret_cast<const uint4*>(x)[i];
-    __syncthreads();
-    float2 sum = make_float2(0.0f, 0.0f);
-    for (int k = lane; k < pieces; k += 32 * GEMV_LOADS) {
-        uint4 next[GEMV_LOADS];
-#pragma unroll
-        for (int i = 0; i < GEMV_LOADS; ++i) {
-            const int at = k + (GEMV_LOADS + i) * 32;
-            next[i] = at < pieces ? ld_stream(from + at) : zero;
-        }
-#pragma unroll
-        for (int i = 0; i < GEMV_LOADS; ++i) {
-            const uint4 v = k + i * 32 < pieces ? shared_x[k + i * 32] : zero;
-            add_product<T>(sum, now[i].x, v.x);
-            add_product<T>(sum, now[i].y, v.y);
-            add_product<T>(sum, now[i].z, v.z);
-            add_product<T>(sum, now[i].w, v.w);
-        }
-#pragma unroll
-        for (int i = 0; i < GEMV_LOADS; ++i) now[i] = next[i];
+    for (int s = 0; s < SUMS; ++s) {
+        const int row = (is_there ? output : 0) + s * g.outputs;
+        rows[s] = static_cast<const T*>(g.weight) + static_cast<int64_t>(row) * g.pitch;
     }
-    float total = warp_sum(sum.x + sum.y);
-    if (lane == 0 && row < outputs) {
-        if (bias) total += bias[row];
-        if (out_type == OUT_F32) static_cast<f32*>(out)[row] = total;
-        else if (out_type == OUT_BF16) static_cast<bf16*>(out)[row] = from_float<bf16>(total);
-        else static_cast<f16*>(out)[row] = from_float<f16>(total);
+    uint4 ahead[SUMS][DEPTH];
+    auto fetch = [&](int first) {
+#pragma unroll
+        for (int i = 0; i < DEPTH; ++i) {
+            const int piece = first + i * 32 + lane;
+#pragma unroll
+            for (int s = 0; s < SUMS; ++s)
+                ahead[s][i] = is_there && piece < pieces ? ld_stream(rows[s] + piece * 8) : make_uint4(0, 0, 0, 0);
+        }
+    };
+    // Weights are written by nobody.
+    fetch(0);
+    pdl_wait();
+    pdl_launch();
+    for (int at = threadIdx.x; at < ROWS * pieces; at += blockDim.x)
+        shared_x[at] = static_cast<const uint4*>(g.x)[at];
+    __syncthreads();
+    float sums[SUMS][ROWS] = {};
+    for (int first = 0; first < pieces; first += 32 * DEPTH) {
+        uint4 now[SUMS][DEPTH];
+#pragma unroll
+        for (int s = 0; s < SUMS; ++s)
+#pragma unroll
+            for (int i = 0; i < DEPTH; ++i) now[s][i] = ahead[s][i];
+        if (first + 32 * DEPTH < pieces) fetch(first + 32 * DEPTH);
+#pragma unroll
+        for (int i = 0; i < DEPTH; ++i) {
+            const int piece = first + i * 32 + lane;
+            if (piece >= pieces) continue;
+            float w[SUMS][8];
+#pragma unroll
+            for (int s = 0; s < SUMS; ++s) unpack<T>(now[s][i], w[s]);
+#pragma unroll
+            for (int r = 0; r < ROWS; ++r) {
+                float x[8];
+                unpack<T>(shared_x[r * pieces + piece], x);
+#pragma unroll
+                for (int k = 0; k < 8; ++k)
+#pragma unroll
+                    for (int s = 0; s < SUMS; ++s) sums[s][r] = fmaf(w[s][k], x[k], sums[s][r]);
+            }
+        }
+    }
+#pragma unroll
+    for (int s = 0; s < SUMS; ++s)
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) sums[s][r] = warp_sum(sums[s][r]);
+    if (!is_there || lane != 0) return;
+#pragma unroll
+    for (int r = 0; r < ROWS; ++r) {
+        float value = sums[0][r] + (g.bias ? g.bias[output] : 0.0f);
+        if constexpr (IS_GATED) {
+            const float up = sums[1][r] + (g.bias ? g.bias[output + g.outputs] : 0.0f);
+            // As if gate and up had been stored.
+            value = activated<T>(to_float(from_float<T>(value)), activation) * to_float(from_float<T>(up));
+        }
+        static_cast<Out*>(g.out)[static_cast<int64_t>(r) * g.outputs + output] = from_float<Out>(value);
     }
 }
 
-#define INSTANTIATE(T)                                                                                               \
-    extern "C" __global__ void __launch_bounds__(256) gemv_##T(const T* x, const T* weights, void* out, const float* bias, \
-                                                               int outputs, int inputs, int stride, int out_type) {  \
-        gemv<T>(x, weights, out, bias, outputs, inputs, stride, out_type);                                           \
+#define INSTANTIATE(T, OUT, ROWS)                                                                         \
+    extern "C" __global__ void __launch_bounds__(32 * GEMV_WARPS) gemv_##ROWS##_##T##_##OUT(Gemv g) {    \
+        gemv<T, OUT, ROWS, false>(g, 0);                                                                  \
     }
-FOR_EACH_TYPE(INSTANTIATE)
+#define INSTANTIATE_GATED(T, ROWS)                                                                        \
+    extern "C" __global__ void __launch_bounds__(32 * GEMV_WARPS) gemv_gated_##ROWS##_##T(Gemv g, int a) { \
+        gemv<T, T, ROWS, true>(g, a);                                                                     \
+    }
+#define INSTANTIATE_ROWS(ROWS)                                                                            \
+    INSTANTIATE(bf16, bf16, ROWS)                                                                         \
+    INSTANTIATE(bf16, f32, ROWS)                                                                          \
+    INSTANTIATE(f16, f16, ROWS)                                                                           \
+    INSTANTIATE(f16, f32, ROWS)                                                                           \
+    INSTANTIATE_GATED(bf16, ROWS)                                                                         \
+    INSTANTIATE_GATED(f16, ROWS)
+INSTANTIATE_ROWS(1)
+INSTANTIATE_ROWS(2)
+INSTANTIATE_ROWS(3)
+INSTANTIATE_ROWS(4)

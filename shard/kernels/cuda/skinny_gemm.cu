@@ -8,6 +8,7 @@
 //
 // A tile that several blocks share is put together by the last of them to arrive, from partial sums in the workspace, in
 // the order of the blocks: the same inputs give the same bits.
+#include "activation.cuh"
 #include "common.cuh"
 
 struct alignas(64) TensorMap {
@@ -82,6 +83,7 @@ PRODUCTS(bf16, "bf16")
 PRODUCTS(f16, "f16")
 #endif
 
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 constexpr int BOX_COLUMNS = 64;  // elements of 16 bits: 128 bytes, the swizzle's width
 constexpr int BOX_ROWS = 64;     // rows of weights of one warpgroup
 
@@ -91,6 +93,8 @@ struct SkinnyArguments {
     float* partials;
     uint32_t* arrivals;
     int rows, outputs, inputs, out_type;
+    // Of a gated product, which has `outputs` rows of gates and as many of ups.
+    int activation;
 };
 
 // Which pieces a block computes: piece `i` is k step `i % steps` of row tile `i / steps`.
@@ -104,7 +108,6 @@ struct Share {
     }
 };
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 // Stores one element of the result.
 __device__ __forceinline__ void store_one(void* out, int type, int64_t at, float value) {
     if (type == OUT_F32) static_cast<f32*>(out)[at] = value;
@@ -133,50 +136,99 @@ __device__ __forceinline__ void store_tile(const SkinnyArguments& to, const floa
     }
 }
 
+// A barrier of the threads that put a tile together: a warpgroup's, or those of both halves of a gated tile.
+template <bool IS_GATED> __device__ __forceinline__ void meet(int group) {
+    if constexpr (IS_GATED) asm volatile("bar.sync 1, 256;" ::: "memory");
+    else asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+}
+
 // Hands this block's part of a shared tile in; the last to come has the whole sum in `d` and returns true.
-template <int TOKENS>
+template <int TOKENS, int GROUPS, bool IS_GATED>
 __device__ __forceinline__ bool put_together(const SkinnyArguments& to, const Share& share, uint32_t steps, uint32_t tile, int group,
-                                             int groups, uint32_t* flag, float (&d)[TOKENS / 2]) {
+                                             uint32_t* flags, float (&d)[TOKENS / 2]) {
     constexpr int COUNT = TOKENS / 2;
     const int t = threadIdx.x & 127;
     const auto slot = [&](uint32_t block) {
         const uint32_t index = block * 2 + (share.first(block) / steps == tile ? 0 : 1);
-        return to.partials + (static_cast<size_t>(index) * groups + group) * (COUNT * 128) + t * 4;
+        return to.partials + (static_cast<size_t>(index) * GROUPS + group) * (COUNT * 128) + t * 4;
     };
     float* mine = slot(blockIdx.x);
 #pragma unroll
     for (int j = 0; j < COUNT / 4; ++j)
         *reinterpret_cast<float4*>(mine + j * 512) = make_float4(d[j * 4], d[j * 4 + 1], d[j * 4 + 2], d[j * 4 + 3]);
-    __threadfence();
-    asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+    meet<IS_GATED>(group);
     const uint32_t first = share.block_of(tile * steps), last = share.block_of((tile + 1) * steps - 1);
-    if (t == 0) {
-        uint32_t* arrived = to.arrivals + tile * groups + group;
+    uint32_t* flag = flags + (IS_GATED ? 0 : group);
+    if (IS_GATED ? threadIdx.x == 0 : t == 0) {
+        // The barrier has made the others' sums this thread's to publish.
+        __threadfence();
+        uint32_t* arrived = to.arrivals + tile * GROUPS + (IS_GATED ? 0 : group);
         const bool is_last = atomicAdd(arrived, 1) == last - first;
         if (is_last) *arrived = 0;
         *flag = is_last;
         __threadfence();
     }
-    asm volatile("bar.sync %0, 128;" ::"r"(group + 1) : "memory");
+    meet<IS_GATED>(group);
     if (!*flag) return false;
 #pragma unroll
     for (int j = 0; j < COUNT; ++j) d[j] = 0.0f;
-    for (uint32_t block = first; block <= last; ++block) {
-        const float* part = slot(block);
+    // As many blocks' sums on their way as there are registers for.
+    constexpr uint32_t AHEAD = COUNT <= 8 ? 4 : COUNT <= 16 ? 2 : 1;
+    for (uint32_t block = first; block <= last; block += AHEAD) {
+        float4 v[AHEAD][COUNT / 4];
 #pragma unroll
-        for (int j = 0; j < COUNT / 4; ++j) {
-            const float4 v = __ldcg(reinterpret_cast<const float4*>(part + j * 512));
-            d[j * 4] += v.x;
-            d[j * 4 + 1] += v.y;
-            d[j * 4 + 2] += v.z;
-            d[j * 4 + 3] += v.w;
+        for (uint32_t i = 0; i < AHEAD; ++i) {
+            const float* part = slot(min(block + i, last));
+#pragma unroll
+            for (int j = 0; j < COUNT / 4; ++j) v[i][j] = __ldcg(reinterpret_cast<const float4*>(part + j * 512));
+        }
+#pragma unroll
+        for (uint32_t i = 0; i < AHEAD; ++i) {
+            if (block + i > last) break;
+#pragma unroll
+            for (int j = 0; j < COUNT / 4; ++j) {
+                d[j * 4] += v[i][j].x;
+                d[j * 4 + 1] += v[i][j].y;
+                d[j * 4 + 2] += v[i][j].z;
+                d[j * 4 + 3] += v[i][j].w;
+            }
         }
     }
     return true;
 }
 
-// GROUPS warpgroups compute 64 weight rows each, and one more warp copies.
-template <typename T, int TOKENS, int GROUPS, int BOXES, int STAGES>
+// Stores `activation(gate) * up`: the second warpgroup leaves its sums, in `T` as if they had been stored, for the first.
+template <typename T, int TOKENS>
+__device__ __forceinline__ void store_gated(const SkinnyArguments& to, float (&d)[TOKENS / 2], uint32_t tile, int group, T* ups) {
+    const int t = threadIdx.x & 127;
+    const int row = tile * BOX_ROWS + (t >> 5) * 16 + ((t & 31) >> 2);
+    float biases[2] = {0.0f, 0.0f};
+    if (to.bias) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            if (row + half * 8 < to.outputs) biases[half] = to.bias[row + half * 8 + group * to.outputs];
+    }
+#pragma unroll
+    for (int j = 0; j < TOKENS / 2; ++j) d[j] = to_float(from_float<T>(d[j] + biases[(j >> 1) & 1]));
+    if (group == 1) {
+#pragma unroll
+        for (int j = 0; j < TOKENS / 2; ++j) ups[j * 128 + t] = from_float<T>(d[j]);
+    }
+    meet<true>(0);
+    if (group == 0) {
+#pragma unroll
+        for (int j = 0; j < TOKENS / 2; ++j) d[j] = activated<T>(d[j], to.activation) * to_float(ups[j * 128 + t]);
+        SkinnyArguments without = to;
+        without.bias = nullptr;
+        store_tile<TOKENS>(without, d, tile * BOX_ROWS);
+    }
+    // The sums are read before the next tile's are left.
+    meet<true>(0);
+}
+
+// GROUPS warpgroups compute 64 weight rows each, and one more warp copies. Of a gated product the first computes gates and
+// the second their ups.
+template <typename T, int TOKENS, int GROUPS, int BOXES, int STAGES, bool IS_GATED>
 __device__ __forceinline__ void skinny(const TensorMap* weights, const TensorMap* x, const SkinnyArguments& to) {
     constexpr int WEIGHT_BOX = BOX_ROWS * 128, X_BOX = TOKENS * 128;
     constexpr int X_OFFSET = BOXES * GROUPS * WEIGHT_BOX, STAGE = X_OFFSET + BOXES * X_BOX;
@@ -184,8 +236,9 @@ __device__ __forceinline__ void skinny(const TensorMap* weights, const TensorMap
     extern __shared__ char dynamic[];
     __shared__ __align__(8) uint64_t full[STAGES], empty[STAGES];
     __shared__ uint32_t flags[GROUPS];
+    constexpr int TILE_ROWS = IS_GATED ? BOX_ROWS : BOX_ROWS * GROUPS;
     const uint32_t base = (shared_address(dynamic) + 1023) & ~1023u;
-    const uint32_t steps = (to.inputs + K - 1) / K, tiles = (to.outputs + BOX_ROWS * GROUPS - 1) / (BOX_ROWS * GROUPS);
+    const uint32_t steps = (to.inputs + K - 1) / K, tiles = (to.outputs + TILE_ROWS - 1) / TILE_ROWS;
     const Share share{tiles * steps, gridDim.x};
     const uint32_t begin = share.first(blockIdx.x), end = share.first(blockIdx.x + 1);
     if (threadIdx.x == 0) {
@@ -202,14 +255,14 @@ __device__ __forceinline__ void skinny(const TensorMap* weights, const TensorMap
         if (threadIdx.x % 32 == 0) {
             const auto copy_weights = [&](uint32_t piece, int stage) {
                 const uint32_t barrier = shared_address(&full[stage]);
-                const int row = piece / steps * (BOX_ROWS * GROUPS), column = piece % steps * K;
+                const int row = piece / steps * TILE_ROWS, column = piece % steps * K;
                 barrier_expect(barrier, STAGE);
 #pragma unroll
                 for (int g = 0; g < GROUPS; ++g)
 #pragma unroll
                     for (int b = 0; b < BOXES; ++b)
                         copy_box(base + stage * STAGE + (b * GROUPS + g) * WEIGHT_BOX, weights, barrier, column + b * BOX_COLUMNS,
-                                 row + g * BOX_ROWS, READ_ONCE);
+                                 row + g * (IS_GATED ? to.outputs : BOX_ROWS), READ_ONCE);
             };
             const auto copy_x = [&](uint32_t piece, int stage) {
                 const int column = piece % steps * K;
@@ -260,36 +313,42 @@ __device__ __forceinline__ void skinny(const TensorMap* weights, const TensorMap
         }
         asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
         if (threadIdx.x % 32 == 0) barrier_arrive(shared_address(&empty[previous]));
-        if (is_whole || put_together<TOKENS>(to, share, steps, tile, group, GROUPS, &flags[group], d))
-            store_tile<TOKENS>(to, d, (tile * GROUPS + group) * BOX_ROWS);
+        if (!is_whole && !put_together<TOKENS, GROUPS, IS_GATED>(to, share, steps, tile, group, flags, d)) continue;
+        if constexpr (IS_GATED)
+            store_gated<T, TOKENS>(to, d, tile, group, reinterpret_cast<T*>(dynamic + (base - shared_address(dynamic)) + STAGES * STAGE));
+        else store_tile<TOKENS>(to, d, (tile * GROUPS + group) * BOX_ROWS);
     }
 }
 #endif
 
 // The host knows these numbers too: shard/backend/src/cuda/skinny.rs.
-#define SKINNY(T, TOKENS, GROUPS, BOXES, STAGES, BLOCKS)                                                           \
-    extern "C" __global__ void __launch_bounds__(GROUPS * 128 + 32, BLOCKS) skinny_##TOKENS##_##GROUPS##_##T(      \
+#define SKINNY(NAME, T, TOKENS, GROUPS, BOXES, STAGES, BLOCKS, IS_GATED)                                              \
+    extern "C" __global__ void __launch_bounds__(GROUPS * 128 + 32, BLOCKS) NAME##_##TOKENS##_##GROUPS##_##T(         \
         const __grid_constant__ TensorMap weights, const __grid_constant__ TensorMap x, void* out, const float* bias, \
-        float* partials, uint32_t* arrivals, int rows, int outputs, int inputs, int out_type) {                    \
-        SKINNY_BODY(T, TOKENS, GROUPS, BOXES, STAGES)                                                              \
+        float* partials, uint32_t* arrivals, int rows, int outputs, int inputs, int out_type, int activation) {       \
+        SKINNY_BODY(T, TOKENS, GROUPS, BOXES, STAGES, IS_GATED)                                                       \
     }
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define SKINNY_BODY(T, TOKENS, GROUPS, BOXES, STAGES)                                                 \
-    const SkinnyArguments to{out, bias, partials, arrivals, rows, outputs, inputs, out_type};         \
-    skinny<T, TOKENS, GROUPS, BOXES, STAGES>(&weights, &x, to);
+#define SKINNY_BODY(T, TOKENS, GROUPS, BOXES, STAGES, IS_GATED)                                               \
+    const SkinnyArguments to{out, bias, partials, arrivals, rows, outputs, inputs, out_type, activation};     \
+    skinny<T, TOKENS, GROUPS, BOXES, STAGES, IS_GATED>(&weights, &x, to);
 #else
-#define SKINNY_BODY(T, TOKENS, GROUPS, BOXES, STAGES)
+#define SKINNY_BODY(T, TOKENS, GROUPS, BOXES, STAGES, IS_GATED)
 #endif
-#define SKINNY_TYPES(TOKENS, GROUPS, BOXES, STAGES, BLOCKS) \
-    SKINNY(bf16, TOKENS, GROUPS, BOXES, STAGES, BLOCKS)     \
-    SKINNY(f16, TOKENS, GROUPS, BOXES, STAGES, BLOCKS)
-SKINNY_TYPES(8, 1, 2, 5, 2)
-SKINNY_TYPES(8, 2, 1, 5, 2)
-SKINNY_TYPES(16, 1, 2, 5, 2)
-SKINNY_TYPES(16, 2, 1, 5, 2)
-SKINNY_TYPES(32, 1, 2, 4, 2)
-SKINNY_TYPES(32, 2, 1, 5, 2)
-SKINNY_TYPES(64, 1, 1, 6, 2)
-SKINNY_TYPES(64, 2, 1, 4, 2)
-SKINNY_TYPES(128, 2, 1, 3, 2)
-SKINNY_TYPES(128, 4, 1, 4, 1)
+#define SKINNY_TYPES(NAME, TOKENS, GROUPS, BOXES, STAGES, BLOCKS, IS_GATED) \
+    SKINNY(NAME, bf16, TOKENS, GROUPS, BOXES, STAGES, BLOCKS, IS_GATED)     \
+    SKINNY(NAME, f16, TOKENS, GROUPS, BOXES, STAGES, BLOCKS, IS_GATED)
+SKINNY_TYPES(skinny, 8, 1, 2, 5, 2, false)
+SKINNY_TYPES(skinny, 8, 2, 1, 5, 2, false)
+SKINNY_TYPES(skinny, 16, 1, 2, 5, 2, false)
+SKINNY_TYPES(skinny, 16, 2, 1, 5, 2, false)
+SKINNY_TYPES(skinny, 32, 1, 2, 4, 2, false)
+SKINNY_TYPES(skinny, 32, 2, 1, 5, 2, false)
+SKINNY_TYPES(skinny, 64, 1, 1, 6, 2, false)
+SKINNY_TYPES(skinny, 64, 2, 1, 4, 2, false)
+SKINNY_TYPES(skinny, 128, 2, 1, 3, 2, false)
+SKINNY_TYPES(skinny, 128, 4, 1, 4, 1, false)
+SKINNY_TYPES(skinny_gated, 8, 2, 1, 5, 2, true)
+SKINNY_TYPES(skinny_gated, 16, 2, 1, 5, 2, true)
+SKINNY_TYPES(skinny_gated, 32, 2, 1, 5, 2, true)
+SKINNY_TYPES(skinny_gated, 64, 2, 1, 4, 2, true)

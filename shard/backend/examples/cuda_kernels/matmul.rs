@@ -72,7 +72,8 @@ pub(crate) fn measure(backend: &mut CudaBackend) -> Result<Vec<Figure>, BackendE
 fn name(kernel: MatmulKernel) -> String {
     match kernel {
         MatmulKernel::Library => "library".to_owned(),
-        MatmulKernel::Vector => "vector".to_owned(),
+        MatmulKernel::Gemv => "gemv".to_owned(),
+        MatmulKernel::FewRows { tokens, tiles } => format!("few_rows {tokens}/{tiles}"),
         MatmulKernel::Skinny { tokens, groups } => format!("skinny {tokens}/{groups}"),
     }
 }

@@ -5,6 +5,9 @@ use std::sync::Arc;
 use super::driver::{Context, DeviceMemory, DevicePtr};
 use crate::{BackendError, KvLayout};
 
+/// Keys of a head that the kernels take to lie in one run.
+pub(super) const PAGE_KEYS: usize = 16;
+
 /// Keys and values of all layers: for each layer keys, then values, each `[num_blocks, num_kv_heads, block_size, head_dim]`.
 pub struct CudaKvCache {
     memory: DeviceMemory,
@@ -18,6 +21,15 @@ impl CudaKvCache {
         layout: KvLayout,
         num_blocks: usize,
     ) -> Result<Self, BackendError> {
+        if layout.block_size == 0 || !layout.block_size.is_multiple_of(PAGE_KEYS) {
+            return Err(BackendError::Device {
+                operation: "making the KV cache".to_owned(),
+                reason: format!(
+                    "a block of {} tokens; CUDA needs a multiple of {PAGE_KEYS}",
+                    layout.block_size
+                ),
+            });
+        }
         let bytes = layout.block_bytes().saturating_mul(num_blocks);
         let memory = DeviceMemory::zeroed(context, bytes, "the KV cache")?;
         Ok(Self { memory, layout, num_blocks })

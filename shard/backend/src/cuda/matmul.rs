@@ -4,23 +4,35 @@ use std::sync::Arc;
 
 use super::cublaslt::{CublasLt, Operands, Product, WORKSPACE_BYTES};
 use super::driver::{Context, DeviceMemory, DevicePtr};
+use super::elementwise::activation_number;
+use super::few_rows::{FewRows, Tiling};
+use super::gemv::Gemvs;
 use super::launch::{Launch, Queue, args};
 use super::module::{ByType, Module};
 use super::skinny::{Shape, Skinny};
 use super::{CudaBackend, CudaBuffer, CudaLinear, CudaVector, DeviceFacts};
-use crate::{BackendError, DType};
+use crate::{Activation, BackendError, DType};
 
 const THREADS: u32 = 256;
-/// Shared memory that the vector of a product with one row may take.
-const MAX_VECTOR_BYTES: usize = 160 << 10;
+/// Most rows for which a warp an output is quicker than tensor cores.
+const GEMV_ROWS: usize = 4;
+/// Smaller weights are not worth sharing out over all multiprocessors.
+const SKINNY_BYTES: usize = 512 << 20;
 
 /// A way to compute a product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MatmulKernel {
     /// cuBLASLt.
     Library,
-    /// A warp a row of the weights, for one row of activations.
-    Vector,
+    /// A warp an output, for up to four rows of activations.
+    Gemv,
+    /// Weights read into the operands of tensor cores, for up to 32 rows of activations.
+    FewRows {
+        /// Rows it is made for.
+        tokens: usize,
+        /// Tiles of 16 rows of the weights a block.
+        tiles: usize,
+    },
     /// Weights streamed through tensor cores, for few rows of activations; Hopper only.
     Skinny {
         /// Rows it is made for.
@@ -55,7 +67,8 @@ pub(super) fn out_type(dtype: DType) -> i32 {
 pub(super) struct Matmuls {
     library: CublasLt,
     skinny: Option<Skinny>,
-    vector: ByType,
+    gemvs: Gemvs,
+    few_rows: FewRows,
     add_bias: ByType,
     widen: ByType,
 }
@@ -64,14 +77,11 @@ impl Matmuls {
     /// Loads them.
     pub(super) fn load(context: &Arc<Context>, facts: DeviceFacts) -> Result<Self, BackendError> {
         let module = Module::load(context, "matmul")?;
-        let vector = Module::load(context, "gemv")?.by_type("gemv")?;
-        for dtype in [DType::F32, DType::BF16, DType::F16] {
-            vector.of(dtype).allow_shared_memory(MAX_VECTOR_BYTES as u32)?;
-        }
         Ok(Self {
             library: CublasLt::open()?,
             skinny: Skinny::load(context, facts)?,
-            vector,
+            gemvs: Gemvs::load(context)?,
+            few_rows: FewRows::load(context)?,
             add_bias: module.by_type("add_bias")?,
             widen: module.by_type("widen")?,
         })
@@ -98,86 +108,99 @@ impl Matmuls {
         if queue.is_dry() || x.rows() == 0 {
             return Ok(());
         }
-        if x.dtype() == weight.dtype {
+        if x.dtype() != weight.dtype {
+            self.multiply_widened(queue, workspace, x, weight, out)?;
+            return self.add_bias(queue, bias, out);
+        }
+        let kernel = self.choose(task(x, (weight, bias), out), workspace);
+        self.multiply((queue, workspace), kernel, (x, weight, bias), out)
+    }
+
+    /// `out = activation(gate) * up` with gate and up the halves of `x weight^T (+ bias)`, where that is one launch; false: it is
+    /// not.
+    pub(super) fn gated(
+        &mut self,
+        (queue, workspace): (&Queue, &DeviceMemory),
+        x: &CudaBuffer,
+        (weight, bias): (&CudaLinear, Option<&CudaVector>),
+        activation: Activation,
+        out: &mut CudaBuffer,
+    ) -> Result<bool, BackendError> {
+        assert!(
+            x.width() == weight.in_features && 2 * out.width() == weight.out_features,
+            "a gated product of {} columns with {} x {} to {}",
+            x.width(),
+            weight.out_features,
+            weight.in_features,
+            out.width()
+        );
+        out.resize(x.rows());
+        let activation = activation_number(activation);
+        let has_one_type = x.dtype() == weight.dtype && out.dtype() == weight.dtype;
+        if x.rows() > GEMV_ROWS && x.dtype() == weight.dtype && out.dtype() == weight.dtype {
             let task = task(x, (weight, bias), out);
-            let kernel = self.choose(task, workspace);
-            return self.multiply((queue, workspace), kernel, task, (bias, out));
+            if queue.is_dry() || self.few_rows.multiply_gated(queue, task, activation)? {
+                return Ok(true);
+            }
+            return match &mut self.skinny {
+                Some(skinny) => skinny.multiply_gated(queue, workspace, task, activation),
+                None => Ok(false),
+            };
         }
-        let operands = Operands { x: x.ptr(), weight: weight.ptr(), out: out.ptr() };
-        let product = product(x.rows(), weight, out.dtype());
-        self.multiply_widened(queue, workspace, x, (product, operands))?;
-        match bias {
-            Some(bias) => self.add_bias(queue, bias, out),
-            None => Ok(()),
-        }
+        self.gemvs.multiply_gated(queue, x, (weight, bias), activation, out)
     }
 
     /// The kernel for a product, by what `cuda_kernels matmul` measured: see the table in `shard/kernels/README.md`.
     fn choose(&self, task: Task<'_>, workspace: &DeviceMemory) -> MatmulKernel {
-        let kernels = self.kernels(task, workspace);
-        let preferred = kernels.iter().copied().find(|kernel| match *kernel {
-            MatmulKernel::Skinny { .. } => true,
-            MatmulKernel::Vector => self.skinny.is_none() || task.weight.dtype == DType::F32,
-            MatmulKernel::Library => false,
-        });
-        preferred.unwrap_or(MatmulKernel::Library)
+        if task.rows <= GEMV_ROWS && self.gemvs.accepts(task) {
+            return MatmulKernel::Gemv;
+        }
+        if let Some(Tiling { tokens, tiles }) = FewRows::tilings(task).next() {
+            return MatmulKernel::FewRows { tokens, tiles };
+        }
+        let bytes = task.weight.bytes();
+        let skinny = self.skinny_kernels(task, workspace).find(|_| bytes >= SKINNY_BYTES);
+        skinny.unwrap_or(MatmulKernel::Library)
     }
 
     /// All that can compute it.
     fn kernels(&self, task: Task<'_>, workspace: &DeviceMemory) -> Vec<MatmulKernel> {
-        let mut kernels = Vec::new();
-        let weight = task.weight;
-        if let Some(skinny) = &self.skinny {
-            let shapes = Skinny::shapes(task.rows).filter(|&shape| skinny.accepts(shape, weight, workspace));
-            kernels
-                .extend(shapes.map(|Shape { tokens, groups, .. }| MatmulKernel::Skinny { tokens, groups }));
-        }
-        let row_bytes = weight.in_features * weight.dtype.size_bytes();
-        if task.rows == 1 && row_bytes.is_multiple_of(16) && row_bytes <= MAX_VECTOR_BYTES {
-            kernels.push(MatmulKernel::Vector);
-        }
-        kernels.push(MatmulKernel::Library);
-        kernels
+        let gemv = self.gemvs.accepts(task).then_some(MatmulKernel::Gemv);
+        let few_rows =
+            FewRows::tilings(task).map(|Tiling { tokens, tiles }| MatmulKernel::FewRows { tokens, tiles });
+        let skinny = self.skinny_kernels(task, workspace);
+        gemv.into_iter().chain(few_rows).chain(skinny).chain([MatmulKernel::Library]).collect()
+    }
+
+    fn skinny_kernels(&self, task: Task<'_>, workspace: &DeviceMemory) -> impl Iterator<Item = MatmulKernel> {
+        let shapes = Skinny::shapes(task.rows).filter(move |&shape| {
+            self.skinny.as_ref().is_some_and(|skinny| skinny.accepts(shape, task.weight, workspace))
+        });
+        shapes.map(|Shape { tokens, groups, .. }| MatmulKernel::Skinny { tokens, groups })
     }
 
     fn multiply(
         &mut self,
         (queue, workspace): (&Queue, &DeviceMemory),
         kernel: MatmulKernel,
-        task: Task<'_>,
-        (bias, out): (Option<&CudaVector>, &CudaBuffer),
+        (x, weight, bias): (&CudaBuffer, &CudaLinear, Option<&CudaVector>),
+        out: &CudaBuffer,
     ) -> Result<(), BackendError> {
+        let task = task(x, (weight, bias), out);
         match (kernel, &mut self.skinny) {
             (MatmulKernel::Skinny { tokens, groups }, Some(skinny)) => {
                 let shape =
                     Skinny::shapes(task.rows).find(|shape| shape.tokens == tokens && shape.groups == groups);
                 shape.map_or(Ok(()), |shape| skinny.multiply(queue, workspace, shape, task))
             }
-            (MatmulKernel::Vector, _) => self.multiply_vector(queue, task),
+            (MatmulKernel::Gemv, _) => self.gemvs.multiply(queue, x, (weight, bias), out).map(|_| ()),
             _ => {
-                let operands = Operands { x: task.x, weight: task.weight.ptr(), out: task.out };
-                let product = product(task.rows, task.weight, task.out_dtype);
+                let operands = Operands { x: task.x, weight: weight.ptr(), out: task.out };
+                let product = product(task.rows, weight, task.out_dtype);
                 self.library.multiply(queue.stream(), workspace.ptr(), product, operands)?;
-                match bias {
-                    Some(bias) => self.add_bias(queue, bias, out),
-                    None => Ok(()),
-                }
+                self.add_bias(queue, bias, out)
             }
         }
-    }
-
-    fn multiply_vector(&self, queue: &Queue, task: Task<'_>) -> Result<(), BackendError> {
-        let Task { x, weight, bias, out, out_dtype, .. } = task;
-        let launch = Launch {
-            function: self.vector.of(weight.dtype),
-            grid: [(weight.out_features as u32).div_ceil(THREADS / 32), 1, 1],
-            block: THREADS,
-            shared_bytes: (weight.in_features * weight.dtype.size_bytes()) as u32,
-        };
-        let (outputs, inputs, stride) =
-            (weight.out_features as i32, weight.in_features as i32, weight.row_stride as i32);
-        let (weights, kind) = (weight.ptr(), out_type(out_dtype));
-        queue.launch(&launch, args![x, weights, out, bias, outputs, inputs, stride, kind])
     }
 
     /// A product with a float32 weight, such as a router's, of activations that are narrower. They are widened at the end
@@ -187,8 +210,11 @@ impl Matmuls {
         queue: &Queue,
         workspace: &DeviceMemory,
         x: &CudaBuffer,
-        (product, operands): (Product, Operands),
+        weight: &CudaLinear,
+        out: &CudaBuffer,
     ) -> Result<(), BackendError> {
+        let operands = Operands { x: x.ptr(), weight: weight.ptr(), out: out.ptr() };
+        let product = product(x.rows(), weight, out.dtype());
         assert!(product.dtype == DType::F32, "{} activations with {} weights", x.dtype(), product.dtype);
         let row_bytes = product.inputs * size_of::<f32>();
         let rows_at_once = ((workspace.bytes() - WORKSPACE_BYTES) / row_bytes).max(1);
@@ -212,8 +238,13 @@ impl Matmuls {
         Ok(())
     }
 
-    fn add_bias(&self, queue: &Queue, bias: &CudaVector, out: &CudaBuffer) -> Result<(), BackendError> {
-        assert!(bias.width == out.width(), "a bias of {} for {} columns", bias.width, out.width());
+    fn add_bias(
+        &self,
+        queue: &Queue,
+        bias: Option<&CudaVector>,
+        out: &CudaBuffer,
+    ) -> Result<(), BackendError> {
+        let Some(bias) = bias else { return Ok(()) };
         let (to, from, rows, width) = (out.ptr(), bias.ptr(), out.rows() as i32, out.width() as i32);
         let launch = Launch {
             function: self.add_bias.of(out.dtype()),
@@ -283,7 +314,6 @@ impl CudaBackend {
         if self.queue.is_dry() {
             return Ok(());
         }
-        let task = task(x, (weight, bias), out);
-        self.matmuls.multiply((&self.queue, &self.workspace), kernel, task, (bias, out))
+        self.matmuls.multiply((&self.queue, &self.workspace), kernel, (x, weight, bias), out)
     }
 }

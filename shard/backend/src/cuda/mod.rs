@@ -15,6 +15,8 @@ mod driver;
 mod elementwise;
 mod embedding;
 mod experts;
+mod few_rows;
+mod gemv;
 mod graph;
 mod heads;
 mod kv_cache;

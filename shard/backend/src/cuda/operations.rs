@@ -285,6 +285,20 @@ impl Backend for CudaBackend {
         self.matmuls.matmul(&self.queue, &self.workspace, x, (weight, bias), out)
     }
 
+    fn gated_matmul(
+        &mut self,
+        x: &CudaBuffer,
+        (weight, bias): (&CudaLinear, Option<&CudaVector>),
+        activation: Activation,
+        (gate_up, out): (&mut CudaBuffer, &mut CudaBuffer),
+    ) -> Result<(), BackendError> {
+        if self.matmuls.gated((&self.queue, &self.workspace), x, (weight, bias), activation, out)? {
+            return Ok(());
+        }
+        self.matmul(x, weight, bias, gate_up)?;
+        self.gated_activation(gate_up, activation, out)
+    }
+
     fn rope_and_store_kv(
         &mut self,
         qkv: &mut CudaBuffer,

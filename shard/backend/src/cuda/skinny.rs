@@ -33,7 +33,15 @@ pub(super) struct Shape {
     stages: usize,
 }
 
-/// All instantiations, the one that is taken for a number of rows first among its equals.
+/// Instantiations with gate and up side by side in a block.
+const GATED: [Shape; 4] = [
+    Shape { tokens: 8, groups: 2, boxes: 1, stages: 5 },
+    Shape { tokens: 16, groups: 2, boxes: 1, stages: 5 },
+    Shape { tokens: 32, groups: 2, boxes: 1, stages: 5 },
+    Shape { tokens: 64, groups: 2, boxes: 1, stages: 4 },
+];
+
+/// All others, the one that is taken for a number of rows first among its equals.
 const SHAPES: [Shape; 10] = [
     Shape { tokens: 8, groups: 1, boxes: 2, stages: 5 },
     Shape { tokens: 8, groups: 2, boxes: 1, stages: 5 },
@@ -59,10 +67,14 @@ impl Shape {
         (self.stages * stage + 1024) as u32
     }
 
-    /// Pieces that blocks share, and row tiles.
-    fn pieces(self, outputs: usize, inputs: usize) -> (usize, usize) {
-        let tiles = outputs.div_ceil(BOX_ROWS * self.groups);
-        (tiles * inputs.div_ceil(BOX_COLUMNS * self.boxes), tiles)
+    /// The same of a gated product, where one half of a tile is left in shared memory for the other.
+    fn gated_shared_bytes(self) -> u32 {
+        self.shared_bytes() + (BOX_ROWS * self.tokens * 2) as u32
+    }
+
+    /// Pieces that blocks share, with tiles of `tile_rows` rows of weights.
+    fn pieces(self, rows: usize, tile_rows: usize, inputs: usize) -> usize {
+        rows.div_ceil(tile_rows) * inputs.div_ceil(BOX_COLUMNS * self.boxes)
     }
 
     /// Bytes of partial sums of `blocks` blocks, each of which shares at most two tiles.
@@ -84,7 +96,9 @@ struct MapKey {
 
 /// The kernels.
 pub(super) struct Skinny {
-    functions: Vec<(Shape, Function, Function)>,
+    /// For bf16 and for f16.
+    plain: Vec<(Shape, Function, Function)>,
+    gated: Vec<(Shape, Function, Function)>,
     num_sms: usize,
     /// How many blocks have handed in their part of a tile: zero between products.
     arrivals: DeviceMemory,
@@ -98,18 +112,22 @@ impl Skinny {
             return Ok(None);
         }
         let module = Module::load(context, "skinny_gemm")?;
-        let mut functions = Vec::new();
-        for shape in SHAPES {
-            let find = |dtype: &str| -> Result<Function, BackendError> {
+        let load = |name: &str, shapes: &[Shape], bytes: fn(Shape) -> u32| {
+            let find = |shape: Shape, dtype: &str| -> Result<Function, BackendError> {
                 let function =
-                    module.function(&format!("skinny_{}_{}_{dtype}", shape.tokens, shape.groups))?;
-                function.allow_shared_memory(shape.shared_bytes())?;
+                    module.function(&format!("{name}_{}_{}_{dtype}", shape.tokens, shape.groups))?;
+                function.allow_shared_memory(bytes(shape))?;
                 Ok(function)
             };
-            functions.push((shape, find("bf16")?, find("f16")?));
-        }
+            shapes
+                .iter()
+                .map(|&shape| Ok((shape, find(shape, "bf16")?, find(shape, "f16")?)))
+                .collect::<Result<Vec<_>, BackendError>>()
+        };
+        let plain = load("skinny", &SHAPES, Shape::shared_bytes)?;
+        let gated = load("skinny_gated", &GATED, Shape::gated_shared_bytes)?;
         let arrivals = DeviceMemory::zeroed(context, MAX_TILES * 4, "counters of shared tiles")?;
-        Ok(Some(Self { functions, num_sms: facts.num_sms, arrivals, maps: HashMap::new() }))
+        Ok(Some(Self { plain, gated, num_sms: facts.num_sms, arrivals, maps: HashMap::new() }))
     }
 
     /// The instantiations that can compute `rows` rows: those for the fewest rows that are enough.
@@ -134,16 +152,68 @@ impl Skinny {
         shape: Shape,
         task: Task<'_>,
     ) -> Result<(), BackendError> {
-        let Task { x, weight, bias, out, rows, out_dtype } = task;
-        let Some(&(_, bf16, f16)) = self.functions.iter().find(|(known, ..)| *known == shape) else {
+        let Some(&kernel) = self.plain.iter().find(|(known, ..)| *known == shape) else {
             return Ok(());
         };
-        let (outputs, inputs) = (weight.out_features, weight.in_features);
-        let (pieces, _) = shape.pieces(outputs, inputs);
+        let outputs = task.weight.out_features;
+        let launch = Launch {
+            function: Self::of_type(kernel, task.weight.dtype),
+            grid: [
+                self.blocks(shape.pieces(outputs, BOX_ROWS * shape.groups, task.weight.in_features)),
+                1,
+                1,
+            ],
+            block: shape.threads(),
+            shared_bytes: shape.shared_bytes(),
+        };
+        self.launch((queue, workspace), &launch, (shape, outputs, 0), task)
+    }
+
+    /// `out = activation(gate) * up` of the product's halves; false: this product is for others.
+    pub(super) fn multiply_gated(
+        &mut self,
+        queue: &Queue,
+        workspace: &DeviceMemory,
+        task: Task<'_>,
+        activation: i32,
+    ) -> Result<bool, BackendError> {
+        let kernel = self.gated.iter().find(|(shape, ..)| shape.tokens >= task.rows);
+        let Some(&kernel) = kernel.filter(|(shape, ..)| self.accepts(*shape, task.weight, workspace)) else {
+            return Ok(false);
+        };
+        let (shape, outputs) = (kernel.0, task.weight.out_features / 2);
+        let launch = Launch {
+            function: Self::of_type(kernel, task.weight.dtype),
+            grid: [self.blocks(shape.pieces(outputs, BOX_ROWS, task.weight.in_features)), 1, 1],
+            block: shape.threads(),
+            shared_bytes: shape.gated_shared_bytes(),
+        };
+        self.launch((queue, workspace), &launch, (shape, outputs, activation), task)?;
+        Ok(true)
+    }
+
+    fn of_type((_, bf16, f16): (Shape, Function, Function), dtype: DType) -> Function {
+        if dtype == DType::BF16 { bf16 } else { f16 }
+    }
+
+    /// One a multiprocessor, as far as there is work for it.
+    fn blocks(&self, pieces: usize) -> u32 {
+        pieces.min(self.num_sms) as u32
+    }
+
+    fn launch(
+        &mut self,
+        (queue, workspace): (&Queue, &DeviceMemory),
+        launch: &Launch,
+        (shape, outputs, activation): (Shape, usize, i32),
+        task: Task<'_>,
+    ) -> Result<(), BackendError> {
+        let Task { x, weight, bias, out, rows, out_dtype } = task;
+        let inputs = weight.in_features;
         let weights = self.map(MapKey {
             address: weight.ptr(),
             dtype: weight.dtype,
-            rows: outputs,
+            rows: weight.out_features,
             columns: inputs,
             row_bytes: weight.row_stride * 2,
             box_rows: BOX_ROWS,
@@ -156,18 +226,23 @@ impl Skinny {
             row_bytes: inputs * 2,
             box_rows: shape.tokens,
         })?;
-        let launch = Launch {
-            function: if weight.dtype == DType::BF16 { bf16 } else { f16 },
-            grid: [pieces.min(self.num_sms) as u32, 1, 1],
-            block: shape.threads(),
-            shared_bytes: shape.shared_bytes(),
-        };
         let (partials, arrivals) = (workspace.ptr(), self.arrivals.ptr());
         let (rows, outputs, inputs) = (rows as i32, outputs as i32, inputs as i32);
         let kind = out_type(out_dtype);
-        let parameters =
-            args![weights, activations, out, bias, partials, arrivals, rows, outputs, inputs, kind];
-        queue.launch(&launch, parameters)
+        let parameters = args![
+            weights,
+            activations,
+            out,
+            bias,
+            partials,
+            arrivals,
+            rows,
+            outputs,
+            inputs,
+            kind,
+            activation
+        ];
+        queue.launch(launch, parameters)
     }
 
     /// The description of a matrix of 16-bit elements, which the copy engine needs.
@@ -220,6 +295,9 @@ mod tests {
     fn a_block_leaves_room_for_the_next_products() {
         for shape in SHAPES.iter().filter(|shape| shape.groups < 4) {
             assert!(2 * (shape.shared_bytes() + 2048) <= 227 << 10, "{shape:?}");
+        }
+        for shape in GATED {
+            assert!(2 * (shape.gated_shared_bytes() + 2048) <= 227 << 10, "{shape:?}");
         }
     }
 
