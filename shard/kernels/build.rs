@@ -3,6 +3,8 @@
 //! nvcc is looked for in `NVCC`, `CUDA_HOME/bin`, `PATH` and `target/nvcc` (where `make nvcc` puts it). Set
 //! `QUARTET_CUDA_ARCHITECTURES` (e.g. `sm_90a`) to compile for fewer GPUs while developing; releases compile for all.
 
+#![allow(clippy::disallowed_methods, reason = "a build script is told everything through the environment")]
+
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;

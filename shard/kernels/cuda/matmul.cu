@@ -16,18 +16,24 @@ __device__ __forceinline__ void add_to_rows(T* out, const float* bias, int rows,
     }
 }
 
-// `out = x` in f32.
-template <typename T> __device__ __forceinline__ void widen(const T* x, float* out, int64_t count) {
+// `out = x` in another type.
+template <typename T, typename Out> __device__ __forceinline__ void convert(const T* x, Out* out, int64_t count) {
     pdl_launch();
     pdl_wait();
     const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
     for (int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; at < count; at += stride)
-        out[at] = to_float(x[at]);
+        out[at] = from_float<Out>(to_float(x[at]));
 }
 
 #define INSTANTIATE(T)                                                                                      \
     extern "C" __global__ void add_bias_##T(T* out, const float* bias, int rows, int width) {              \
         add_to_rows<T>(out, bias, rows, width);                                                            \
-    }                                                                                                      \
-    extern "C" __global__ void widen_##T(const T* x, float* out, int64_t count) { widen<T>(x, out, count); }
+    }
 FOR_EACH_TYPE(INSTANTIATE)
+
+#define INSTANTIATE_CONVERT(T, OUT) \
+    extern "C" __global__ void convert_##T##_##OUT(const T* x, OUT* out, int64_t count) { convert<T, OUT>(x, out, count); }
+INSTANTIATE_CONVERT(f32, bf16)
+INSTANTIATE_CONVERT(f32, f16)
+INSTANTIATE_CONVERT(bf16, f32)
+INSTANTIATE_CONVERT(f16, f32)

@@ -8,7 +8,7 @@ use super::elementwise::activation_number;
 use super::few_rows::{FewRows, Tiling};
 use super::gemv::Gemvs;
 use super::launch::{Launch, Queue, args};
-use super::module::{ByType, Module};
+use super::module::{ByType, ByTypes, Module};
 use super::skinny::{Shape, Skinny};
 use super::{CudaBackend, CudaBuffer, CudaLinear, CudaVector, DeviceFacts};
 use crate::{Activation, BackendError, DType};
@@ -63,6 +63,14 @@ pub(super) fn out_type(dtype: DType) -> i32 {
     }
 }
 
+/// From the activations' type to the weight's.
+const CONVERSIONS: [(DType, DType); 4] = [
+    (DType::F32, DType::BF16),
+    (DType::F32, DType::F16),
+    (DType::BF16, DType::F32),
+    (DType::F16, DType::F32),
+];
+
 /// Kernels and library.
 pub(super) struct Matmuls {
     library: CublasLt,
@@ -70,7 +78,7 @@ pub(super) struct Matmuls {
     gemvs: Gemvs,
     few_rows: FewRows,
     add_bias: ByType,
-    widen: ByType,
+    convert: ByTypes,
 }
 
 impl Matmuls {
@@ -83,7 +91,7 @@ impl Matmuls {
             gemvs: Gemvs::load(context)?,
             few_rows: FewRows::load(context)?,
             add_bias: module.by_type("add_bias")?,
-            widen: module.by_type("widen")?,
+            convert: module.by_types("convert", &CONVERSIONS)?,
         })
     }
 
@@ -109,7 +117,7 @@ impl Matmuls {
             return Ok(());
         }
         if x.dtype() != weight.dtype {
-            self.multiply_widened(queue, workspace, x, weight, out)?;
+            self.multiply_converted(queue, workspace, x, weight, out)?;
             return self.add_bias(queue, bias, out);
         }
         let kernel = self.choose(task(x, (weight, bias), out), workspace);
@@ -136,7 +144,6 @@ impl Matmuls {
         );
         out.resize(x.rows());
         let activation = activation_number(activation);
-        let has_one_type = x.dtype() == weight.dtype && out.dtype() == weight.dtype;
         if x.rows() > GEMV_ROWS && x.dtype() == weight.dtype && out.dtype() == weight.dtype {
             let task = task(x, (weight, bias), out);
             if queue.is_dry() || self.few_rows.multiply_gated(queue, task, activation)? {
@@ -193,6 +200,9 @@ impl Matmuls {
                     Skinny::shapes(task.rows).find(|shape| shape.tokens == tokens && shape.groups == groups);
                 shape.map_or(Ok(()), |shape| skinny.multiply(queue, workspace, shape, task))
             }
+            (MatmulKernel::FewRows { tokens, tiles }, _) => {
+                self.few_rows.multiply(queue, Tiling { tokens, tiles }, task).map(|_| ())
+            }
             (MatmulKernel::Gemv, _) => self.gemvs.multiply(queue, x, (weight, bias), out).map(|_| ()),
             _ => {
                 let operands = Operands { x: task.x, weight: weight.ptr(), out: task.out };
@@ -203,9 +213,9 @@ impl Matmuls {
         }
     }
 
-    /// A product with a float32 weight, such as a router's, of activations that are narrower. They are widened at the end
-    /// of the workspace, some rows at a time.
-    fn multiply_widened(
+    /// A product of activations of another type than the weight's: a router's weight is float32, and so is the residual stream,
+    /// which some families multiply as it is. They are converted at the end of the workspace, some rows at a time.
+    fn multiply_converted(
         &mut self,
         queue: &Queue,
         workspace: &DeviceMemory,
@@ -215,23 +225,19 @@ impl Matmuls {
     ) -> Result<(), BackendError> {
         let operands = Operands { x: x.ptr(), weight: weight.ptr(), out: out.ptr() };
         let product = product(x.rows(), weight, out.dtype());
-        assert!(product.dtype == DType::F32, "{} activations with {} weights", x.dtype(), product.dtype);
-        let row_bytes = product.inputs * size_of::<f32>();
+        let function = self.convert.of(x.dtype(), product.dtype)?;
+        let row_bytes = product.inputs * product.dtype.size_bytes();
         let rows_at_once = ((workspace.bytes() - WORKSPACE_BYTES) / row_bytes).max(1);
         for first in (0..product.rows).step_by(rows_at_once) {
             let rows = rows_at_once.min(product.rows - first);
             let from = x.ptr() + (first * product.inputs * x.dtype().size_bytes()) as u64;
-            let (widened, count) = (workspace.ptr() + WORKSPACE_BYTES as u64, (rows * product.inputs) as i64);
+            let (converted, count) =
+                (workspace.ptr() + WORKSPACE_BYTES as u64, (rows * product.inputs) as i64);
             let blocks = (count as usize).div_ceil(THREADS as usize).min(4096) as u32;
-            let launch = Launch {
-                function: self.widen.of(x.dtype()),
-                grid: [blocks, 1, 1],
-                block: THREADS,
-                shared_bytes: 0,
-            };
-            queue.launch(&launch, args![from, widened, count])?;
+            let launch = Launch { function, grid: [blocks, 1, 1], block: THREADS, shared_bytes: 0 };
+            queue.launch(&launch, args![from, converted, count])?;
             let out = operands.out + (first * product.outputs * product.out_dtype.size_bytes()) as u64;
-            let operands = Operands { x: widened, out, ..operands };
+            let operands = Operands { x: converted, out, ..operands };
             let product = Product { rows, ..product };
             self.library.multiply(queue.stream(), workspace.ptr(), product, operands)?;
         }
@@ -262,7 +268,8 @@ fn task<'a>(
     out: &CudaBuffer,
 ) -> Task<'a> {
     if let Some(bias) = bias {
-        assert!(bias.width == out.width(), "a bias of {} for {} columns", bias.width, out.width());
+        let outputs = weight.out_features;
+        assert!(bias.width == outputs, "a bias of {} for {outputs} columns", bias.width);
     }
     Task {
         x: x.ptr(),

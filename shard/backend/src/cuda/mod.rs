@@ -153,11 +153,13 @@ impl CudaBackend {
     /// One line that says what is missing: driver, device, kernels for it, libraries.
     pub fn new(options: CudaOptions, communicator: Box<dyn Communicator>) -> Result<Self, BackendError> {
         let context = Context::new(options.ordinal)?;
-        let capability = context.compute_capability()?;
         let num_sms = context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
-        let facts = DeviceFacts { num_sms: usize::try_from(num_sms).unwrap_or(1).max(1), capability };
-        let description =
-            format!("{} (device {}, sm_{}{})", context.name()?, options.ordinal, capability.0, capability.1);
+        let facts = DeviceFacts {
+            num_sms: usize::try_from(num_sms).unwrap_or(1).max(1),
+            capability: context.compute_capability()?,
+        };
+        let (major, minor) = facts.capability;
+        let description = format!("{} (device {}, sm_{major}{minor})", context.name()?, options.ordinal);
         let step =
             StepInputs::new(&context, options.max_step_tokens, options.max_seqs, options.max_table_elements)?;
         Ok(Self {
