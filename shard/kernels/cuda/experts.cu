@@ -168,6 +168,24 @@ __device__ __forceinline__ bool find_work(const Tile* tiles, int width, int colu
     return true;
 }
 
+// Runs `each(values[i], i)` for a block's threads, with several loads under way.
+template <typename Each> __device__ __forceinline__ void for_batches(const int* values, int count, Each each) {
+    constexpr int BATCH = 8;
+    for (int base = threadIdx.x; base < count; base += BATCH * blockDim.x) {
+        int batch[BATCH];
+#pragma unroll
+        for (int b = 0; b < BATCH; ++b) {
+            const int i = base + b * blockDim.x;
+            batch[b] = i < count ? values[i] : 0;
+        }
+#pragma unroll
+        for (int b = 0; b < BATCH; ++b) {
+            const int i = base + b * blockDim.x;
+            if (i < count) each(batch[b], i);
+        }
+    }
+}
+
 // Sorts pairs by expert, and cuts each expert's slots into tiles of at most `tile_rows`: `slots[s]` is the pair in slot s; tiles
 // past the last have no rows. One block. Shared memory: two ints an expert.
 extern "C" __global__ void __launch_bounds__(1024) sort_by_expert(const int* experts, int pairs, int num_experts, int tile_rows,
@@ -179,7 +197,7 @@ extern "C" __global__ void __launch_bounds__(1024) sort_by_expert(const int* exp
     pdl_wait();
     for (int e = threadIdx.x; e < num_experts; e += blockDim.x) counts[e] = 0;
     __syncthreads();
-    for (int i = threadIdx.x; i < pairs; i += blockDim.x) atomicAdd(&counts[experts[i]], 1);
+    for_batches(experts, pairs, [&](int expert, int) { atomicAdd(&counts[expert], 1); });
     __syncthreads();
     if (threadIdx.x < 32) {
         // Running sums of slots and of tiles.
@@ -210,7 +228,7 @@ extern "C" __global__ void __launch_bounds__(1024) sort_by_expert(const int* exp
     __syncthreads();
     for (int t = num_tiles + threadIdx.x; t < max_tiles; t += blockDim.x) tiles[t] = Tile{0, 0, 0, 0, 0};
     // Which of an expert's slots a pair takes is chance, and changes no result.
-    for (int i = threadIdx.x; i < pairs; i += blockDim.x) slots[atomicAdd(&next[experts[i]], 1)] = i;
+    for_batches(experts, pairs, [&](int expert, int pair) { slots[atomicAdd(&next[expert], 1)] = pair; });
 }
 
 // `activated[s] = activation(gate(x)) * up(x)` of the token in each slot, tile by tile. `weights` are the addresses of each
@@ -260,7 +278,7 @@ __device__ __forceinline__ void project_in_tensor(const T* x, const void* const*
 template <typename T, int BM>
 __device__ __forceinline__ void project_out_tensor(const T* activated_in, const void* const* weights, int pitch,
                                                    const int* slots, const Tile* tiles, int hidden, int width,
-                                                   float* products) {
+                                                   T* products) {
     using Product = tile::Tensor<T, BM>;
     extern __shared__ __align__(16) unsigned char tile_memory[];
     pdl_launch();
@@ -280,14 +298,13 @@ __device__ __forceinline__ void project_out_tensor(const T* activated_in, const 
         for (int h = 0; h < 2; ++h) {
             const int row = Product::row(mi, h);
             if (row >= tile.count) continue;
-            float* const out = products + static_cast<size_t>(slots[tile.first + row]) * hidden;
+            T* const out = products + static_cast<size_t>(slots[tile.first + row]) * hidden;
 #pragma unroll
             for (int ni = 0; ni < Product::NI; ++ni) {
                 const int column = column0 + Product::column(ni, 0);
                 // Hidden is a multiple of 8 here.
-                if (column < hidden)
-                    *reinterpret_cast<float2*>(out + column) =
-                        make_float2(product.sums[mi][ni][2 * h], product.sums[mi][ni][2 * h + 1]);
+                const float pair[2] = {product.sums[mi][ni][2 * h], product.sums[mi][ni][2 * h + 1]};
+                if (column < hidden) store_floats<T, 2>(out + column, pair);
             }
         }
 }
@@ -315,23 +332,26 @@ __device__ __forceinline__ void project_in_warpgroups(const T* x, const void* co
         [&](int i) {
             return i < tile.count ? x + static_cast<size_t>(slots[tile.first + i] / chosen) * hidden : nullptr;
         },
-        hidden, tile_memory);
-    const int column = column0 + threadIdx.x / 32 * 8 + threadIdx.x % 32 / 4;
-    if (column >= width) return;
+        hidden, tile.count, tile_memory);
+    // Width is a multiple of 8, so that eight columns are there or not. All lanes take part in exchanging rows and columns.
+    const int column = column0 + threadIdx.x / 32 * 8;
 #pragma unroll
-    for (int j = 0; j < TOKENS / 8; ++j)
+    for (int j = 0; j < TOKENS / 8; ++j) {
+        float values[2];
 #pragma unroll
-        for (int l = 0; l < 2; ++l) {
-            const int token = Product::token(j, l);
-            if (token < tile.count)
-                activated_out[static_cast<size_t>(tile.first + token) * width + column] =
-                    from_float<T>(activated<T>(product.sums[j][l], activation) * product.sums[j][2 + l]);
+        for (int l = 0; l < 2; ++l) values[l] = activated<T>(product.sums[j][l], activation) * product.sums[j][2 + l];
+        const uint32_t pair = warpgroup::transposed<T>(values);
+        const int token = j * 8 + threadIdx.x % 32 / 4;
+        if (token < tile.count && column < width) {
+            T* const out = activated_out + static_cast<size_t>(tile.first + token) * width + column;
+            reinterpret_cast<uint32_t*>(out)[threadIdx.x % 4] = pair;
         }
+    }
 }
 template <typename T, int TOKENS>
 __device__ __forceinline__ void project_out_warpgroups(const T* activated_in, const void* const* weights, int pitch,
                                                        const int* slots, const Tile* tiles, int hidden, int width,
-                                                       float* products) {
+                                                       T* products) {
     using Product = warpgroup::Tile<T, TOKENS>;
     extern __shared__ __align__(16) unsigned char tile_memory[];
     pdl_launch();
@@ -344,20 +364,19 @@ __device__ __forceinline__ void project_out_warpgroups(const T* activated_in, co
     product.run(
         [&](int j) { return column0 + j < hidden ? weight + static_cast<size_t>(column0 + j) * pitch : nullptr; },
         [&](int i) { return i < tile.count ? activated_in + static_cast<size_t>(tile.first + i) * width : nullptr; },
-        width, tile_memory);
+        width, tile.count, tile_memory);
+    const int column = column0 + threadIdx.x / 32 * 16;
 #pragma unroll
-    for (int j = 0; j < TOKENS / 8; ++j)
+    for (int j = 0; j < TOKENS / 8; ++j) {
+        const int token = j * 8 + threadIdx.x % 32 / 4;
+        T* const out = token < tile.count ? products + static_cast<size_t>(slots[tile.first + token]) * hidden : nullptr;
 #pragma unroll
-        for (int l = 0; l < 2; ++l) {
-            const int token = Product::token(j, l);
-            if (token >= tile.count) continue;
-            float* const out = products + static_cast<size_t>(slots[tile.first + token]) * hidden;
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-                const int column = column0 + Product::row(h);
-                if (column < hidden) out[column] = product.sums[j][2 * h + l];
-            }
+        for (int h = 0; h < 2; ++h) {
+            const uint32_t pair = warpgroup::transposed<T>(product.sums[j] + 2 * h);
+            const int first = column + 8 * h;
+            if (out != nullptr && first < hidden) reinterpret_cast<uint32_t*>(out + first)[threadIdx.x % 4] = pair;
         }
+    }
 }
 
 // The same two for any type, width and alignment: tiles have at most 32 rows.
@@ -396,7 +415,7 @@ __device__ __forceinline__ void project_in_plain(const T* x, const void* const* 
 template <typename T>
 __device__ __forceinline__ void project_out_plain(const T* activated_in, const void* const* weights, int pitch,
                                                   const int* slots, const Tile* tiles, int hidden, int width,
-                                                  float* products) {
+                                                  T* products) {
     using Product = tile::Plain<T>;
     __shared__ typename Product::Shared shared;
     pdl_launch();
@@ -415,33 +434,36 @@ __device__ __forceinline__ void project_out_plain(const T* activated_in, const v
     for (int i = 0; i < 4; ++i) {
         const int row = threadIdx.x / 32 + 8 * i;
         if (row < tile.count && column < hidden)
-            products[static_cast<size_t>(slots[tile.first + row]) * hidden + column] = product.sums[i];
+            products[static_cast<size_t>(slots[tile.first + row]) * hidden + column] = from_float<T>(product.sums[i]);
     }
 }
 
 // `out[token] = sum over its pairs of weight * product`, in the order of the experts. One block a token.
 template <typename T>
-__device__ __forceinline__ void combine(const float* products, const float* weights, int chosen, int hidden, T* out) {
+__device__ __forceinline__ void combine(const T* products, const float* weights, int chosen, int hidden, T* out) {
+    constexpr int V = 16 / sizeof(T);
     pdl_launch();
     pdl_wait();
     products += static_cast<size_t>(blockIdx.x) * chosen * hidden;
     weights += blockIdx.x * chosen;
     out += static_cast<size_t>(blockIdx.x) * hidden;
-    if (hidden % 4 == 0) {
-        for (int i = threadIdx.x * 4; i < hidden; i += blockDim.x * 4) {
-            float sum[4] = {};
+    if (hidden % V == 0) {
+        for (int i = threadIdx.x * V; i < hidden; i += blockDim.x * V) {
+            float sum[V] = {};
+#pragma unroll 4
             for (int j = 0; j < chosen; ++j) {
-                float v[4];
-                load_floats<f32, 4>(products + static_cast<size_t>(j) * hidden + i, v);
+                float v[V];
+                load_floats<T, V>(products + static_cast<size_t>(j) * hidden + i, v);
 #pragma unroll
-                for (int k = 0; k < 4; ++k) sum[k] = fmaf(weights[j], v[k], sum[k]);
+                for (int k = 0; k < V; ++k) sum[k] = fmaf(weights[j], v[k], sum[k]);
             }
-            store_floats<T, 4>(out + i, sum);
+            store_floats<T, V>(out + i, sum);
         }
     } else {
         for (int i = threadIdx.x; i < hidden; i += blockDim.x) {
             float sum = 0.0f;
-            for (int j = 0; j < chosen; ++j) sum = fmaf(weights[j], products[static_cast<size_t>(j) * hidden + i], sum);
+            for (int j = 0; j < chosen; ++j)
+                sum = fmaf(weights[j], to_float(products[static_cast<size_t>(j) * hidden + i]), sum);
             out[i] = from_float<T>(sum);
         }
     }
@@ -467,12 +489,16 @@ template <typename T> __device__ __forceinline__ float dot_part(const T* weight,
     return sum;
 }
 
+// Bytes that a warp fetches early: those of all warps that run at once have to fit into the L2.
+constexpr int MOST_FETCHED = 4096;
+
 // For few tokens: `activated[pair] = activation(gate(x)) * up(x)`, one warp a column. Blocks along the width, then the pairs.
 template <typename T>
 __device__ __forceinline__ void project_in_few(const T* x, const void* const* weights, int pitch, const int* experts,
                                                int chosen, int hidden, int width, int activation, T* activated_out) {
-    pdl_launch();
     pdl_wait();
+    // What follows may read what was chosen, which is there by now, before this is done.
+    pdl_launch();
     const int column = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, pair = blockIdx.y;
     if (column >= width) return;
     const T* const gate = static_cast<const T*>(weights[experts[pair]]) + static_cast<size_t>(column) * pitch;
@@ -511,8 +537,16 @@ __device__ __forceinline__ void project_out_few(const T* activated_in, const voi
                                                 const int* experts, const float* expert_weights, int chosen, int hidden,
                                                 int width, T* out) {
     pdl_launch();
-    pdl_wait();
     const int column = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, token = blockIdx.y;
+    const int row_bytes = column < hidden ? width * static_cast<int>(sizeof(T)) : 0;
+    // Weights are fetched into the L2 while the projections in end.
+    for (int j = 0; j < min(chosen, MOST_FETCHED / max(row_bytes, 1) + 1); ++j) {
+        const void* const expert = weights[experts[token * chosen + j]];
+        const char* const row = static_cast<const char*>(expert) + static_cast<size_t>(column) * pitch * sizeof(T);
+        for (int at = threadIdx.x % 32 * 128; at < min(row_bytes, MOST_FETCHED); at += 32 * 128)
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(row + at));
+    }
+    pdl_wait();
     if (column >= hidden) return;
     const bool is_wide = width % (16 / sizeof(T)) == 0;
     float sum = 0.0f;
@@ -530,8 +564,7 @@ __device__ __forceinline__ void project_out_few(const T* activated_in, const voi
     const T *x, const void *const *weights, int pitch, const int *slots, const Tile *tiles, int chosen, int hidden,     \
         int width, int activation, T *out
 #define OUT_PARAMETERS(T)                                                                                               \
-    const T *x, const void *const *weights, int pitch, const int *slots, const Tile *tiles, int hidden, int width,      \
-        float *out
+    const T *x, const void *const *weights, int pitch, const int *slots, const Tile *tiles, int hidden, int width, T *out
 #define TENSOR(T, BM)                                                                                                   \
     extern "C" __global__ void __launch_bounds__(tile::THREADS) project_in_##BM##_##T(IN_PARAMETERS(T)) {               \
         project_in_tensor<T, BM>(x, weights, pitch, slots, tiles, chosen, hidden, width, activation, out);              \
@@ -576,8 +609,7 @@ ALL_WARPGROUPS(f16)
     extern "C" __global__ void __launch_bounds__(tile::THREADS) project_out_plain_##T(OUT_PARAMETERS(T)) {              \
         project_out_plain<T>(x, weights, pitch, slots, tiles, hidden, width, out);                                      \
     }                                                                                                                   \
-    extern "C" __global__ void combine_##T(const float* products, const float* weights, int chosen, int hidden,         \
-                                           T* out) {                                                                    \
+    extern "C" __global__ void combine_##T(const T* products, const float* weights, int chosen, int hidden, T* out) {    \
         combine<T>(products, weights, chosen, hidden, out);                                                             \
     }                                                                                                                   \
     extern "C" __global__ void project_in_few_##T(const T* x, const void* const* weights, int pitch,                    \

@@ -188,20 +188,45 @@ template <int BLOCKS> struct Slice {
         is_wide = vocab % 4 == 0;
     }
 
-    // Runs `each(logit, id)`.
+    // Runs `each(logit, id)` for the slice, or for `first..last` by a warp alone.
     template <typename Each> __device__ __forceinline__ void each(Each each) const {
-        if (is_wide) {
-            for (int at = begin + threadIdx.x * 4; at < end; at += THREADS * 4) {
-                const float4 x = *reinterpret_cast<const float4*>(logits + at);
-                each(ordered(x.x), at), each(ordered(x.y), at + 1), each(ordered(x.z), at + 2), each(ordered(x.w), at + 3);
-            }
-        } else {
-            for (int at = begin + threadIdx.x; at < end; at += THREADS) each(ordered(logits[at]), at);
-        }
+        walk<THREADS>(begin, end, threadIdx.x, each);
+    }
+    template <typename Each> __device__ __forceinline__ void each_of_warp(int first, int last, Each each) const {
+        walk<32>(first, last, threadIdx.x % 32, each);
     }
 
   private:
     bool is_wide;
+
+    // With several loads under way, since each takes long. Slices and parts of them begin at whole vectors.
+    template <int COUNT, typename Each>
+    __device__ __forceinline__ void walk(int first, int last, int thread, Each each) const {
+        constexpr int BATCH = 4;
+        for (int base = first; base < last; base += BATCH * COUNT * 4) {
+            float v[BATCH][4];
+#pragma unroll
+            for (int b = 0; b < BATCH; ++b) {
+                const int at = base + (b * COUNT + thread) * 4;
+                if (is_wide) {
+                    float4 x = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
+                    if (at < last) x = *reinterpret_cast<const float4*>(logits + at);
+                    v[b][0] = x.x, v[b][1] = x.y, v[b][2] = x.z, v[b][3] = x.w;
+                } else {
+#pragma unroll
+                    for (int k = 0; k < 4; ++k) v[b][k] = at + k < last ? logits[at + k] : -INFINITY;
+                }
+            }
+#pragma unroll
+            for (int b = 0; b < BATCH; ++b) {
+                const int at = base + (b * COUNT + thread) * 4;
+#pragma unroll
+                for (int k = 0; k < 4; ++k) {
+                    if (at + k < last) each(ordered(v[b][k]), at + k);
+                }
+            }
+        }
+    }
 };
 
 // All threads of all blocks of the row have come here, and see what the others have written.
@@ -411,22 +436,28 @@ __device__ __forceinline__ Kept shape(Shared& shared, const Slice<BLOCKS>& slice
     return kept;
 }
 
+// Elements of each of 32 parts of `count`: whole vectors for a warp where there are many.
+__device__ __forceinline__ int part_of(int count) {
+    const int unit = count > 4096 ? 128 : 32;
+    return ((count + 31) / 32 + unit - 1) / unit * unit;
+}
+
 // Mass of what is kept in `begin..end`, by 32 parts of `part` elements each, one warp a part: `masses` above the least, and
 // how many equal it.
-__device__ __forceinline__ void weigh_parts(Shared& shared, const float* logits, float best, const Kept& kept, int begin,
+template <int BLOCKS>
+__device__ __forceinline__ void weigh_parts(Shared& shared, const Slice<BLOCKS>& slice, float best, const Kept& kept, int begin,
                                             int end, int part) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int first = begin + warp * part, last = min(end, first + part);
     Mass mass = 0;
     int ties = 0;
-    for (int i = first + lane; i < last; i += 32) {
-        const float logit = ordered(logits[i]);
+    slice.each_of_warp(first, last, [&](float logit, int) {
         if (logit > kept.least) {
             mass += mass_of(logit, best);
         } else if (logit == kept.least && logit > -INFINITY) {
             ++ties;
         }
-    }
+    });
     mass = warp_total(mass);
     ties = __reduce_add_sync(ALL, ties);
     if (lane == 0) {
@@ -478,14 +509,16 @@ __device__ __forceinline__ int find_lane(const Kept& kept, Mass above, int ties,
 }
 
 // The token at the target in `begin..end`, ids ascending; every warp finds it. Negative: none, as infinite logits have it.
-__device__ __forceinline__ int find_token(Shared& shared, const float* logits, float best, const Kept& kept, int begin, int end,
+template <int BLOCKS>
+__device__ __forceinline__ int find_token(Shared& shared, const Slice<BLOCKS>& slice, float best, const Kept& kept,
                                           Target target) {
+    int begin = slice.begin, end = slice.end;
     const Mass tie_mass = kept.least > -INFINITY ? mass_of(kept.least, best) : 0;
     const int lane = threadIdx.x % 32;
     Mass total;
     while (end - begin > 128) {
-        const int part = ((end - begin + 31) / 32 + 31) / 32 * 32;
-        weigh_parts(shared, logits, best, kept, begin, end, part);
+        const int part = part_of(end - begin);
+        weigh_parts(shared, slice, best, kept, begin, end, part);
         const int found = find_lane(kept, shared.masses[lane], shared.ties[lane], tie_mass, target, total);
         __syncthreads();
         if (found < 0) return -1;
@@ -493,7 +526,7 @@ __device__ __forceinline__ int find_token(Shared& shared, const float* logits, f
         end = min(end, begin + part);
     }
     for (int base = begin; base < end; base += 32) {
-        const float logit = base + lane < end ? ordered(logits[base + lane]) : -INFINITY;
+        const float logit = base + lane < end ? ordered(slice.logits[base + lane]) : -INFINITY;
         const Mass above = logit > kept.least ? mass_of(logit, best) : 0;
         const int is_tie = logit == kept.least && logit > -INFINITY;
         const int found = find_lane(kept, above, is_tie, tie_mass, target, total);
@@ -507,8 +540,7 @@ template <int BLOCKS>
 __device__ __forceinline__ Mass weigh(Shared& shared, const Slice<BLOCKS>& slice, float best, const Kept& kept, double uniform,
                                       bool& is_here, Target& target) {
     const int lane = threadIdx.x % 32;
-    const int part = ((slice.end - slice.begin + 31) / 32 + 31) / 32 * 32;
-    weigh_parts(shared, slice.logits, best, kept, slice.begin, slice.end, part);
+    weigh_parts(shared, slice, best, kept, slice.begin, slice.end, part_of(slice.end - slice.begin));
     const Mass above = warp_total(shared.masses[lane]);
     const int ties = __reduce_add_sync(ALL, shared.ties[lane]);
     if (threadIdx.x < BLOCKS) {
@@ -581,16 +613,16 @@ __device__ __forceinline__ void choose(float* logits, int vocab, const Request* 
     logits += static_cast<size_t>(request.row) * vocab;
     const Slice<BLOCKS> slice(logits, vocab);
     const bool is_scaled = !request.is_greedy && request.temperature != 1.0f;
-    if (is_scaled) {
-        for (int i = slice.begin + threadIdx.x; i < slice.end; i += THREADS)
-            logits[i] = ordered(logits[i]) / request.temperature;
-    }
-    // Every block is there before another one reaches into it.
-    meet<BLOCKS>();
     Best best{-INFINITY, NO_ID};
     slice.each([&](float logit, int id) {
+        if (is_scaled) {
+            logit /= request.temperature;
+            logits[id] = logit;
+        }
         if (is_better(Best{logit, id}, best)) best = Best{logit, id};
     });
+    // Every block is there before another one reaches into it.
+    meet<BLOCKS>();
     best = best_of_blocks<BLOCKS>(shared, slice, best);
     Kept kept{-INFINITY, -1};
     if (!request.is_greedy) kept = shape<BLOCKS>(shared, slice, vocab, best.logit, request.top_k, request.top_p);
@@ -603,7 +635,7 @@ __device__ __forceinline__ void choose(float* logits, int vocab, const Request* 
     __syncthreads();
     int id = best.id;
     if (draws && is_here) {
-        const int drawn = find_token(shared, logits, best.logit, kept, slice.begin, slice.end, target);
+        const int drawn = find_token(shared, slice, best.logit, kept, target);
         id = drawn < 0 ? best.id : drawn;
     }
     if ((draws ? is_here : slice.rank == 0) && threadIdx.x == 0) {

@@ -152,20 +152,32 @@ template <> struct Multiply<f16, 128> {
 };
 #endif
 
-// 128 weight rows times TOKENS rows: two warpgroups with 64 weight rows each. A thread's sums: `sums[j][2 * h + l]` is weight row
-// `row(h)`, row `token(j, l)`.
+// Two values of an 8 x 8 matrix, of row `lane / 4` and columns `lane % 4 * 2 + {0, 1}`, rounded, against those of the column and the
+// rows of these numbers.
+template <typename T> __device__ __forceinline__ uint32_t transposed(const float* pair) {
+    Vec<T, 2> rounded;
+    rounded.at[0] = from_float<T>(pair[0]);
+    rounded.at[1] = from_float<T>(pair[1]);
+    uint32_t result;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;"
+                 : "=r"(result)
+                 : "r"(*reinterpret_cast<const uint32_t*>(&rounded)));
+    return result;
+}
+
+// 128 weight rows times TOKENS rows: two warpgroups with 64 weight rows each, a warp with 16. A thread's sums: `sums[j][2 * h + l]` is
+// the warp's weight row `lane / 4 + 8 h`, row `8 j + lane % 4 * 2 + l`.
 template <typename T, int TOKENS> struct Tile {
     static constexpr int ROWS = 128, K = 64, STAGES = 4, BYTES = (ROWS + TOKENS) * 128;
     // With room to begin at a multiple of 1024 bytes; `warpgroup_tile_bytes` of module.rs says the same.
     static constexpr int SHARED = STAGES * BYTES + 1024;
     float sums[TOKENS / 8][4];
 
-    __device__ __forceinline__ static int row(int h) { return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + 8 * h; }
-    __device__ __forceinline__ static int token(int j, int l) { return j * 8 + threadIdx.x % 4 * 2 + l; }
 
-    // `w(j)` and `x(i)` point to the k elements of weight row j and row i, or are null where there is none. Rows are aligned to
-    // 16 bytes and k is a multiple of 8.
-    template <typename W, typename X> __device__ __forceinline__ void run(W w, X x, int k, unsigned char* memory) {
+    // `w(j)` and `x(i)` point to the k elements of weight row j and row i, or are null where there is none; there are none of the
+    // latter from `tokens` on. Rows are aligned to 16 bytes and k is a multiple of 8.
+    template <typename W, typename X>
+    __device__ __forceinline__ void run(W w, X x, int k, int tokens, unsigned char* memory) {
 #ifdef HAS_WARPGROUPS
         unsigned char* const stages = memory + (1024 - __cvta_generic_to_shared(memory) % 1024) % 1024;
         constexpr int STRIDE = 32, W_COPIES = ROWS / STRIDE, X_COPIES = (TOKENS + STRIDE - 1) / STRIDE;
@@ -211,15 +223,14 @@ template <typename T, int TOKENS> struct Tile {
             tile::commit();
             const unsigned char* const here = stages + step % STAGES * BYTES;
             const uint64_t a = describe(here + threadIdx.x / 128 * 64 * 128);
-            fence();
+            constexpr int N = TOKENS < 128 ? TOKENS : 128;
 #pragma unroll
-            for (int part = 0; part < K / 16; ++part) {
-                constexpr int N = TOKENS < 128 ? TOKENS : 128;
+            for (int half = 0; half < TOKENS / N; ++half) {
+                if (half > 0 && tokens <= half * N) continue;
+                const uint64_t b = describe(here + (ROWS + half * N) * 128);
+                fence();
 #pragma unroll
-                for (int half = 0; half < TOKENS / N; ++half) {
-                    const uint64_t b = describe(here + (ROWS + half * N) * 128);
-                    Multiply<T, N>::run(sums + half * N / 8, a + part * 2, b + part * 2);
-                }
+                for (int part = 0; part < K / 16; ++part) Multiply<T, N>::run(sums + half * N / 8, a + part * 2, b + part * 2);
             }
             warpgroup::commit();
             warpgroup::wait<1>();

@@ -92,7 +92,7 @@ impl CudaExperts {
 
     /// Bytes of work for a token and one of its experts.
     fn scratch_bytes_a_pair(&self) -> usize {
-        12 + TILE_BYTES + self.width * self.dtype.size_bytes() + 4 * self.hidden
+        12 + TILE_BYTES + (self.width + self.hidden) * self.dtype.size_bytes()
     }
 
     /// Where the arrays of `rows` tokens with `chosen` experts each begin.
@@ -110,7 +110,7 @@ impl CudaExperts {
             slots: array(4 * pairs),
             tiles: array(TILE_BYTES * pairs),
             activated: array(pairs * self.width * self.dtype.size_bytes()),
-            products: array(4 * pairs * self.hidden),
+            products: array(pairs * self.hidden * self.dtype.size_bytes()),
         }
     }
 }
@@ -197,18 +197,20 @@ pub(super) struct ExpertKernels {
     project_out_few: ByType,
     /// Of bfloat16, then float16; the smallest tiles first.
     tensor: [Vec<Tiled>; 2],
+    /// These tiles are of warpgroups.
+    has_warpgroups: bool,
     plain: [ByType; 2],
     /// Grows while experts are made; its address is then fixed.
     scratch: RefCell<Option<DeviceMemory>>,
 }
 
-/// Whether weights are to be streamed for each token: that reads those of an expert once for each token that it has, tiles read
-/// them once, but at four fifths of the speed and after sorting.
-fn is_few(rows: usize, chosen: usize, num_experts: usize) -> bool {
+/// Whether weights are to be streamed for each token: that reads those of an expert once for each token that has it, tiles read them
+/// once, after sorting. `tiles_stream` says that tiles read them as fast.
+fn is_few(rows: usize, chosen: usize, num_experts: usize, tiles_stream: bool) -> bool {
     // Experts that tokens share seldom coincide: how many there are if each is as likely as the others.
     let missed = (1.0 - chosen as f64 / num_experts as f64).powi(rows as i32);
     let distinct = num_experts as f64 * (1.0 - missed);
-    rows == 1 || rows <= FEW_ROWS && ((rows * chosen) as f64) < 1.25 * distinct
+    rows == 1 || !tiles_stream && rows <= FEW_ROWS && ((rows * chosen) as f64) < 1.25 * distinct
 }
 
 /// One part of a step: some tokens, and where their arrays are.
@@ -271,6 +273,7 @@ impl ExpertKernels {
             project_in_few: module.by_type("project_in_few")?,
             project_out_few: module.by_type("project_out_few")?,
             tensor: [tiled("bf16")?, tiled("f16")?],
+            has_warpgroups,
             plain: [module.by_type("project_in_plain")?, module.by_type("project_out_plain")?],
             scratch: RefCell::new(None),
         })
@@ -335,7 +338,11 @@ impl ExpertKernels {
             };
             let logits = router_logits.ptr() + (first * experts.len() * size_of::<f32>()) as DevicePtr;
             self.choose(&part, logits, (routing, correction))?;
-            if is_few(rows, chosen, experts.len()) { self.stream(&part)? } else { self.multiply(&part)? }
+            if is_few(rows, chosen, experts.len(), self.has_warpgroups) {
+                self.stream(&part)?
+            } else {
+                self.multiply(&part)?
+            }
         }
         Ok(())
     }

@@ -79,7 +79,8 @@ struct Work {
     /// Requests of rows with penalties, and of rows that one block each chooses from.
     penalized: Vec<Request>,
     requests: Vec<Request>,
-    history: Vec<u32>,
+    /// Ids of the histories of `penalized`.
+    history_len: usize,
     /// Rows that the host chooses from.
     on_host: Vec<usize>,
 }
@@ -113,13 +114,13 @@ impl Work {
         self.greedy.clear();
         self.penalized.clear();
         self.requests.clear();
-        self.history.clear();
+        self.history_len = 0;
         self.on_host.clear();
         for (index, row) in rows.iter().enumerate() {
             let params = row.params;
             let is_greedy = params.is_greedy();
             let is_penalized = has_penalties(params) && !row.history.is_empty();
-            let history_fits = !is_penalized || self.history.len() + row.history.len() <= MAX_HISTORY;
+            let history_fits = !is_penalized || self.history_len + row.history.len() <= MAX_HISTORY;
             if params.typical_p < 1.0 || row.top_n > MOST_TOP || !history_fits {
                 self.on_host.push(index);
                 continue;
@@ -138,9 +139,9 @@ impl Work {
                 history_len: 0,
             };
             if is_penalized {
-                request.history = self.history.len() as i32;
+                request.history = self.history_len as i32;
                 request.history_len = row.history.len() as i32;
-                self.history.extend_from_slice(row.history);
+                self.history_len += row.history.len();
                 self.penalized.push(request);
             }
             if is_greedy && row.top_n == 0 {
@@ -218,8 +219,11 @@ impl Samplers {
         sampled: &mut [Sampled],
     ) -> Result<(), BackendError> {
         let is_all_greedy = work.greedy.len() == rows.len();
-        if !(is_all_greedy && work.penalized.is_empty()) {
-            self.upload(work, queue)?;
+        if !work.penalized.is_empty()
+            || !work.requests.is_empty()
+            || !is_all_greedy && !work.greedy.is_empty()
+        {
+            self.upload(work, rows, queue)?;
         }
         let (inputs, width) = (self.inputs.ptr(), vocab as i32);
         if !work.penalized.is_empty() {
@@ -276,7 +280,7 @@ impl Samplers {
     }
 
     /// Puts requests, rows and histories on the device.
-    fn upload(&mut self, work: &Work, queue: &Queue) -> Result<(), BackendError> {
+    fn upload(&mut self, work: &Work, rows: &[SamplingRow<'_>], queue: &Queue) -> Result<(), BackendError> {
         let staging = self.staging.as_mut_slice();
         let size = size_of::<Request>();
         let (penalized, requests) = (work.penalized.len(), work.requests.len());
@@ -285,8 +289,14 @@ impl Samplers {
             .copy_from_slice(bytemuck::cast_slice(&work.requests));
         let greedy = size_of_val(work.greedy.as_slice());
         staging[ROWS_AT..ROWS_AT + greedy].copy_from_slice(bytemuck::cast_slice(&work.greedy));
-        let history = size_of_val(work.history.as_slice());
-        staging[HISTORY_AT..HISTORY_AT + history].copy_from_slice(bytemuck::cast_slice(&work.history));
+        let history = work.history_len * size_of::<u32>();
+        let mut place = &mut staging[HISTORY_AT..HISTORY_AT + history];
+        for request in &work.penalized {
+            let bytes: &[u8] = bytemuck::cast_slice(rows[request.row as usize].history);
+            let (own, rest) = place.split_at_mut(bytes.len());
+            own.copy_from_slice(bytes);
+            place = rest;
+        }
         // The requests, and all else where there is any: each copy is a call.
         let end = match (history, greedy) {
             (0, 0) => requests * size,
