@@ -2,9 +2,14 @@
 
 use std::borrow::Cow;
 
-use backend::{Backend, DType, HostMatrix};
+use backend::{Activation, Backend, DType, HostMatrix};
 
-use crate::cases::{Random, bytes_of, matrix, on_every_backend, rounded, upload};
+#[cfg(feature = "cuda")]
+use crate::cases::cuda;
+use crate::cases::{
+    Random, activation_types, activations_beside, bytes_of, matrix, on_every_backend, random_as, rounded,
+    upload_as,
+};
 use crate::tolerances::{self, assert_close};
 
 /// `x weight^T + bias` and the sums of absolute values.
@@ -22,13 +27,41 @@ fn reference(x: &[f32], weight: &[f32], bias: Option<&[f32]>, inputs: usize) -> 
     (sums, magnitudes)
 }
 
+/// `rows x inputs -> outputs` with weights of `dtype` that were stored as `stored`, into results of every type a backend has.
+fn check_product<B: Backend>(
+    backend: &mut B,
+    random: &mut Random,
+    (rows, inputs, outputs): (usize, usize, usize),
+    (stored, dtype): (DType, DType),
+) {
+    let values = random.vector(outputs * inputs);
+    let weight: Vec<f32> = values.iter().map(|&x| rounded(rounded(x, stored), dtype)).collect();
+    let beside = activations_beside(backend, dtype);
+    let x = random_as(random, rows * inputs, beside);
+    let bias = (outputs % 2 == 1).then(|| random.vector(outputs));
+    let input = upload_as(backend, &x, inputs, beside);
+    let packed = backend.linear(&[matrix(&values, outputs, inputs, stored)], dtype).unwrap();
+    let bias_vector = bias.clone().map(|bias| backend.vector(bias).unwrap());
+    let (expected, magnitudes) = reference(&x, &weight, bias.as_deref(), inputs);
+    for &out_dtype in activation_types(backend) {
+        if out_dtype != DType::F32 && out_dtype != dtype {
+            continue;
+        }
+        let mut out = upload_as(backend, &vec![f32::NAN; rows * outputs], outputs, out_dtype);
+        backend.matmul(&input, &packed, bias_vector.as_ref(), &mut out).unwrap();
+        let what = format!("{rows} x {inputs} -> {outputs}, {stored} as {dtype} to {out_dtype}");
+        let found = backend.read(&out).unwrap();
+        assert_close(&what, &found, &expected, &magnitudes, tolerances::matmul(dtype).stored_as(out_dtype));
+    }
+}
+
 fn agrees_with_plain_sums<B: Backend>(backend: &mut B) {
     let mut random = Random(1);
     // Their many rows are in `many_rows`, with errors relative to norms.
     let has_fixed_point = ["VNNI", "BF16"].iter().any(|isa| backend.device().description.contains(isa));
     let dtypes = [DType::F32, DType::F16, DType::BF16];
     for dtype in dtypes {
-        for (rows, inputs, outputs) in [
+        for shape in [
             (1, 64, 48),
             (1, 7, 5),
             (2, 33, 17),
@@ -40,27 +73,10 @@ fn agrees_with_plain_sums<B: Backend>(backend: &mut B) {
             (1, 576, 192),
         ] {
             let stored = dtypes[random.below(3)];
-            if has_fixed_point && dtype == DType::BF16 && rows >= 32 {
+            if has_fixed_point && dtype == DType::BF16 && shape.0 >= 32 {
                 continue;
             }
-            let values = random.vector(outputs * inputs);
-            let weight: Vec<f32> = values.iter().map(|&x| rounded(rounded(x, stored), dtype)).collect();
-            let x = random.vector(rows * inputs);
-            let bias = (outputs % 2 == 1).then(|| random.vector(outputs));
-            let input = upload(backend, &x, inputs);
-            let packed = backend.linear(&[matrix(&values, outputs, inputs, stored)], dtype).unwrap();
-            let bias_vector = bias.clone().map(|bias| backend.vector(bias).unwrap());
-            let mut out = backend.buffer(rows, outputs, DType::F32).unwrap();
-            backend.matmul(&input, &packed, bias_vector.as_ref(), &mut out).unwrap();
-            let (expected, magnitudes) = reference(&x, &weight, bias.as_deref(), inputs);
-            let what = format!("{rows} x {inputs} -> {outputs}, {stored} as {dtype}");
-            assert_close(
-                &what,
-                &backend.read(&out).unwrap(),
-                &expected,
-                &magnitudes,
-                tolerances::matmul(dtype),
-            );
+            check_product(backend, &mut random, shape, (stored, dtype));
         }
     }
 }
@@ -68,6 +84,122 @@ fn agrees_with_plain_sums<B: Backend>(backend: &mut B) {
 #[test]
 fn matmul_agrees_with_plain_sums() {
     on_every_backend!(agrees_with_plain_sums);
+}
+
+/// Enough weights for a GPU to share them out: tiles of one block, of several, and rests; every number of rows that has a
+/// kernel of its own.
+#[cfg(feature = "cuda")]
+fn agrees_when_shared_out<B: Backend>(backend: &mut B) {
+    let mut random = Random(4);
+    for dtype in [DType::BF16, DType::F16] {
+        for shape in [
+            (1, 1032, 523),
+            (2, 264, 5001),
+            (4, 2048, 130),
+            (7, 520, 9001),
+            (8, 1024, 65),
+            (9, 1160, 1027),
+            (16, 72, 4096),
+            (17, 968, 777),
+            (32, 256, 2049),
+            (33, 392, 1300),
+            (64, 1024, 320),
+            (65, 456, 901),
+            (128, 1024, 257),
+            (129, 264, 390),
+        ] {
+            check_product(backend, &mut random, shape, (dtype, dtype));
+        }
+    }
+}
+
+#[cfg(feature = "cuda")]
+#[test]
+fn matmul_agrees_with_plain_sums_when_shared_out() {
+    let Some(mut backend) = cuda() else { return };
+    eprintln!("on CUDA");
+    agrees_when_shared_out(&mut backend);
+    // The counters of shared tiles must be as they were.
+    agrees_when_shared_out(&mut backend);
+}
+
+/// Every kernel there is for a product, not only the one that is taken for it.
+#[cfg(feature = "cuda")]
+#[test]
+fn every_kernel_agrees_with_plain_sums() {
+    let Some(mut backend) = cuda() else { return };
+    eprintln!("on CUDA");
+    let mut random = Random(5);
+    for dtype in [DType::BF16, DType::F16, DType::F32] {
+        for (rows, inputs, outputs) in
+            [(1, 776, 1003), (8, 264, 300), (13, 520, 911), (31, 1024, 130), (50, 328, 577), (111, 200, 650)]
+        {
+            let values = random.vector(outputs * inputs);
+            let weight: Vec<f32> = values.iter().map(|&x| rounded(x, dtype)).collect();
+            let x = random_as(&mut random, rows * inputs, dtype);
+            let bias = random.vector(outputs);
+            let input = upload_as(&mut backend, &x, inputs, dtype);
+            let packed = backend.linear(&[matrix(&values, outputs, inputs, dtype)], dtype).unwrap();
+            let bias_vector = backend.vector(bias.clone()).unwrap();
+            let (expected, magnitudes) = reference(&x, &weight, Some(&bias), inputs);
+            let mut out = upload_as(&mut backend, &vec![f32::NAN; rows * outputs], outputs, DType::F32);
+            for kernel in backend.matmul_kernels(&input, &packed, &out) {
+                let nothing = upload_as(&mut backend, &vec![f32::NAN; rows * outputs], outputs, DType::F32);
+                out = nothing;
+                backend.matmul_with(kernel, &input, (&packed, Some(&bias_vector)), &mut out).unwrap();
+                let first = backend.read(&out).unwrap();
+                let what = format!("{rows} x {inputs} -> {outputs}, {dtype} by {kernel:?}");
+                assert_close(&what, &first, &expected, &magnitudes, tolerances::matmul(dtype));
+                backend.matmul_with(kernel, &input, (&packed, Some(&bias_vector)), &mut out).unwrap();
+                assert_eq!(first, backend.read(&out).unwrap(), "{what}: the same bits again");
+            }
+        }
+    }
+}
+
+/// Gate, up and activation in one operation are what they are one after the other, on every backend.
+fn gated_equals_its_parts<B: Backend>(backend: &mut B) {
+    let mut random = Random(6);
+    for dtype in [DType::BF16, DType::F16] {
+        let beside = activations_beside(backend, dtype);
+        for (rows, inputs, width) in [
+            (1, 264, 100),
+            (3, 40, 129),
+            (5, 1032, 65),
+            (8, 520, 1000),
+            (16, 136, 72),
+            (30, 776, 333),
+            (64, 1024, 96),
+            (90, 72, 70),
+        ] {
+            let values = random.vector(2 * width * inputs);
+            let x = random_as(&mut random, rows * inputs, beside);
+            let input = upload_as(backend, &x, inputs, beside);
+            let packed = backend.linear(&[matrix(&values, 2 * width, inputs, dtype)], dtype).unwrap();
+            let bias = (width % 2 == 1).then(|| backend.vector(random.vector(2 * width)).unwrap());
+            let nothing = vec![f32::NAN; rows * width];
+            let mut gate_up = backend.buffer(rows, 2 * width, beside).unwrap();
+            let mut out = upload_as(backend, &nothing, width, beside);
+            for activation in [Activation::Silu, Activation::GeluTanh] {
+                backend.matmul(&input, &packed, bias.as_ref(), &mut gate_up).unwrap();
+                backend.gated_activation(&gate_up, activation, &mut out).unwrap();
+                let expected: Vec<f64> = backend.read(&out).unwrap().into_iter().map(f64::from).collect();
+                let mut found = upload_as(backend, &nothing, width, beside);
+                let both = (&mut gate_up, &mut found);
+                backend.gated_matmul(&input, (&packed, bias.as_ref()), activation, both).unwrap();
+                // Sums in another order may round to the next number, gate and up each.
+                let magnitudes: Vec<f64> = expected.iter().map(|value| value.abs()).collect();
+                let tolerance = tolerances::ACTIVATION.stored_as(beside).stored_as(beside);
+                let what = format!("{rows} x {inputs} -> {width}, {dtype}, {activation:?}");
+                assert_close(&what, &backend.read(&found).unwrap(), &expected, &magnitudes, tolerance);
+            }
+        }
+    }
+}
+
+#[test]
+fn gated_matmul_equals_its_parts() {
+    on_every_backend!(gated_equals_its_parts);
 }
 
 /// A rank's window of a larger matrix, at an odd address, stacked on others of other types.
@@ -86,8 +218,9 @@ fn stacks_windows<B: Backend>(backend: &mut B) {
         let packed = backend.linear(&parts, dtype).unwrap();
         let mut weight: Vec<f32> = window.iter().map(|&x| rounded(rounded(x, DType::BF16), dtype)).collect();
         weight.extend(second.iter().map(|&x| rounded(rounded(x, DType::F16), dtype)));
-        let x = random.vector(3 * cols);
-        let input = upload(backend, &x, cols);
+        let beside = activations_beside(backend, dtype);
+        let x = random_as(&mut random, 3 * cols, beside);
+        let input = upload_as(backend, &x, cols, beside);
         let mut out = backend.buffer(3, 33, DType::F32).unwrap();
         backend.matmul(&input, &packed, None, &mut out).unwrap();
         let (expected, magnitudes) = reference(&x, &weight, None, cols);
@@ -127,13 +260,14 @@ fn row_alone_equals_row_in_batch<B: Backend>(backend: &mut B) {
     let packed = backend
         .linear(&[matrix(&random.vector(inputs * outputs), outputs, inputs, DType::BF16)], DType::BF16)
         .unwrap();
-    let x = random.vector(rows * inputs);
+    let beside = activations_beside(backend, DType::BF16);
+    let x = random_as(&mut random, rows * inputs, beside);
     let mut out = backend.buffer(rows, outputs, DType::F32).unwrap();
-    let input = upload(backend, &x, inputs);
+    let input = upload_as(backend, &x, inputs, beside);
     backend.matmul(&input, &packed, None, &mut out).unwrap();
     let together = backend.read(&out).unwrap();
     for row in [0, 7, 28] {
-        let input = upload(backend, &x[row * inputs..(row + 1) * inputs], inputs);
+        let input = upload_as(backend, &x[row * inputs..(row + 1) * inputs], inputs, beside);
         backend.matmul(&input, &packed, None, &mut out).unwrap();
         let alone = backend.read(&out).unwrap();
         let expected: Vec<f64> =
