@@ -5,12 +5,7 @@
 // arXiv:2407.08608).
 #include "wgmma.cuh"
 
-constexpr int QUERIES = 128;
-constexpr int GROUP_QUERIES = 64;
 constexpr int THREADS = 384;
-constexpr int STAGES = 2;
-// Bytes of a row of 64 columns, the most a tensor copy exchanges chunks of.
-constexpr int ROW = 128;
 
 // [rows, head_dim] of a layer's keys and of its values, in boxes of one page and 64 columns.
 struct Pages {
@@ -19,6 +14,12 @@ struct Pages {
 };
 
 #ifdef HAS_WGMMA
+constexpr int QUERIES = 128;
+constexpr int GROUP_QUERIES = 64;
+constexpr int STAGES = 2;
+// Bytes of a row of 64 columns, the most a tensor copy exchanges chunks of.
+constexpr int ROW = 128;
+
 template <typename T, int DIM, int KEYS> struct Prefill {
     static constexpr int PARTS = DIM / 64;
     static constexpr int TILE_BYTES = KEYS * DIM * 2;
@@ -152,9 +153,6 @@ template <typename T, int DIM, int KEYS> struct Prefill {
             if (thread == 0) barrier_arrive(shared_address(barrier));
         };
 
-#ifdef TURNS
-        if (group == 1 && begin_key + KEYS < end_key) asm volatile("bar.arrive 4, 256;" ::: "memory");
-#endif
         int stage = 0, phase = 0;
         barrier_wait(shared_address(&barriers.keys_there[0]), 0);
         hold(scores);
@@ -174,18 +172,10 @@ template <typename T, int DIM, int KEYS> struct Prefill {
             barrier_wait(shared_address(&barriers.keys_there[stage]), phase);
             hold(scores);
             hold(sums);
-#ifdef TURNS
-            if (group == 0) sync_some<4, 256>();
-            else sync_some<5, 256>();
-#endif
             products_begin();
             score(scores, queries, keys_at(stage));
             barrier_wait(shared_address(&barriers.values_there[before]), before_phase);
             add_values(sums, weights, values_at(before));
-#ifdef TURNS
-            if (group == 0) asm volatile("bar.arrive 5, 256;" ::: "memory");
-            else if (first + KEYS < end_key) asm volatile("bar.arrive 4, 256;" ::: "memory");
-#endif
             products_wait<1>();
             hold(scores);
             release(&barriers.keys_read[stage]);
