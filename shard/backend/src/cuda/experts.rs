@@ -205,12 +205,13 @@ pub(super) struct ExpertKernels {
 }
 
 /// Whether weights are to be streamed for each token: that reads those of an expert once for each token that has it, tiles read them
-/// once, after sorting. `tiles_stream` says that tiles read them as fast.
+/// once, after sorting. `tiles_stream` says that tiles read them nearly as fast.
 fn is_few(rows: usize, chosen: usize, num_experts: usize, tiles_stream: bool) -> bool {
     // Experts that tokens share seldom coincide: how many there are if each is as likely as the others.
     let missed = (1.0 - chosen as f64 / num_experts as f64).powi(rows as i32);
     let distinct = num_experts as f64 * (1.0 - missed);
-    rows == 1 || !tiles_stream && rows <= FEW_ROWS && ((rows * chosen) as f64) < 1.25 * distinct
+    let worth = if tiles_stream { 1.1 } else { 1.25 };
+    rows == 1 || rows <= FEW_ROWS && ((rows * chosen) as f64) < worth * distinct
 }
 
 /// One part of a step: some tokens, and where their arrays are.
