@@ -31,18 +31,11 @@ struct Parts {
 struct Line {
     const int* first_unit;
     const int* contexts;
-    int num_seqs, items, total, blocks, window;
+    int num_seqs, items, total, units_per_block;
 
-    // total * block / blocks, in 32 bits.
-    __device__ __forceinline__ int begin_of(int block) const {
-        return total / blocks * block + total % blocks * block / blocks;
-    }
-    __device__ __forceinline__ int owner_of(int place) const {
-        const unsigned long long product = static_cast<unsigned long long>(place + 1) * blocks - 1;
-        // Divisions of 64 bits are slow, and hardly ever needed.
-        if (product >> 32 != 0) return static_cast<int>(product / total);
-        return static_cast<int>(static_cast<unsigned>(product) / static_cast<unsigned>(total));
-    }
+    // The last block may have fewer.
+    __device__ __forceinline__ int begin_of(int block) const { return min(total, block * units_per_block); }
+    __device__ __forceinline__ int owner_of(int place) const { return place / units_per_block; }
 };
 
 // A place in it. An *item* is a KV head with some of its query heads.
@@ -479,10 +472,12 @@ __device__ __forceinline__ void attend_decode(const Attention& a, const Parts& p
     int* const first_unit = reinterpret_cast<int*>(work.shared_sums + WARPS * work.shared_heads * Work::SUMS_STRIDE);
     int* const contexts = first_unit + n + 1;
     count_units(a, decode_seqs, n, first_unit, contexts, scratch);
-    Line line{first_unit, contexts, n, a.num_kv_heads * work.tiles_per_head, 0, 0, a.window};
+    const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
+    Line line{first_unit, contexts, n, a.num_kv_heads * work.tiles_per_head, 0, 0};
     line.total = first_unit[n] * line.items;
-    line.blocks = min(static_cast<int>(gridDim.x), line.total);
-    if (static_cast<int>(blockIdx.x) >= line.blocks) {
+    // Equal parts in whole units: where contexts are alike, parts and heads then end together more often.
+    line.units_per_block = (line.total + blocks - 1) / blocks;
+    if (block * line.units_per_block >= line.total) {
         pdl_launch();
         pdl_wait();
         return;
