@@ -155,8 +155,9 @@ impl ShardSpec {
             command.set("WEIGHTS_CACHE_OVERRIDE", directory);
         }
         if let Some(sizes) = &devices.cuda_graphs {
-            let sizes = sizes.iter().map(usize::to_string).collect::<Vec<_>>();
-            command.set("CUDA_GRAPHS", sizes.join(","));
+            // A zero among others says nothing; alone it says "none".
+            let sizes: Vec<_> = sizes.iter().filter(|&&size| size > 0).map(usize::to_string).collect();
+            command.set("CUDA_GRAPHS", if sizes.is_empty() { "0".to_owned() } else { sizes.join(",") });
         }
         if devices.disable_custom_kernels {
             command.set("DISABLE_CUSTOM_KERNELS", "True");
