@@ -16,8 +16,8 @@ use crate::{Activation, BackendError, DType};
 const THREADS: u32 = 256;
 /// Most rows for which a warp an output is quicker than tensor cores.
 const GEMV_ROWS: usize = 4;
-/// Most rows for which gate and up are quicker read by [`FewRows`] than streamed.
-const GATED_FEW_ROWS: usize = 16;
+/// Elements of a weight from which on reading it takes longer than putting shared tiles together.
+const LARGE: usize = 50_000_000;
 
 /// A way to compute a product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -155,10 +155,13 @@ impl Matmuls {
         if queue.is_dry() {
             return Ok(true);
         }
-        if let Some(skinny) = self.skinny.as_mut().filter(|_| task.rows > GATED_FEW_ROWS) {
-            return skinny.multiply_gated(queue, workspace, task, activation);
+        let is_large = task.weight.out_features * task.weight.in_features >= LARGE;
+        match &mut self.skinny {
+            Some(skinny) if is_large && task.rows > 16 => {
+                skinny.multiply_gated(queue, workspace, task, activation)
+            }
+            _ => self.few_rows.multiply_gated(queue, task, activation),
         }
-        self.few_rows.multiply_gated(queue, task, activation)
     }
 
     /// The kernel for a product, by what `cuda_kernels matmul` measured: see the table in `shard/kernels/README.md`.
@@ -173,8 +176,7 @@ impl Matmuls {
         if FewRows::accepts(task) && (few_rows || self.skinny.is_none()) {
             return MatmulKernel::FewRows;
         }
-        // From this size on the weights take longer than putting shared tiles together.
-        let skinny = task.rows <= 32 || task.rows <= 64 && elements >= 50_000_000;
+        let skinny = task.rows <= 32 || task.rows <= 64 && elements >= LARGE;
         self.skinny_kernels(task, workspace).find(|_| skinny).unwrap_or(MatmulKernel::Library)
     }
 
