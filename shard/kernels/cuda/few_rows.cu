@@ -39,23 +39,24 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], uint32_t a0, uint32_
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-// TILES times 16 rows of the weights; of a gated product 16 gates and their 16 ups.
+// TILES times 16 rows of the weights; of a gated product half of the warps have 16 gates and the others their ups.
 template <typename T, int TOKENS, int TILES, bool IS_GATED>
 __device__ __forceinline__ void few_rows(const FewRows& g) {
-    static_assert(!IS_GATED || TILES == 2, "a gated tile is a gate and an up");
+    static_assert(!IS_GATED || TILES == 1, "a warp has gates or ups");
+    constexpr int SHARING = IS_GATED ? FEW_WARPS / 2 : FEW_WARPS;  // warps that share the elements of a row
     constexpr int BLOCKS = FEW_LOADS / 2 / TILES, SPAN = BLOCKS * FEW_BLOCK, GROUPS = TOKENS / 8;
     constexpr int PITCH = TILES * 16 + 4;  // no two lanes of a warp write to one bank
     __shared__ float sums[FEW_WARPS][TOKENS][PITCH];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, group = lane >> 2, quad = lane & 3;
-    const int first = blockIdx.x * (IS_GATED ? 16 : 16 * TILES);
+    const int first = blockIdx.x * (16 * TILES);
+    const int64_t half_rows = IS_GATED && warp >= SHARING ? g.outputs : 0;
     const T* from[TILES][2];
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int output = min(first + (IS_GATED ? 0 : tile * 16) + half * 8 + group, g.outputs - 1);
-            const int row = output + (IS_GATED ? tile * g.outputs : 0);
-            from[tile][half] = static_cast<const T*>(g.weight) + static_cast<int64_t>(row) * g.pitch + quad * 8;
+            const int output = min(first + tile * 16 + half * 8 + group, g.outputs - 1);
+            from[tile][half] = static_cast<const T*>(g.weight) + (half_rows + output) * g.pitch + quad * 8;
         }
     const uint4 zero = make_uint4(0, 0, 0, 0);
     const int last = g.inputs - quad * 8;  // this lane has elements at `k < last`
@@ -69,7 +70,7 @@ __device__ __forceinline__ void few_rows(const FewRows& g) {
                 for (int half = 0; half < 2; ++half)
                     ahead[b][tile][half] = k + b * FEW_BLOCK < last ? ld_stream(from[tile][half] + k + b * FEW_BLOCK) : zero;
     };
-    int k = warp * SPAN;
+    int k = warp % SHARING * SPAN;
     fetch(k);
     pdl_launch();
     pdl_wait();
@@ -78,7 +79,7 @@ __device__ __forceinline__ void few_rows(const FewRows& g) {
     for (int i = 0; i < GROUPS; ++i)
         x[i] = static_cast<const T*>(g.x) + static_cast<int64_t>(min(i * 8 + group, g.rows - 1)) * g.inputs + quad * 8;
     float d[TILES][GROUPS][4] = {};
-    for (; k < g.inputs; k += FEW_WARPS * SPAN) {
+    for (; k < g.inputs; k += SHARING * SPAN) {
         uint4 now[BLOCKS][TILES][2];
 #pragma unroll
         for (int b = 0; b < BLOCKS; ++b)
@@ -86,7 +87,7 @@ __device__ __forceinline__ void few_rows(const FewRows& g) {
             for (int tile = 0; tile < TILES; ++tile)
 #pragma unroll
                 for (int half = 0; half < 2; ++half) now[b][tile][half] = ahead[b][tile][half];
-        fetch(k + FEW_WARPS * SPAN);
+        fetch(k + SHARING * SPAN);
 #pragma unroll
         for (int b = 0; b < BLOCKS; ++b) {
             uint4 v[GROUPS];
@@ -112,19 +113,19 @@ __device__ __forceinline__ void few_rows(const FewRows& g) {
             for (int e = 0; e < 4; ++e)
                 sums[warp][i * 8 + quad * 2 + (e & 1)][tile * 16 + (e >> 1) * 8 + group] = d[tile][i][e];
     __syncthreads();
-    const auto total = [&](int token, int row) {
+    const auto total = [&](int token, int row, int warps) {
         float value = 0.0f;
 #pragma unroll
-        for (int w = 0; w < FEW_WARPS; ++w) value += sums[w][token][row];
+        for (int w = 0; w < SHARING; ++w) value += sums[warps + w][token][row];
         return value;
     };
-    constexpr int ROWS = IS_GATED ? 16 : 16 * TILES;
+    constexpr int ROWS = 16 * TILES;
     for (int at = threadIdx.x; at < ROWS * TOKENS; at += blockDim.x) {
         const int token = at / ROWS, row = at % ROWS, output = first + row;
         if (token >= g.rows || output >= g.outputs) continue;
-        float value = total(token, row) + (g.bias ? g.bias[output] : 0.0f);
+        float value = total(token, row, 0) + (g.bias ? g.bias[output] : 0.0f);
         if constexpr (IS_GATED) {
-            const float up = total(token, row + 16) + (g.bias ? g.bias[output + g.outputs] : 0.0f);
+            const float up = total(token, row, SHARING) + (g.bias ? g.bias[output + g.outputs] : 0.0f);
             // As if gate and up had been stored.
             value = activated<T>(to_float(from_float<T>(value)), g.activation) * to_float(from_float<T>(up));
         }
@@ -143,11 +144,8 @@ __device__ __forceinline__ void few_rows(const FewRows& g) {
     FEW_ROWS(NAME, bf16, TOKENS, TILES, IS_GATED)     \
     FEW_ROWS(NAME, f16, TOKENS, TILES, IS_GATED)
 FEW_ROWS_TYPES(few_rows, 8, 1, false)
-FEW_ROWS_TYPES(few_rows, 8, 2, false)
 FEW_ROWS_TYPES(few_rows, 16, 1, false)
-FEW_ROWS_TYPES(few_rows, 16, 2, false)
 FEW_ROWS_TYPES(few_rows, 32, 1, false)
-FEW_ROWS_TYPES(few_rows, 32, 2, false)
-FEW_ROWS_TYPES(few_rows_gated, 8, 2, true)
-FEW_ROWS_TYPES(few_rows_gated, 16, 2, true)
-FEW_ROWS_TYPES(few_rows_gated, 32, 2, true)
+FEW_ROWS_TYPES(few_rows_gated, 8, 1, true)
+FEW_ROWS_TYPES(few_rows_gated, 16, 1, true)
+FEW_ROWS_TYPES(few_rows_gated, 32, 1, true)

@@ -55,14 +55,10 @@ __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address) {
 #define D8 D4 ",%4,%5,%6,%7"
 #define D16 D8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define D32 D16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define D64                                                                                                             \
-    D32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58," \
-        "%59,%60,%61,%62,%63"
 #define IO4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define IO8(i) IO4(i), IO4(i + 4)
 #define IO16(i) IO8(i), IO8(i + 8)
 #define IO32(i) IO16(i), IO16(i + 16)
-#define IO64(i) IO32(i), IO32(i + 32)
 template <typename T, int TOKENS> struct Product;
 #define PRODUCT(T, NAME, TOKENS, COUNT, A, B)                                                                     \
     template <> struct Product<T, TOKENS> {                                                                       \
@@ -74,11 +70,8 @@ template <typename T, int TOKENS> struct Product;
         }                                                                                                         \
     };
 #define PRODUCTS(T, NAME)                       \
-    PRODUCT(T, NAME, 8, 4, "%4", "%5")          \
-    PRODUCT(T, NAME, 16, 8, "%8", "%9")         \
     PRODUCT(T, NAME, 32, 16, "%16", "%17")      \
-    PRODUCT(T, NAME, 64, 32, "%32", "%33")      \
-    PRODUCT(T, NAME, 128, 64, "%64", "%65")
+    PRODUCT(T, NAME, 64, 32, "%32", "%33")
 PRODUCTS(bf16, "bf16")
 PRODUCTS(f16, "f16")
 #endif
@@ -338,17 +331,7 @@ __device__ __forceinline__ void skinny(const TensorMap* weights, const TensorMap
 #define SKINNY_TYPES(NAME, TOKENS, GROUPS, BOXES, STAGES, BLOCKS, IS_GATED) \
     SKINNY(NAME, bf16, TOKENS, GROUPS, BOXES, STAGES, BLOCKS, IS_GATED)     \
     SKINNY(NAME, f16, TOKENS, GROUPS, BOXES, STAGES, BLOCKS, IS_GATED)
-SKINNY_TYPES(skinny, 8, 1, 2, 5, 2, false)
-SKINNY_TYPES(skinny, 8, 2, 1, 5, 2, false)
-SKINNY_TYPES(skinny, 16, 1, 2, 5, 2, false)
-SKINNY_TYPES(skinny, 16, 2, 1, 5, 2, false)
 SKINNY_TYPES(skinny, 32, 1, 2, 4, 2, false)
-SKINNY_TYPES(skinny, 32, 2, 1, 5, 2, false)
 SKINNY_TYPES(skinny, 64, 1, 1, 6, 2, false)
-SKINNY_TYPES(skinny, 64, 2, 1, 4, 2, false)
-SKINNY_TYPES(skinny, 128, 2, 1, 3, 2, false)
-SKINNY_TYPES(skinny, 128, 4, 1, 4, 1, false)
-SKINNY_TYPES(skinny_gated, 8, 2, 1, 5, 2, true)
-SKINNY_TYPES(skinny_gated, 16, 2, 1, 5, 2, true)
 SKINNY_TYPES(skinny_gated, 32, 2, 1, 5, 2, true)
 SKINNY_TYPES(skinny_gated, 64, 2, 1, 4, 2, true)

@@ -73,7 +73,7 @@ fn name(kernel: MatmulKernel) -> String {
     match kernel {
         MatmulKernel::Library => "library".to_owned(),
         MatmulKernel::Gemv => "gemv".to_owned(),
-        MatmulKernel::FewRows { tokens, tiles } => format!("few_rows {tokens}/{tiles}"),
+        MatmulKernel::FewRows => "few_rows".to_owned(),
         MatmulKernel::Skinny { tokens, groups } => format!("skinny {tokens}/{groups}"),
     }
 }

@@ -32,29 +32,11 @@ struct Parameters {
 
 impl Argument for Parameters {}
 
-/// One instantiation.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Tiling {
-    /// Most rows of `x`.
-    pub(super) tokens: usize,
-    /// Tiles of [`TILE_ROWS`] rows of weights in a block.
-    pub(super) tiles: usize,
-}
-
-/// Instantiations; a gated product has the gate and the up of a tile in a block.
-const PLAIN: [Tiling; 6] = [
-    Tiling { tokens: 8, tiles: 1 },
-    Tiling { tokens: 8, tiles: 2 },
-    Tiling { tokens: 16, tiles: 1 },
-    Tiling { tokens: 16, tiles: 2 },
-    Tiling { tokens: 32, tiles: 1 },
-    Tiling { tokens: 32, tiles: 2 },
-];
-const GATED: [Tiling; 3] =
-    [Tiling { tokens: 8, tiles: 2 }, Tiling { tokens: 16, tiles: 2 }, Tiling { tokens: 32, tiles: 2 }];
+/// Most rows of the instantiations.
+const TOKENS: [usize; 3] = [8, 16, 32];
 
 /// A kernel for bf16 and for f16.
-type Kernels = Vec<(Tiling, Function, Function)>;
+type Kernels = Vec<(usize, Function, Function)>;
 
 /// The kernels.
 pub(super) struct FewRows {
@@ -66,43 +48,28 @@ impl FewRows {
     /// Loads them.
     pub(super) fn load(context: &Arc<Context>) -> Result<Self, BackendError> {
         let module = Module::load(context, "few_rows")?;
-        let load = |name: &str, tilings: &[Tiling]| {
-            let find = |tiling: Tiling, dtype: &str| {
-                module.function(&format!("{name}_{}_{}_{dtype}", tiling.tokens, tiling.tiles))
-            };
+        let load = |name: &str| {
+            let find = |tokens: usize, dtype: &str| module.function(&format!("{name}_{tokens}_1_{dtype}"));
             let kernels =
-                tilings.iter().map(|&tiling| Ok((tiling, find(tiling, "bf16")?, find(tiling, "f16")?)));
+                TOKENS.into_iter().map(|tokens| Ok((tokens, find(tokens, "bf16")?, find(tokens, "f16")?)));
             kernels.collect::<Result<Kernels, BackendError>>()
         };
-        Ok(Self { plain: load("few_rows", &PLAIN)?, gated: load("few_rows_gated", &GATED)? })
+        Ok(Self { plain: load("few_rows")?, gated: load("few_rows_gated")? })
     }
 
-    /// The instantiations that can compute a product: those for the fewest rows that are enough.
-    pub(super) fn tilings(task: Task<'_>) -> impl Iterator<Item = Tiling> {
-        let is_one = Self::accepts(task);
-        let tokens = PLAIN.iter().map(|tiling| tiling.tokens).filter(|&tokens| tokens >= task.rows).min();
-        PLAIN.into_iter().filter(move |tiling| is_one && Some(tiling.tokens) == tokens)
-    }
-
-    fn accepts(task: Task<'_>) -> bool {
+    /// Whether a product is one of these.
+    pub(super) fn accepts(task: Task<'_>) -> bool {
         let weight = task.weight;
-        task.rows > 1
+        (2..=TOKENS[TOKENS.len() - 1]).contains(&task.rows)
             && weight.dtype != DType::F32
             && (task.out_dtype == DType::F32 || task.out_dtype == weight.dtype)
             && weight.in_features.is_multiple_of(PIECE)
     }
 
     /// `out = x weight^T (+ bias)`; false: this product is for others.
-    pub(super) fn multiply(
-        &self,
-        queue: &Queue,
-        tiling: Tiling,
-        task: Task<'_>,
-    ) -> Result<bool, BackendError> {
-        let kernel = self.plain.iter().find(|(known, ..)| *known == tiling && Self::accepts(task));
-        let Some(&kernel) = kernel else { return Ok(false) };
-        let outputs = task.weight.out_features;
-        launch(queue, kernel, task, (outputs, outputs.div_ceil(TILE_ROWS * tiling.tiles), 0))?;
+    pub(super) fn multiply(&self, queue: &Queue, task: Task<'_>) -> Result<bool, BackendError> {
+        let Some(kernel) = kernel(&self.plain, task) else { return Ok(false) };
+        launch(queue, kernel, task, (task.weight.out_features, 0))?;
         Ok(true)
     }
 
@@ -113,19 +80,24 @@ impl FewRows {
         task: Task<'_>,
         activation: i32,
     ) -> Result<bool, BackendError> {
-        let kernel = self.gated.iter().find(|(tiling, ..)| tiling.tokens >= task.rows && Self::accepts(task));
-        let Some(&kernel) = kernel else { return Ok(false) };
-        let outputs = task.weight.out_features / 2;
-        launch(queue, kernel, task, (outputs, outputs.div_ceil(TILE_ROWS), activation))?;
+        let Some(kernel) = kernel(&self.gated, task) else { return Ok(false) };
+        launch(queue, kernel, task, (task.weight.out_features / 2, activation))?;
         Ok(true)
     }
 }
 
+/// The kernel for the fewest rows that are enough.
+fn kernel(kernels: &Kernels, task: Task<'_>) -> Option<Function> {
+    let (_, bf16, f16) =
+        kernels.iter().find(|(tokens, ..)| *tokens >= task.rows && FewRows::accepts(task))?;
+    Some(if task.weight.dtype == DType::BF16 { *bf16 } else { *f16 })
+}
+
 fn launch(
     queue: &Queue,
-    (_, bf16, f16): (Tiling, Function, Function),
+    function: Function,
     task: Task<'_>,
-    (outputs, blocks, activation): (usize, usize, i32),
+    (outputs, activation): (usize, i32),
 ) -> Result<(), BackendError> {
     let weight = task.weight;
     let parameters = Parameters {
@@ -141,8 +113,8 @@ fn launch(
         activation,
     };
     let launch = Launch {
-        function: if weight.dtype == DType::BF16 { bf16 } else { f16 },
-        grid: [blocks as u32, 1, 1],
+        function,
+        grid: [outputs.div_ceil(TILE_ROWS) as u32, 1, 1],
         block: THREADS,
         shared_bytes: 0,
     };

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::cublaslt::{CublasLt, Operands, Product, WORKSPACE_BYTES};
 use super::driver::{Context, DeviceMemory, DevicePtr};
 use super::elementwise::activation_number;
-use super::few_rows::{FewRows, Tiling};
+use super::few_rows::FewRows;
 use super::gemv::Gemvs;
 use super::launch::{Launch, Queue, args};
 use super::module::{ByType, ByTypes, Module};
@@ -16,8 +16,8 @@ use crate::{Activation, BackendError, DType};
 const THREADS: u32 = 256;
 /// Most rows for which a warp an output is quicker than tensor cores.
 const GEMV_ROWS: usize = 4;
-/// Smaller weights are not worth sharing out over all multiprocessors.
-const SKINNY_BYTES: usize = 512 << 20;
+/// Elements of a weight from which on reading it takes longer than putting shared tiles together.
+const LARGE: usize = 50_000_000;
 
 /// A way to compute a product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,12 +27,7 @@ pub enum MatmulKernel {
     /// A warp an output, for up to four rows of activations.
     Gemv,
     /// Weights read into the operands of tensor cores, for up to 32 rows of activations.
-    FewRows {
-        /// Rows it is made for.
-        tokens: usize,
-        /// Tiles of 16 rows of the weights a block.
-        tiles: usize,
-    },
+    FewRows,
     /// Weights streamed through tensor cores, for few rows of activations; Hopper only.
     Skinny {
         /// Rows it is made for.
@@ -146,15 +141,27 @@ impl Matmuls {
         let activation = activation_number(activation);
         if x.rows() > GEMV_ROWS && x.dtype() == weight.dtype && out.dtype() == weight.dtype {
             let task = task(x, (weight, bias), out);
-            if queue.is_dry() || self.few_rows.multiply_gated(queue, task, activation)? {
-                return Ok(true);
-            }
-            return match &mut self.skinny {
-                Some(skinny) => skinny.multiply_gated(queue, workspace, task, activation),
-                None => Ok(false),
-            };
+            return self.gated_by_tensor_cores((queue, workspace), task, activation);
         }
         self.gemvs.multiply_gated(queue, x, (weight, bias), activation, out)
+    }
+
+    fn gated_by_tensor_cores(
+        &mut self,
+        (queue, workspace): (&Queue, &DeviceMemory),
+        task: Task<'_>,
+        activation: i32,
+    ) -> Result<bool, BackendError> {
+        if queue.is_dry() {
+            return Ok(true);
+        }
+        let is_large = task.weight.out_features * task.weight.in_features >= LARGE;
+        match &mut self.skinny {
+            Some(skinny) if is_large && task.rows > 16 => {
+                skinny.multiply_gated(queue, workspace, task, activation)
+            }
+            _ => self.few_rows.multiply_gated(queue, task, activation),
+        }
     }
 
     /// The kernel for a product, by what `cuda_kernels matmul` measured: see the table in `shard/kernels/README.md`.
@@ -162,19 +169,21 @@ impl Matmuls {
         if task.rows <= GEMV_ROWS && self.gemvs.accepts(task) {
             return MatmulKernel::Gemv;
         }
-        if let Some(Tiling { tokens, tiles }) = FewRows::tilings(task).next() {
-            return MatmulKernel::FewRows { tokens, tiles };
+        let (outputs, inputs) = (task.weight.out_features, task.weight.in_features);
+        let elements = outputs * inputs;
+        // Every multiprocessor has enough to do without sharing tiles, or little is to be read.
+        let few_rows = task.rows <= 16 || task.rows <= 32 && outputs >= inputs && elements < 20_000_000;
+        if FewRows::accepts(task) && (few_rows || self.skinny.is_none()) {
+            return MatmulKernel::FewRows;
         }
-        let bytes = task.weight.bytes();
-        let skinny = self.skinny_kernels(task, workspace).find(|_| bytes >= SKINNY_BYTES);
-        skinny.unwrap_or(MatmulKernel::Library)
+        let skinny = task.rows <= 32 || task.rows <= 64 && elements >= LARGE;
+        self.skinny_kernels(task, workspace).find(|_| skinny).unwrap_or(MatmulKernel::Library)
     }
 
     /// All that can compute it.
     fn kernels(&self, task: Task<'_>, workspace: &DeviceMemory) -> Vec<MatmulKernel> {
         let gemv = self.gemvs.accepts(task).then_some(MatmulKernel::Gemv);
-        let few_rows =
-            FewRows::tilings(task).map(|Tiling { tokens, tiles }| MatmulKernel::FewRows { tokens, tiles });
+        let few_rows = FewRows::accepts(task).then_some(MatmulKernel::FewRows);
         let skinny = self.skinny_kernels(task, workspace);
         gemv.into_iter().chain(few_rows).chain(skinny).chain([MatmulKernel::Library]).collect()
     }
@@ -200,9 +209,7 @@ impl Matmuls {
                     Skinny::shapes(task.rows).find(|shape| shape.tokens == tokens && shape.groups == groups);
                 shape.map_or(Ok(()), |shape| skinny.multiply(queue, workspace, shape, task))
             }
-            (MatmulKernel::FewRows { tokens, tiles }, _) => {
-                self.few_rows.multiply(queue, Tiling { tokens, tiles }, task).map(|_| ())
-            }
+            (MatmulKernel::FewRows, _) => self.few_rows.multiply(queue, task).map(|_| ()),
             (MatmulKernel::Gemv, _) => self.gemvs.multiply(queue, x, (weight, bias), out).map(|_| ()),
             _ => {
                 let operands = Operands { x: task.x, weight: weight.ptr(), out: task.out };

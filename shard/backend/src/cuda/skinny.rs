@@ -34,25 +34,15 @@ pub(super) struct Shape {
 }
 
 /// Instantiations with gate and up side by side in a block.
-const GATED: [Shape; 4] = [
-    Shape { tokens: 8, groups: 2, boxes: 1, stages: 5 },
-    Shape { tokens: 16, groups: 2, boxes: 1, stages: 5 },
+const GATED: [Shape; 2] = [
     Shape { tokens: 32, groups: 2, boxes: 1, stages: 5 },
     Shape { tokens: 64, groups: 2, boxes: 1, stages: 4 },
 ];
 
-/// All others, the one that is taken for a number of rows first among its equals.
-const SHAPES: [Shape; 10] = [
-    Shape { tokens: 8, groups: 1, boxes: 2, stages: 5 },
-    Shape { tokens: 8, groups: 2, boxes: 1, stages: 5 },
-    Shape { tokens: 16, groups: 1, boxes: 2, stages: 5 },
-    Shape { tokens: 16, groups: 2, boxes: 1, stages: 5 },
+/// All others.
+const SHAPES: [Shape; 2] = [
     Shape { tokens: 32, groups: 1, boxes: 2, stages: 4 },
-    Shape { tokens: 32, groups: 2, boxes: 1, stages: 5 },
     Shape { tokens: 64, groups: 1, boxes: 1, stages: 6 },
-    Shape { tokens: 64, groups: 2, boxes: 1, stages: 4 },
-    Shape { tokens: 128, groups: 2, boxes: 1, stages: 3 },
-    Shape { tokens: 128, groups: 4, boxes: 1, stages: 4 },
 ];
 
 impl Shape {
@@ -293,7 +283,7 @@ mod tests {
 
     #[test]
     fn a_block_leaves_room_for_the_next_products() {
-        for shape in SHAPES.iter().filter(|shape| shape.groups < 4) {
+        for shape in SHAPES {
             assert!(2 * (shape.shared_bytes() + 2048) <= 227 << 10, "{shape:?}");
         }
         for shape in GATED {
@@ -304,16 +294,15 @@ mod tests {
     #[test]
     fn rows_take_the_smallest_shape_that_holds_them() {
         let tokens = |rows| Skinny::shapes(rows).map(|shape| shape.tokens).next();
-        assert_eq!(tokens(1), Some(8));
-        assert_eq!(tokens(8), Some(8));
-        assert_eq!(tokens(9), Some(16));
-        assert_eq!(tokens(65), Some(128));
-        assert_eq!(tokens(129), None);
+        assert_eq!(tokens(1), Some(32));
+        assert_eq!(tokens(32), Some(32));
+        assert_eq!(tokens(33), Some(64));
+        assert_eq!(tokens(65), None);
     }
 
     #[test]
     fn partial_sums_fit_the_workspace() {
-        for shape in SHAPES {
+        for shape in SHAPES.into_iter().chain(GATED) {
             assert!(shape.partial_bytes(132) <= super::super::WORKSPACE_BYTES, "{shape:?}");
         }
     }
