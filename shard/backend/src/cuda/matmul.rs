@@ -18,6 +18,11 @@ const THREADS: u32 = 256;
 const GEMV_ROWS: usize = 4;
 /// Elements of a weight from which on reading it takes longer than putting shared tiles together.
 const LARGE: usize = 50_000_000;
+/// Elements of a weight that only the logits' matrix of a large vocabulary has.
+const HUGE: usize = 1 << 27;
+/// Most rows for which gate, up and activation are one launch, and the same for large weights on Hopper.
+const GATED_FEW_ROWS: usize = 16;
+const GATED_SKINNY_ROWS: usize = 32;
 
 /// A way to compute a product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -157,27 +162,29 @@ impl Matmuls {
         }
         let is_large = task.weight.out_features * task.weight.in_features >= LARGE;
         match &mut self.skinny {
-            Some(skinny) if is_large && task.rows > 16 => {
+            _ if task.rows <= GATED_FEW_ROWS => self.few_rows.multiply_gated(queue, task, activation),
+            Some(skinny) if is_large && task.rows <= GATED_SKINNY_ROWS => {
                 skinny.multiply_gated(queue, workspace, task, activation)
             }
-            _ => self.few_rows.multiply_gated(queue, task, activation),
+            _ => Ok(false),
         }
     }
 
-    /// The kernel for a product, by what `cuda_kernels matmul` measured: see the table in `shard/kernels/README.md`.
+    /// The kernel for a product, by what whole steps took (`step_bench`). Alone the kernels for few rows are quicker than the
+    /// library for every weight (`cuda_kernels matmul`); between attention and norms they are so for the largest only. Both
+    /// tables are in `shard/kernels/README.md`.
     fn choose(&self, task: Task<'_>, workspace: &DeviceMemory) -> MatmulKernel {
         if task.rows <= GEMV_ROWS && self.gemvs.accepts(task) {
             return MatmulKernel::Gemv;
         }
-        let (outputs, inputs) = (task.weight.out_features, task.weight.in_features);
-        let elements = outputs * inputs;
-        // Every multiprocessor has enough to do without sharing tiles, or little is to be read.
-        let few_rows = task.rows <= 16 || task.rows <= 32 && outputs >= inputs && elements < 20_000_000;
-        if FewRows::accepts(task) && (few_rows || self.skinny.is_none()) {
+        if task.weight.out_features * task.weight.in_features < HUGE {
+            return MatmulKernel::Library;
+        }
+        if FewRows::accepts(task) && task.rows <= 16 {
             return MatmulKernel::FewRows;
         }
-        let skinny = task.rows <= 32 || task.rows <= 64 && elements >= LARGE;
-        self.skinny_kernels(task, workspace).find(|_| skinny).unwrap_or(MatmulKernel::Library)
+        let mut skinny = self.skinny_kernels(task, workspace);
+        skinny.next().filter(|_| task.rows <= 64).unwrap_or(MatmulKernel::Library)
     }
 
     /// All that can compute it.
