@@ -1,6 +1,8 @@
 //! GGUF files: plain tensors straight from the map, quantized ones as they are or to bfloat16, on several threads.
 
 mod latent;
+mod layout;
+mod names;
 
 use std::borrow::Cow;
 use std::collections::HashMap;
@@ -13,8 +15,8 @@ use hub::GgufFile;
 use hub::gguf::GgmlType;
 
 use super::blocks::{self, BlockFormat, Groups};
-use super::gguf_layout::{Layout, Place, RowOrder};
 use latent::LatentUp;
+use layout::{Layout, Place, RowOrder};
 
 use super::spare_buffers::SpareBuffers;
 use super::{QuantizedMeta, TensorMeta, WeightSource, borrowed_range, is_within, rows_and_cols, unusable};
@@ -403,5 +405,4 @@ fn on_threads<T: Send>(parts: impl Iterator<Item = T>, work: impl Fn(usize, T) +
 }
 
 #[cfg(test)]
-#[path = "gguf_tests.rs"]
 mod tests;

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use hub::gguf::{Gguf, TensorInfo};
 
-use super::gguf_names::{Names, layer_and_part};
+use super::names::{Names, layer_and_part};
 
 /// What has to be known of a file to undo what its converter did.
 pub(super) struct Layout {
@@ -181,8 +181,8 @@ impl Layout {
     /// As many KV heads as the rows allow for: some files name the query heads instead.
     fn by_kv_head(&self, info: &TensorInfo) -> Result<RowOrder, String> {
         let (rows, heads, hidden_size) = (info.shape[0], self.num_heads, self.hidden_size);
-        let head_dim = if heads > 0 { hidden_size / heads } else { 0 };
-        let kv_heads = if head_dim > 0 { (rows / head_dim).saturating_sub(heads) / 2 } else { 0 };
+        let head_dim = hidden_size.checked_div(heads).unwrap_or(0);
+        let kv_heads = rows.checked_div(head_dim).unwrap_or(0).saturating_sub(heads) / 2;
         if kv_heads == 0 || !heads.is_multiple_of(kv_heads) || rows != (heads + 2 * kv_heads) * head_dim {
             return Err(format!(
                 "tensor {} has {rows} rows, which {heads} heads of a width of {hidden_size} and their keys and values \
