@@ -144,7 +144,7 @@ async fn router(settings: Settings, arguments: &[String]) {
             read = input => drop(read.unwrap().unwrap()),
             () = ended_by_signal(&settings, "router", false) => {}
         }
-        println!("released");
+        std::fs::write(settings.fake_dir.join("released"), "").unwrap();
     }
     let listener = TcpListener::bind(format!("127.0.0.1:{}", value(arguments, "--port"))).await.unwrap();
     println!("Connected");
