@@ -271,7 +271,7 @@ fn a_kill_while_the_service_warms_up_is_answered_and_a_failure_is_not() {
         (Warming, vec![killed(R)], Recovering, vec![Action::SpawnRouter { attempt: 3 }]),
         (Warming, vec![ended(S1)], Draining, idle(&[S0, R])),
         (Warming, vec![ended(R)], Draining, idle(&[S0, S1])),
-        (Starting, vec![killed(S1)], Draining, idle(&[S0])),
+        (Starting, vec![killed(S1)], Draining, idle(&[S0, R])),
     ] {
         let (state, found) = run_with(5, from, &events);
         assert_eq!((state.phase, found), (phase, actions), "{from:?} {events:?}");
