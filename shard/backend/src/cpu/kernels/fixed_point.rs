@@ -65,8 +65,8 @@ pub(super) static KERNELS: FixedKernels = FixedKernels {
 /// Largest tile of tokens: their sums and results, each in a register, leave room for the weights.
 const MAX_TOKENS: usize = 12;
 
-/// Rows up to which converted panels go one by one, since the first level cache holds one, and hardly more.
-const FEW_ROWS: usize = 48;
+/// Rows up to which weights are converted in registers, by each tile anew: that goes on while memory is waited for.
+const STREAMED_ROWS: usize = 2 * MAX_TOKENS;
 
 /// Tokens of the tiles that so many rows are cut into: twelve, but where that would leave a small tile.
 fn tile_tokens(rows: usize) -> usize {
@@ -255,21 +255,26 @@ impl Factors {
 /// As for [`super::matmul::panels`] with bf16 pairs as weights; the exponents are those of all panels.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
 unsafe fn panels(args: &MatmulArgs<'_>, exponents: &[u8], scratch: &mut [u32]) {
-    if args.rows > MAX_TOKENS {
+    if args.rows > STREAMED_ROWS {
         // SAFETY: the caller's contract.
         return unsafe { converted_panels(args, exponents, scratch) };
     }
+    let row_elements = args.steps.div_ceil(STEPS) * ROW_ELEMENTS;
     for panel in args.panels.clone() {
         let exponents = &exponents[panel * exponents_len(args.steps)..][..exponents_len(args.steps)];
-        let place = Place { args, panel, row: 0, count: args.rows };
-        // SAFETY: the panel and the tile lie within what the caller gave.
-        unsafe {
-            let weights = (args.weights.add(panel * args.steps * STEP_BYTES), args.steps);
-            match padded_fixed(args.rows) {
-                4 => place.store::<Avx512, 4>(streamed_tile::<4>(weights, exponents, args.x)),
-                6 => place.store::<Avx512, 6>(streamed_tile::<6>(weights, exponents, args.x)),
-                8 => place.store::<Avx512, 8>(streamed_tile::<8>(weights, exponents, args.x)),
-                _ => place.store::<Avx512, 12>(streamed_tile::<12>(weights, exponents, args.x)),
+        for row in (0..args.rows).step_by(tile_tokens(args.rows)) {
+            let count = (args.rows - row).min(tile_tokens(args.rows));
+            let place = Place { args, panel, row, count };
+            // SAFETY: the panel and the tile lie within what the caller gave.
+            unsafe {
+                let weights = (args.weights.add(panel * args.steps * STEP_BYTES), args.steps);
+                let x = args.x.add(row * row_elements);
+                match padded_fixed(count) {
+                    4 => place.store::<Avx512, 4>(streamed_tile::<4>(weights, exponents, x)),
+                    6 => place.store::<Avx512, 6>(streamed_tile::<6>(weights, exponents, x)),
+                    8 => place.store::<Avx512, 8>(streamed_tile::<8>(weights, exponents, x)),
+                    _ => place.store::<Avx512, 12>(streamed_tile::<12>(weights, exponents, x)),
+                }
             }
         }
     }
@@ -283,7 +288,7 @@ unsafe fn panels(args: &MatmulArgs<'_>, exponents: &[u8], scratch: &mut [u32]) {
 unsafe fn converted_panels(args: &MatmulArgs<'_>, exponents: &[u8], scratch: &mut [u32]) {
     let groups = args.steps.div_ceil(STEPS);
     let panel_elements = groups * GROUP_ELEMENTS;
-    let at_once = if args.rows <= FEW_ROWS { 1 } else { scratch.len() / panel_elements };
+    let at_once = scratch.len() / panel_elements;
     for first in args.panels.clone().step_by(at_once) {
         let panels = first..(first + at_once).min(args.panels.end);
         for (panel, out) in panels.clone().zip(scratch.chunks_exact_mut(panel_elements)) {
@@ -329,7 +334,9 @@ unsafe fn convert(from: *const u8, steps: usize, exponents: &[u8], out: &mut [u3
             let factors = Factors::load(exponents.as_ptr());
             _mm512_storeu_ps(scales.as_mut_ptr().cast(), factors.scale);
             for (step, out) in values.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
-                let pairs = _mm512_loadu_si512(from.add(step * STEP_BYTES).cast());
+                let from = from.add(step * STEP_BYTES);
+                _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(PREFETCH_BYTES).cast());
+                let pairs = _mm512_loadu_si512(from.cast());
                 _mm512_storeu_si512(out.as_mut_ptr().cast(), factors.convert(pairs));
             }
         }
