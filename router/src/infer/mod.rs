@@ -12,6 +12,8 @@ use std::time::Instant;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+pub use chat::chat_parameters;
+pub use completions::completion_requests;
 pub use error::InferError;
 pub use generate::Generated;
 pub use stream::GenerateStream;

@@ -3,7 +3,11 @@
 use std::collections::HashSet;
 use std::sync::OnceLock;
 
+use hub::catch_panic;
 use tokenizers::Tokenizer;
+
+/// Token ids in a message.
+const MAX_IDS_SHOWN: usize = 8;
 
 /// Makes the tokenizer for texts.
 pub(crate) type MakeTokenizer = Box<dyn Fn() -> Result<Tokenizer, String> + Send>;
@@ -33,19 +37,12 @@ impl Vocabulary {
     /// # Errors
     /// The tokenizer's own words, or why it could not be made.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, String> {
-        let tokenizer = self.encoding.get_or_init(|| {
-            let mut tokenizer = (self.make_encoding)()?;
-            // Some tokenizer.json files ask for padding or cutting, which would change prompts behind the caller's back.
-            tokenizer.with_padding(None);
-            // Only cutting lengths can be refused, and none is given.
-            let _ = tokenizer.with_truncation(None);
-            Ok(tokenizer)
-        });
-        let encoding = tokenizer
-            .as_ref()
-            .map_err(String::clone)?
-            .encode_fast(text, add_special_tokens)
-            .map_err(|error| format!("the prompt cannot be tokenized: {error}"))?;
+        let tokenizer = self.encoding.get_or_init(|| (self.make_encoding)());
+        let tokenizer = tokenizer.as_ref().map_err(String::clone)?;
+        let encode = || tokenizer.encode_fast(text, add_special_tokens).map_err(|error| error.to_string());
+        // A damaged tokenizer.json makes the library panic only once it is used.
+        let encoding = catch_panic(encode).flatten();
+        let encoding = encoding.map_err(|error| format!("the prompt cannot be tokenized: {error}"))?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -54,9 +51,11 @@ impl Vocabulary {
     /// # Errors
     /// The tokenizer's own words.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String, String> {
-        self.tokenizer
-            .decode(ids, skip_special_tokens)
-            .map_err(|error| format!("the tokens {ids:?} cannot be turned into text: {error}"))
+        let decode = || self.tokenizer.decode(ids, skip_special_tokens).map_err(|error| error.to_string());
+        catch_panic(decode).flatten().map_err(|error| {
+            let last = &ids[ids.len().saturating_sub(MAX_IDS_SHOWN)..];
+            format!("the {} tokens that end in {last:?} cannot be turned into text: {error}", ids.len())
+        })
     }
 
     /// Whether a token is a mark such as the end of the text rather than text.
