@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use tokenizers::Tokenizer;
+use hub::Tokenizer;
 
 use crate::error::BenchmarkError;
 use crate::settings::Settings;
@@ -64,7 +64,7 @@ impl Prompt {
 fn load_tokenizer(settings: &Settings) -> Result<Tokenizer, String> {
     let file = Path::new(&settings.model).join("tokenizer.json");
     if file.is_file() {
-        return Tokenizer::from_file(&file).map_err(|error| format!("{}: {error}", file.display()));
+        return hub::tokenizer_from_file(&file).map_err(|error| error.to_string());
     }
     let model = hub::ModelRef { model_id: settings.model.clone(), revision: Some(settings.revision.clone()) };
     let files = hub::fetch(&model, &settings.hub).map_err(|error| error.to_string())?;
@@ -91,7 +91,7 @@ mod tests {
             "decoder": null,
             "model": {"type": "WordLevel", "vocab": {"<s>": 0, "<unk>": 1, "laborum.": 2, "est": 3}, "unk_token": "<unk>"}
         }"#;
-        json.parse().unwrap()
+        hub::tokenizer_from_json(json.as_bytes()).unwrap()
     }
 
     #[test]
@@ -108,6 +108,6 @@ mod tests {
     fn a_tokenizer_without_tokens_is_refused() {
         let mute = r#"{"version": "1.0", "added_tokens": [],
             "model": {"type": "BPE", "vocab": {}, "merges": []}}"#;
-        assert!(Prompt::new(mute.parse().unwrap(), 10).is_err());
+        assert!(Prompt::new(hub::tokenizer_from_json(mute.as_bytes()).unwrap(), 10).is_err());
     }
 }

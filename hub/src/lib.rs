@@ -6,7 +6,6 @@
 
 mod args;
 mod bounded;
-mod bpe_json;
 mod config;
 mod download;
 mod download_plan;
@@ -20,6 +19,7 @@ mod model_files;
 mod panic_guard;
 mod rope_override;
 mod snapshot;
+mod tokenizer;
 mod tokenizer_files;
 mod weight_choice;
 
@@ -28,8 +28,9 @@ pub use config::ModelConfig;
 pub use download::fetch;
 pub use error::HubError;
 pub use generation_config::GenerationConfig;
-pub use model_files::{GgufFile, ModelFiles, WeightFiles};
+pub use model_files::{GgufFile, ModelFiles, WeightFiles, tokenizer_from_file};
 pub use panic_guard::catch_panic;
 pub use rope_override::{RopeKind, RopeOverride, stretched};
 pub use snapshot::{ModelRef, locate};
+pub use tokenizer::{TokenModel, Tokenizer, tokenizer_from_json};
 pub use tokenizer_files::TokenizerConfig;

@@ -1,11 +1,11 @@
 //! The files of one model, and what they say.
 
 use std::fs::File;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use sha2::{Digest, Sha256};
-use tokenizers::Tokenizer;
 
 use crate::bounded::{self, MAX_TOKENIZER_BYTES};
 use crate::config::{ModelConfig, one_line};
@@ -13,8 +13,9 @@ use crate::error::HubError;
 use crate::generation_config::GenerationConfig;
 use crate::gguf::Gguf;
 use crate::panic_guard::catch_panic;
+use crate::tokenizer::{Tokenizer, decoding_tokenizer_from_json, tokenizer_from_json};
 use crate::tokenizer_files::TokenizerConfig;
-use crate::{bpe_json, gguf_config, gguf_tokenizer};
+use crate::{gguf_config, gguf_tokenizer};
 
 /// Files with a model's weights.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -65,6 +66,23 @@ impl GgufFile {
     /// The whole file; the ranges of [`Gguf::tensors`] are into this.
     pub fn bytes(&self) -> &[u8] {
         &self.map
+    }
+
+    /// Takes the pages of `range` out of this process's memory; they stay in the system's file cache, and come back when
+    /// they are read again. For what has been read into another form.
+    ///
+    /// # Panics
+    /// When the range is not within the file.
+    pub fn release(&self, range: Range<usize>) {
+        assert!(
+            range.start <= range.end && range.end <= self.map.len(),
+            "bytes {range:?} of {}",
+            self.map.len()
+        );
+        let dont_need = memmap2::UncheckedAdvice::DontNeed;
+        // SAFETY: the map is only read and nobody writes the file (see `open_gguf`): a page that is needed again comes back
+        // from the file as it was. A refusal leaves everything as it is.
+        let _ = unsafe { self.map.unchecked_advise_range(dont_need, range.start, range.len()) };
     }
 }
 
@@ -119,7 +137,7 @@ impl ModelFiles {
     /// # Errors
     /// The file is missing or damaged, or the GGUF file's kind of tokenizer is not supported.
     pub fn tokenizer(&self) -> Result<Tokenizer, HubError> {
-        self.read_tokenizer(bpe_json::read)
+        self.read_tokenizer(tokenizer_from_json)
     }
 
     /// The same, good only to turn tokens into text where that is quicker to read: large vocabularies take a third of the
@@ -128,10 +146,10 @@ impl ModelFiles {
     /// # Errors
     /// As [`ModelFiles::tokenizer`].
     pub fn decoding_tokenizer(&self) -> Result<Tokenizer, HubError> {
-        self.read_tokenizer(bpe_json::read_for_decoding)
+        self.read_tokenizer(decoding_tokenizer_from_json)
     }
 
-    fn read_tokenizer(&self, quickly: ReadQuickly) -> Result<Tokenizer, HubError> {
+    fn read_tokenizer(&self, read: ReadJson) -> Result<Tokenizer, HubError> {
         if let WeightFiles::Gguf(path) = &self.weights {
             return gguf_tokenizer::tokenizer(&self.open_gguf(path)?.header, &origin(path));
         }
@@ -145,7 +163,7 @@ impl ModelFiles {
                     .to_owned(),
             });
         }
-        read_tokenizer(&path, quickly)
+        read_tokenizer(&path, read)
     }
 
     /// Whether the model has a row of its embedding for every token of `tokenizer`. The other way round is usual: embeddings
@@ -159,7 +177,7 @@ impl ModelFiles {
     pub fn check_vocabulary(&self, tokenizer: &Tokenizer) -> Result<(), HubError> {
         let Some(rows) = self.config()?.vocab_size()? else { return Ok(()) };
         let beyond = |id: &u32| usize::try_from(*id).is_ok_and(|id| id >= rows);
-        if let Some(largest) = tokenizer.get_vocab(false).into_values().max().filter(beyond) {
+        if let Some(largest) = tokenizer.get_model().largest_id().filter(beyond) {
             return Err(HubError::format(
                 format!("tokenizer of {}", self.model_id),
                 format!(
@@ -225,16 +243,23 @@ impl ModelFiles {
     }
 }
 
-/// Reads usual tokenizers; none: the library is to read it.
-type ReadQuickly = fn(&[u8]) -> Option<Tokenizer>;
+/// The tokenizer of one `tokenizer.json`.
+///
+/// # Errors
+/// The file cannot be read or is damaged.
+pub fn tokenizer_from_file(path: &Path) -> Result<Tokenizer, HubError> {
+    read_tokenizer(path, tokenizer_from_json)
+}
+
+/// Reads the text of a `tokenizer.json`.
+type ReadJson = fn(&[u8]) -> tokenizers::Result<Tokenizer>;
 
 /// Reads a `tokenizer.json`.
-fn read_tokenizer(path: &Path, quickly: ReadQuickly) -> Result<Tokenizer, HubError> {
+fn read_tokenizer(path: &Path, read: ReadJson) -> Result<Tokenizer, HubError> {
     let bytes = bounded::read(path, MAX_TOKENIZER_BYTES)?;
     let wrong = |problem: String| HubError::Tokenizer { origin: origin(path), problem: one_line(&problem) };
     // The library checks much, but not all that a file may hold.
-    let read = || quickly(&bytes).map_or_else(|| Tokenizer::from_bytes(&bytes), Ok);
-    match catch_panic(read) {
+    match catch_panic(|| read(&bytes)) {
         Ok(tokenizer) => tokenizer.map(as_it_is).map_err(|error| wrong(error.to_string())),
         Err(panic) => Err(wrong(format!("its parts contradict one another: {panic}"))),
     }
@@ -305,7 +330,7 @@ mod tests {
             "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"},
         });
         std::fs::write(&path, tokenizer.to_string()).unwrap();
-        let tokenizer = read_tokenizer(&path, bpe_json::read).unwrap();
+        let tokenizer = tokenizer_from_file(&path).unwrap();
         assert_eq!(tokenizer.encode("b a b", true).unwrap().get_ids(), [1, 0, 1]);
     }
 
@@ -317,7 +342,7 @@ mod tests {
             ["", "{}", "[\n]", &"[".repeat(10_000), r#"{"version": "1.0", "model": {"type": "a\nb"}}"#]
         {
             std::fs::write(&path, text).unwrap();
-            let error = read_tokenizer(&path, bpe_json::read).unwrap_err().to_string();
+            let error = read_tokenizer(&path, tokenizer_from_json).unwrap_err().to_string();
             assert!(error.contains("tokenizer.json: cannot build the tokenizer: "), "{error}");
             assert!(!error.contains('\n') && error.len() < 400, "{error}");
         }

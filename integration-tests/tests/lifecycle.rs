@@ -50,8 +50,9 @@ fn a_second_signal_ends_everything_at_once() {
 }
 
 #[test]
-fn a_killed_shard_takes_the_rest_down_and_is_reported() {
-    let server = Server::of(fixture("tiny-llama")).args(["--num-shard", "2"]).start().unwrap();
+fn without_restarts_a_killed_shard_takes_the_rest_down_and_is_reported() {
+    let flags = ["--num-shard", "2", "--max-restarts", "0"];
+    let server = Server::of(fixture("tiny-llama")).args(flags).start().unwrap();
     let pids = family(&server);
     assert_eq!(pids.len(), 3);
     process_tree::send(server.children("shard")[1], Signal::SIGKILL);
@@ -62,8 +63,8 @@ fn a_killed_shard_takes_the_rest_down_and_is_reported() {
 }
 
 #[test]
-fn a_killed_router_takes_the_rest_down_and_is_reported() {
-    let server = Server::of(fixture("tiny-llama")).start().unwrap();
+fn without_restarts_a_killed_router_takes_the_rest_down_and_is_reported() {
+    let server = Server::of(fixture("tiny-llama")).args(["--max-restarts", "0"]).start().unwrap();
     let pids = family(&server);
     process_tree::send(server.children("router")[0], Signal::SIGKILL);
     let exit = server.wait().unwrap();

@@ -30,6 +30,9 @@ pub struct Args {
     /// Where it is served.
     #[command(flatten, next_help_heading = "Serving")]
     pub serving: ServingArgs,
+    /// What is done when a process dies.
+    #[command(flatten, next_help_heading = "Recovery")]
+    pub recovery: RecoveryArgs,
     /// Features that are switched on by an option.
     #[command(flatten, next_help_heading = "Features")]
     pub features: FeatureArgs,
@@ -258,6 +261,24 @@ pub struct ServingArgs {
     /// Log a report of this machine and build, then go on starting.
     #[arg(long, short)]
     pub env: bool,
+}
+
+/// How often and how soon processes that die are replaced. Requests wait meanwhile, and go on where they were.
+#[derive(clap::Args, Clone, Debug)]
+pub struct RecoveryArgs {
+    /// Deaths of shards or router, within `--restart-window`, that are answered by a restart; one more ends the service
+    /// with exit code 16. With 0 the first death ends it with exit code 1, as upstream's launcher does.
+    #[arg(long, env = "QUARTET_MAX_RESTARTS", default_value = "5")]
+    pub max_restarts: usize,
+
+    /// Seconds for which a death counts towards `--max-restarts`.
+    #[arg(long, env = "QUARTET_RESTART_WINDOW", default_value = "600")]
+    pub restart_window: u64,
+
+    /// Seconds after which a shard that works on a step without finishing it, or does not answer, counts as dead and is
+    /// killed; 0: never. Must be longer than the slowest step.
+    #[arg(long, env = "QUARTET_STALL_TIMEOUT", default_value = "60")]
+    pub stall_timeout: u64,
 }
 
 /// Features that are switched on or off.

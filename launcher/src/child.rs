@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::{Pid, getpid, getppid};
-use process::ExitCode;
+use process::{ExitCode, GiveUpSignal};
 use tokio::process::{Child, Command};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -17,7 +17,7 @@ use tokio::time::Instant;
 
 use crate::command::Invocation;
 use crate::log_relay::{self, LastWords};
-use crate::supervisor::ChildId;
+use crate::supervisor::{ChildId, Death};
 
 /// After its exit a child's pipes end at once, unless a grandchild holds them open.
 const PIPES_END_WITHIN: Duration = Duration::from_millis(300);
@@ -26,6 +26,7 @@ const PIPES_END_WITHIN: Duration = Duration::from_millis(300);
 #[derive(Debug)]
 enum Order {
     Terminate(Duration),
+    GiveUp,
     Kill,
 }
 
@@ -42,6 +43,11 @@ impl Handle {
         let _ = self.orders.send(Order::Terminate(grace));
     }
 
+    /// Tells a router that nothing will ever compute its requests.
+    pub fn give_up(&self) {
+        let _ = self.orders.send(Order::GiveUp);
+    }
+
     /// SIGKILL now.
     pub fn kill(&self) {
         let _ = self.orders.send(Order::Kill);
@@ -55,8 +61,8 @@ pub struct Exit {
     pub child: ChildId,
     /// Exit code or signal, and what that means; one line.
     pub reason: String,
-    /// It ended because another rank had ended, or because it was told to.
-    pub is_consequence: bool,
+    /// Whether it ended by itself, and what that means for the next one.
+    pub death: Death,
     /// It was told to end, and did so with code 0 or by the signal it was sent.
     pub is_orderly: bool,
     /// Its last lines, oldest first.
@@ -183,15 +189,17 @@ async fn watch(
         tokio::select! {
             status = watched.process.wait() => break status,
             order = orders.recv() => {
-                was_told = true;
                 match order {
+                    Some(Order::GiveUp) => give_up(&watched),
                     Some(Order::Terminate(grace)) => {
+                        was_told = true;
                         signal(&watched, Signal::SIGTERM);
                         let new = Instant::now() + grace;
                         deadline = Some(deadline.map_or(new, |old| old.min(new)));
                     }
                     // Nobody is left to give orders: the supervisor has gone.
                     Some(Order::Kill) | None => {
+                        was_told = true;
                         signal(&watched, Signal::SIGKILL);
                         deadline = None;
                     }
@@ -224,14 +232,29 @@ fn signal(watched: &Watched, signal: Signal) {
     }
 }
 
+fn give_up(watched: &Watched) {
+    if let Ok(number) = Signal::try_from(GiveUpSignal::number()) {
+        signal(watched, number);
+    }
+}
+
 fn describe(child: ChildId, status: io::Result<ExitStatus>, was_told: bool, last_words: Vec<String>) -> Exit {
     let (how, code, signal) = match &status {
         Ok(status) => (explain(*status, was_told), status.code(), status.signal()),
         Err(error) => (format!("is lost: {error}"), None, None),
     };
     let is_orderly = was_told && (code == Some(0) || signal.is_some());
-    let is_consequence = is_orderly || code == Some(i32::from(ExitCode::PeerLost));
-    Exit { child, reason: format!("{child} {how}"), is_consequence, is_orderly, last_words }
+    Exit { child, reason: format!("{child} {how}"), death: death(code, is_orderly), is_orderly, last_words }
+}
+
+/// A code of ours says whether the next one would end alike; a signal, a panic or an end that nobody asked for may be
+/// chance.
+fn death(code: Option<i32>, is_orderly: bool) -> Death {
+    let known = code.and_then(ExitCode::from_code);
+    if is_orderly || known == Some(ExitCode::PeerLost) {
+        return Death::Consequence;
+    }
+    Death::Cause { restart_helps: known.is_none_or(|code| code == ExitCode::Ok || code.is_restartable()) }
 }
 
 /// The exit status as a clause.
@@ -286,10 +309,29 @@ mod tests {
 
     #[test]
     fn order_and_consequence_are_told_apart_from_causes() {
-        assert!(exit(14 << 8, false).is_consequence);
-        assert!(!exit(13 << 8, false).is_consequence);
+        assert_eq!(exit(14 << 8, false).death, Death::Consequence);
         assert!(exit(0, true).is_orderly && !exit(0, false).is_orderly);
-        assert!(exit(15, true).is_orderly && exit(15, true).is_consequence);
+        assert!(exit(15, true).is_orderly && exit(15, true).death == Death::Consequence);
         assert!(!exit(13 << 8, true).is_orderly);
+    }
+
+    #[test]
+    fn causes_tell_whether_a_restart_helps() {
+        for (wait_status, helps) in [
+            (9, true),
+            (11, true),
+            (0, true),
+            (1 << 8, true),
+            (13 << 8, true),
+            (101 << 8, true),
+            (77 << 8, true),
+            (2 << 8, false),
+            (10 << 8, false),
+            (11 << 8, false),
+            (12 << 8, false),
+        ] {
+            let expected = Death::Cause { restart_helps: helps };
+            assert_eq!(exit(wait_status, false).death, expected, "{wait_status}");
+        }
     }
 }

@@ -35,25 +35,32 @@ pub struct Failure {
     pub error: LauncherError,
     /// What was found, what was expected, what changes it; for people.
     pub reason: String,
+    /// Restarts did not help: there were as many as the policy allows.
+    has_spent_restarts: bool,
 }
 
 impl Failure {
     /// A failure whose kind does not carry its reason.
     pub fn new(error: LauncherError, reason: impl Into<String>) -> Self {
-        Self { error, reason: reason.into() }
+        Self { error, reason: reason.into(), has_spent_restarts: false }
+    }
+
+    /// The same failure, the last of several; `why` says why it is not answered by a restart.
+    pub fn after_restarts(self, why: &str) -> Self {
+        Self { reason: format!("{} ({why})", self.reason), has_spent_restarts: true, ..self }
     }
 
     /// A wrong option, or one that does not fit this machine.
     pub fn argument(reason: impl Into<String>) -> Self {
         let reason = reason.into();
-        Self { error: LauncherError::ArgumentValidation(reason.clone()), reason }
+        Self::new(LauncherError::ArgumentValidation(reason.clone()), reason)
     }
 
     /// Several mistakes as one failure; a single one keeps its kind.
     pub fn all(mut mistakes: Vec<LauncherError>) -> Self {
         if mistakes.len() == 1 {
             let error = mistakes.remove(0);
-            return Self { reason: error.to_string(), error };
+            return Self::new(error.clone(), error.to_string());
         }
         let reasons: Vec<String> = mistakes.iter().map(ToString::to_string).collect();
         Self::argument(reasons.join("; "))
@@ -64,9 +71,10 @@ impl Failure {
         format!("Error: {:?}", self.error)
     }
 
-    /// Every failure exits with 1; a command line that does not parse exits with 2 before there is a failure.
+    /// A failure exits with 1, as upstream's, and with a code of its own when restarts were tried; a command line that does not
+    /// parse exits with 2 before there is a failure.
     pub fn exit_code(&self) -> ExitCode {
-        ExitCode::Failure
+        if self.has_spent_restarts { ExitCode::RestartsSpent } else { ExitCode::Failure }
     }
 }
 
@@ -84,6 +92,17 @@ mod tests {
         assert_eq!(
             Failure::all(mistakes).stderr_line(),
             "Error: ArgumentValidation(\"`validation_workers` must be > 0\")"
+        );
+    }
+
+    #[test]
+    fn spent_restarts_have_a_code_of_their_own() {
+        let failure = Failure::new(LauncherError::ShardFailed, "rank 0 died");
+        assert_eq!(failure.exit_code(), ExitCode::Failure);
+        let last = failure.after_restarts("it is failure 6");
+        assert_eq!(
+            (last.exit_code(), last.reason.as_str()),
+            (ExitCode::RestartsSpent, "rank 0 died (it is failure 6)")
         );
     }
 

@@ -4,7 +4,8 @@
 //! - [`args`]: what was typed. [`devices`]: what there is. [`plan`] and [`budget`]: what that means together.
 //! - [`preflight`] and [`memory`]: what can be known to fail. [`programs`]: where the other programs are.
 //! - [`weights`]: the model's files. [`runtime_dir`]: where the sockets live. [`command`]: the children's command lines.
-//! - [`supervisor`]: the state machine and the event loop, with [`child`], [`log_relay`] and [`readiness`] as its hands.
+//! - [`supervisor`]: the state machine and the event loop, with [`child`], [`log_relay`], [`readiness`] and [`liveness`] as its
+//!   hands.
 //! - [`startup_ledger`]: where the time went. [`error`]: why it ended. [`env_report`]: `--env`.
 
 pub mod args;
@@ -14,6 +15,7 @@ pub mod command;
 pub mod devices;
 pub mod env_report;
 pub mod error;
+pub mod liveness;
 pub mod log_relay;
 pub mod memory;
 pub mod plan;

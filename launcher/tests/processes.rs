@@ -105,6 +105,10 @@ impl Service {
         self.wait_for("announcement", |service| service.read("stdout").contains("Serving "));
     }
 
+    fn wait_for_log(&self, text: &str) {
+        self.wait_for(text, |service| service.read("stdout").contains(text));
+    }
+
     fn pid_of(&self, child: &str) -> Pid {
         Pid::from_raw(self.read(&format!("{child}.pid")).parse().unwrap())
     }
@@ -208,8 +212,8 @@ fn the_rank_that_is_the_cause_is_named() {
 }
 
 #[test]
-fn a_shard_that_dies_while_serving_takes_everything_down() {
-    let service = Service::start(&["--num-shard", "2"], &[]);
+fn without_restarts_a_shard_that_dies_takes_everything_down() {
+    let service = Service::start(&["--num-shard", "2", "--max-restarts", "0"], &[]);
     service.wait_until_serving();
     kill(service.pid_of("shard-1"), Signal::SIGKILL).unwrap();
     let ended = service.ended();
@@ -219,8 +223,8 @@ fn a_shard_that_dies_while_serving_takes_everything_down() {
 }
 
 #[test]
-fn a_router_that_dies_takes_everything_down() {
-    let service = Service::start(&[], &[]);
+fn without_restarts_a_router_that_dies_takes_everything_down() {
+    let service = Service::start(&[], &[("QUARTET_MAX_RESTARTS", "0")]);
     service.wait_until_serving();
     // In order and with code 0, but nobody asked for it.
     kill(service.pid_of("router"), Signal::SIGTERM).unwrap();
@@ -232,6 +236,79 @@ fn a_router_that_dies_takes_everything_down() {
     assert_eq!(ended.code, Some(1));
     assert!(ended.stderr.contains("no tokenizer.json"), "{}", ended.stderr);
     assert!(ended.stderr.ends_with("Error: WebserverFailed\n"), "{}", ended.stderr);
+}
+
+#[test]
+fn all_shards_are_replaced_when_one_dies_and_the_router_stays() {
+    let service = Service::start(&["--num-shard", "2"], &[]);
+    service.wait_until_serving();
+    let before = ["shard-0", "shard-1", "router"].map(|child| service.pid_of(child));
+    kill(before[1], Signal::SIGKILL).unwrap();
+    service.wait_for_log("Serving again");
+    let after = ["shard-0", "shard-1", "router"].map(|child| service.pid_of(child));
+    assert!(before[0] != after[0] && before[1] != after[1] && before[2] == after[2]);
+    assert!(!is_alive(before[0]) && !is_alive(before[1]));
+    service.signal(Signal::SIGTERM);
+    let ended = service.ended();
+    assert_eq!(ended.code, Some(0), "{}", ended.stdout);
+    for text in ["shard rank 1 was ended by SIGKILL", "Serving -> Recovering", "Recovering -> Serving"] {
+        assert!(ended.stdout.contains(text), "no {text}:\n{}", ended.stdout);
+    }
+}
+
+#[test]
+fn a_router_that_dies_is_replaced_and_the_shards_stay() {
+    let service = Service::start(&[], &[]);
+    service.wait_until_serving();
+    let before = ["shard-0", "router"].map(|child| service.pid_of(child));
+    let start = Instant::now();
+    kill(before[1], Signal::SIGKILL).unwrap();
+    service.wait_for_log("Serving again");
+    assert!(start.elapsed() < Duration::from_secs(2), "{:?}", start.elapsed());
+    let after = ["shard-0", "router"].map(|child| service.pid_of(child));
+    assert!(before[0] == after[0] && before[1] != after[1]);
+    service.signal(Signal::SIGTERM);
+    assert_eq!(service.ended().code, Some(0));
+}
+
+#[test]
+fn too_many_deaths_end_the_service_with_their_own_code_and_the_last_cause() {
+    let flags = ["--max-restarts", "2", "--restart-window", "60"];
+    let service = Service::start(&flags, &[("FAKE_SHARD", "crash-at-restart")]);
+    service.wait_until_serving();
+    std::fs::write(service.dir.path().join("served"), "").unwrap();
+    kill(service.pid_of("shard-0"), Signal::SIGKILL).unwrap();
+    let ended = service.ended();
+    assert_eq!(ended.code, Some(16), "{}", ended.stdout);
+    let expected = "shard rank 0 exited with code 13 (its engine met an error while it served); its last words: the \
+                    device has gone (it is failure 3 within 60 s and --max-restarts is 2)\nError: ShardFailed\n";
+    assert!(ended.stderr.ends_with(expected), "{}", ended.stderr);
+    assert!(ended.stdout.contains("Starting again in 0.25 s"), "{}", ended.stdout);
+}
+
+#[test]
+fn a_shard_that_stands_still_is_killed_and_replaced() {
+    let service = Service::start(&["--num-shard", "2", "--stall-timeout", "1"], &[]);
+    service.wait_until_serving();
+    let stopped = service.pid_of("shard-1");
+    kill(stopped, Signal::SIGSTOP).unwrap();
+    service.wait_for_log("Serving again");
+    assert!(!is_alive(stopped));
+    let log = service.read("stdout");
+    assert!(log.contains("shard rank 1 stalled: it has not answered for"), "{log}");
+    service.signal(Signal::SIGTERM);
+    assert_eq!(service.ended().code, Some(0));
+}
+
+#[test]
+fn a_stop_while_the_shards_are_replaced_exits_0() {
+    let service = Service::start(&["--num-shard", "2"], &[]);
+    service.wait_until_serving();
+    kill(service.pid_of("shard-0"), Signal::SIGKILL).unwrap();
+    service.wait_for_log("-> Recovering");
+    service.signal(Signal::SIGTERM);
+    let ended = service.ended();
+    assert_eq!(ended.code, Some(0), "{}", ended.stdout);
 }
 
 #[test]

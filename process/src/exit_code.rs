@@ -13,6 +13,7 @@
 /// | 13 | `EngineFailed` | the engine met an error while it served | yes |
 /// | 14 | `PeerLost` | another rank of the same model went away | yes, with its peers |
 /// | 15 | `ParentGone` | the launcher died; nobody is left to serve | – |
+/// | 16 | `RestartsSpent` | the launcher's children failed more often than `--max-restarts` allows | maybe, later |
 ///
 /// Upstream's programs know 0, 1, 2 and 101 (a panic) only, so every other code is free for us.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,11 +37,13 @@ pub enum ExitCode {
     PeerLost = 14,
     /// The launcher died.
     ParentGone = 15,
+    /// Children failed more often than `--max-restarts` allows.
+    RestartsSpent = 16,
 }
 
 impl ExitCode {
     /// Every code, in ascending order.
-    pub const ALL: [ExitCode; 9] = [
+    pub const ALL: [ExitCode; 10] = [
         ExitCode::Ok,
         ExitCode::Failure,
         ExitCode::Usage,
@@ -50,6 +53,7 @@ impl ExitCode {
         ExitCode::EngineFailed,
         ExitCode::PeerLost,
         ExitCode::ParentGone,
+        ExitCode::RestartsSpent,
     ];
 
     /// The number the process exits with.
@@ -79,6 +83,7 @@ impl ExitCode {
             ExitCode::EngineFailed => "its engine met an error while it served",
             ExitCode::PeerLost => "another rank of the same model went away",
             ExitCode::ParentGone => "the launcher died",
+            ExitCode::RestartsSpent => "its children failed more often than --max-restarts allows",
         }
     }
 }

@@ -10,4 +10,4 @@ pub use args::LogArgs;
 pub use exit_code::ExitCode;
 pub use log_line::{LogLine, LogSource};
 pub use logging::{LogSettings, Program, init_logging, max_level};
-pub use signals::{Signal, SignalStream, shutdown_signal};
+pub use signals::{GiveUpSignal, Signal, SignalStream, shutdown_signal};

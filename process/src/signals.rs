@@ -26,6 +26,34 @@ impl fmt::Display for Signal {
     }
 }
 
+/// What the launcher sends the router when nothing will ever compute the running requests: each of them is ended with an
+/// error at once. SIGUSR1, which nobody else sends.
+#[derive(Debug)]
+pub struct GiveUpSignal(unix::Signal);
+
+impl GiveUpSignal {
+    /// Its number.
+    pub fn number() -> i32 {
+        SignalKind::user_defined1().as_raw_value()
+    }
+
+    /// Starts to catch it; until then it ends the process.
+    ///
+    /// # Errors
+    /// The operating system refuses the handler.
+    ///
+    /// # Panics
+    /// Outside of a tokio runtime.
+    pub fn new() -> io::Result<Self> {
+        Ok(Self(unix::signal(SignalKind::user_defined1())?))
+    }
+
+    /// Waits for it. Cancel-safe.
+    pub async fn received(&mut self) {
+        self.0.recv().await;
+    }
+}
+
 /// The stop signals this process receives, one after another.
 ///
 /// A drain listens on for a second signal, which means "now".

@@ -1,12 +1,12 @@
-//! One channel to one shard.
+//! One connection to one shard.
 
-use std::path::{Path, PathBuf};
+use std::future::Future;
+use std::path::Path;
 
-use hyper_util::rt::TokioIo;
-use tokio::net::UnixStream;
-use tonic::transport::{Channel, Endpoint, Uri};
+use tonic::transport::Channel;
 
 use crate::ClientError;
+use crate::connection::{self, Closed};
 use crate::control::shard_control_client::ShardControlClient;
 use crate::control::{HandshakeRequest, HandshakeResponse, StatusRequest, StatusResponse};
 use crate::v3::text_generation_service_client::TextGenerationServiceClient;
@@ -20,8 +20,11 @@ use crate::v3::{
 const MAX_MESSAGE_BYTES: usize = (1 << 31) - 1;
 
 /// A client of one shard over its Unix socket. Cloning is cheap: clones share the connection.
+///
+/// It never connects again: once the shard has gone, every call answers [`ClientError::Lost`].
 #[derive(Debug, Clone)]
 pub struct ShardClient {
+    closed: Closed,
     generation: TextGenerationServiceClient<Channel>,
     control: ShardControlClient<Channel>,
 }
@@ -32,22 +35,22 @@ impl ShardClient {
     /// # Errors
     /// [`ClientError::Connection`] when nobody listens there.
     pub async fn connect(uds_path: impl AsRef<Path>) -> Result<Self, ClientError> {
-        let path: PathBuf = uds_path.as_ref().to_path_buf();
-        let uds_path = path.display().to_string();
-        let connector = tower::service_fn(move |_: Uri| {
-            let path = path.clone();
-            async move { UnixStream::connect(path).await.map(TokioIo::new) }
-        });
-        // The authority is never resolved: the connector above ignores it.
-        let channel = Endpoint::from_static("http://shard.invalid")
-            .connect_with_connector(connector)
-            .await
-            .map_err(|error| ClientError::Connection { uds_path, reason: innermost(&error) })?;
+        let path = uds_path.as_ref();
+        let (channel, closed) = connection::connect(path).await.map_err(|error| ClientError::Connection {
+            uds_path: path.display().to_string(),
+            reason: error.to_string(),
+        })?;
         Ok(Self {
+            closed,
             generation: TextGenerationServiceClient::new(channel.clone())
                 .max_decoding_message_size(MAX_MESSAGE_BYTES),
             control: ShardControlClient::new(channel),
         })
+    }
+
+    /// Resolves when the connection has ended, which is when the shard has.
+    pub fn closed(&self) -> impl Future<Output = ()> + Send + use<> {
+        self.closed.clone().wait()
     }
 
     /// Who answers on this socket.
@@ -116,13 +119,4 @@ impl ShardClient {
     pub async fn decode(&mut self, batches: Vec<CachedBatch>) -> Result<DecodeResponse, ClientError> {
         Ok(self.generation.decode(DecodeRequest { batches }).await?.into_inner())
     }
-}
-
-/// tonic wraps the interesting cause in "transport error".
-fn innermost(error: &dyn std::error::Error) -> String {
-    let mut cause = error;
-    while let Some(source) = cause.source() {
-        cause = source;
-    }
-    cause.to_string()
 }

@@ -1,5 +1,9 @@
 //! What can go wrong between a client and its shards.
 
+use std::error::Error;
+
+use tonic::Code;
+
 /// A failed call to one or all shards.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum ClientError {
@@ -14,13 +18,30 @@ pub enum ClientError {
     /// The shard answered with an error. TGI's texts begin the same way.
     #[error("Server error: {0}")]
     Generation(String),
+    /// The shard has gone, or its engine has: whatever it held of any request is lost, and no later call will be answered
+    /// by it.
+    #[error("Server error: {0}")]
+    Lost(String),
     /// The shards answered nothing, or contradicted one another.
     #[error("shards disagree: {0}")]
     Disagreement(String),
 }
 
+impl ClientError {
+    /// Whether a new connection to new shards is the only way on.
+    pub fn is_lost(&self) -> bool {
+        matches!(self, ClientError::Lost(_) | ClientError::Connection { .. })
+    }
+}
+
 impl From<tonic::Status> for ClientError {
+    /// A status that has a source was not sent by the shard: the transport made it up when the connection broke. A shard
+    /// whose engine has ended says so with `UNAVAILABLE`; what it merely refuses is `INTERNAL`, as TGI's shards answer
+    /// every failure.
     fn from(status: tonic::Status) -> Self {
-        ClientError::Generation(status.message().to_string())
+        let is_lost =
+            status.source().is_some() || matches!(status.code(), Code::Unavailable | Code::Cancelled);
+        let text = status.message().to_string();
+        if is_lost { ClientError::Lost(text) } else { ClientError::Generation(text) }
     }
 }

@@ -5,6 +5,7 @@
 //! - [`ShardClient`]: one shard. [`ShardedClient`]: all ranks, merged into one answer.
 
 mod client;
+mod connection;
 mod error;
 mod sharded_client;
 

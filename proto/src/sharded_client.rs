@@ -4,10 +4,12 @@
 //! `request_id % world_size == rank`; merged they are the whole batch. The next batch is the same on all ranks, and the
 //! slowest rank's timings are the group's.
 
+use std::future::Future;
 use std::path::Path;
 use std::time::Duration;
 
-use futures::future::{join_all, try_join_all};
+use futures::FutureExt;
+use futures::future::{join_all, select_all, try_join_all};
 
 use crate::v3::{
     Batch, CachedBatch, DecodeResponse, Generation, InfoResponse, PrefillResponse, WarmupRequest,
@@ -52,14 +54,21 @@ impl ShardedClient {
     /// Connects to the master shard and, through it, to every rank.
     ///
     /// # Errors
-    /// [`ClientError::Connection`] for a socket nobody listens on, [`ClientError::Disagreement`] for an empty list.
+    /// [`ClientError::Connection`] for a socket nobody listens on, [`ClientError::Disagreement`] for an empty list and for
+    /// ranks that were not started together.
     pub async fn connect(master_uds_path: impl AsRef<Path>) -> Result<Self, ClientError> {
         let urls = ShardClient::connect(master_uds_path).await?.service_discovery().await?;
         if urls.is_empty() {
             return Err(ClientError::Disagreement("service discovery returned no shard".to_string()));
         }
-        let clients = try_join_all(urls.iter().map(ShardClient::connect)).await?;
+        let mut clients = try_join_all(urls.iter().map(ShardClient::connect)).await?;
+        check_started_together(&mut clients).await?;
         Ok(Self { clients })
+    }
+
+    /// Resolves when the connection to any rank has ended: without one rank the others are of no use.
+    pub fn closed(&self) -> impl Future<Output = ()> + Send + use<> {
+        select_all(self.clients.iter().map(|client| client.closed().boxed())).map(drop)
     }
 
     /// Number of ranks.
@@ -157,10 +166,42 @@ impl From<DecodeResponse> for StepResult {
     }
 }
 
-/// Waits for all ranks before it reports the first error: a call that went to one rank must have ended on all of them
-/// before the next one starts, or their order would differ from rank to rank.
+/// While a group is being restarted, a rank of the old one may still answer beside one of the new. Shards that are not
+/// Quartet's do not know the question.
+async fn check_started_together(clients: &mut [ShardClient]) -> Result<(), ClientError> {
+    if clients.len() < 2 {
+        return Ok(());
+    }
+    let answers = match try_join_all(clients.iter_mut().map(ShardClient::handshake)).await {
+        Err(error @ ClientError::Lost(_)) => return Err(error),
+        Err(_) => return Ok(()),
+        Ok(answers) => answers,
+    };
+    match answers.iter().find(|answer| answer.instance_id != answers[0].instance_id) {
+        Some(other) => Err(ClientError::Disagreement(format!(
+            "rank {} was started as a part of {:?}, rank {} of {:?}",
+            answers[0].rank, answers[0].instance_id, other.rank, other.instance_id
+        ))),
+        None => Ok(()),
+    }
+}
+
+/// Waits for all ranks before it reports an error: a call that went to one rank must have ended on all of them
+/// before the next one starts, or their order would differ from rank to rank. That a rank is lost outranks what others
+/// say, because it ends all of them.
 fn settle<T>(answers: Vec<Result<T, ClientError>>) -> Result<Vec<T>, ClientError> {
-    answers.into_iter().collect()
+    let mut values = Vec::with_capacity(answers.len());
+    let mut failure: Option<ClientError> = None;
+    for answer in answers {
+        match answer {
+            Ok(value) => values.push(value),
+            Err(error) if failure.as_ref().is_none_or(|known| error.is_lost() && !known.is_lost()) => {
+                failure = Some(error);
+            }
+            Err(_) => {}
+        }
+    }
+    failure.map_or(Ok(values), Err)
 }
 
 fn merge(steps: Vec<StepResult>) -> Result<StepResult, ClientError> {
@@ -213,6 +254,13 @@ mod tests {
     fn one_failing_rank_fails_the_call() {
         let answers = vec![Ok(1), Err(ClientError::Generation("out of memory".to_string()))];
         assert_eq!(settle(answers).unwrap_err().to_string(), "Server error: out of memory");
+    }
+
+    #[test]
+    fn a_lost_rank_outranks_what_the_others_say() {
+        let refused = || Err::<u32, _>(ClientError::Generation("batch 1 is not cached".to_string()));
+        let answers = vec![refused(), Ok(1), Err(ClientError::Lost("gone".to_string())), refused()];
+        assert!(settle(answers).unwrap_err().is_lost());
     }
 
     #[test]

@@ -6,6 +6,8 @@ use std::net::SocketAddr;
 use process::ExitCode;
 use proto::ClientError;
 
+use crate::scheduler::Unrecoverable;
+
 /// A failure of the router as a whole.
 #[derive(Debug, thiserror::Error)]
 pub enum RouterError {
@@ -20,6 +22,9 @@ pub enum RouterError {
         /// The shards' own words.
         source: ClientError,
     },
+    /// The shards died, and those that were started in their place cannot serve what the old ones served.
+    #[error(transparent)]
+    Unrecoverable(#[from] Unrecoverable),
     /// The model's files cannot be used.
     #[error(transparent)]
     Model(#[from] hub::HubError),
@@ -50,7 +55,10 @@ impl RouterError {
         match self {
             RouterError::Configuration(_) => ExitCode::Usage,
             RouterError::Model(_) => ExitCode::ModelUnusable,
+            // Their death is the cause, and whoever starts them starts this program too.
+            RouterError::Shards { source, .. } if source.is_lost() => ExitCode::PeerLost,
             RouterError::Shards { .. }
+            | RouterError::Unrecoverable(_)
             | RouterError::Bind { .. }
             | RouterError::System { .. }
             | RouterError::Internal(_) => ExitCode::Failure,

@@ -3,10 +3,11 @@
 use std::num::NonZero;
 
 use clap::Parser;
-use process::{ExitCode, Program, SignalStream};
+use process::{ExitCode, GiveUpSignal, Program, SignalStream};
 use router::RouterError;
 use router::args::Args;
 use router::config::RouterConfig;
+use router::scheduler::Scheduler;
 use router::startup::Started;
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::oneshot;
@@ -36,8 +37,9 @@ fn run(args: Args) -> Result<(), RouterError> {
     let scheduler = runtime("scheduler", 1)?;
     let served = http.block_on(async {
         let signals = SignalStream::new();
-        let mut signals =
-            signals.map_err(|source| RouterError::System { step: "catching stop signals", source })?;
+        let uncaught = |source| RouterError::System { step: "catching signals", source };
+        let mut signals = signals.map_err(uncaught)?;
+        let give_up = GiveUpSignal::new().map_err(uncaught)?;
         let started = tokio::select! {
             started = router::startup::start(config, scheduler.handle()) => started?,
             signal = signals.next() => {
@@ -45,6 +47,7 @@ fn run(args: Args) -> Result<(), RouterError> {
                 return Ok(());
             }
         };
+        tokio::spawn(give_up_when_told(give_up, started.scheduler()));
         serve(started, signals).await
     });
     // What still runs on them is of no use to anybody now.
@@ -67,6 +70,13 @@ async fn serve(started: Started, mut signals: SignalStream) -> Result<(), Router
         served = started.serve(async move { drop(stopped.await) }) => served,
         () = told_twice => Ok(()),
     }
+}
+
+/// The launcher has no shards for the running requests and will not start any: they end with an error, and nothing is left
+/// that a stop would have to wait for.
+async fn give_up_when_told(mut signal: GiveUpSignal, scheduler: Scheduler) {
+    signal.received().await;
+    scheduler.give_up("the server is going down and nothing can compute this request any more");
 }
 
 fn runtime(name: &str, num_threads: usize) -> Result<Runtime, RouterError> {

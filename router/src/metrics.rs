@@ -1,6 +1,7 @@
 //! Every metric of the router: its name, what it counts, its buckets. Nothing else writes a metric name.
 //!
-//! The names are text-generation-inference's, so that dashboards keep working. Handles are made once and used
+//! The names are text-generation-inference's, so that dashboards keep working; what it has no name for begins with
+//! `quartet_`. Handles are made once and used
 //! from everywhere: recording is an atomic operation, never a lookup. Series show up at zero from the start,
 //! which lets `rate()` see the first event.
 
@@ -122,6 +123,9 @@ pub struct Metrics {
     batch_filter_duration: PerMethod<Histogram>,
     batch_concat_duration: Histogram,
     concats: [(ConcatReason, Counter); 3],
+    recovery_count: Counter,
+    recovery_duration: Histogram,
+    requests_resumed: Counter,
 }
 
 impl Metrics {
@@ -186,6 +190,9 @@ impl Metrics {
                 concat(ConcatReason::WaitExceeded, "wait_exceeded"),
                 concat(ConcatReason::Chunking, "chunking"),
             ],
+            recovery_count: metrics::counter!("quartet_recovery_count"),
+            recovery_duration: metrics::histogram!("quartet_recovery_duration"),
+            requests_resumed: metrics::counter!("quartet_request_resumed"),
         }
     }
 
@@ -291,6 +298,17 @@ impl Metrics {
     pub fn step_delivered(&self, method: Method, time: Duration) {
         self.batch_filter_duration.of(method).record(time);
     }
+
+    /// The shards died while they computed `count` requests, which go on when there are new ones.
+    pub fn requests_interrupted(&self, count: usize) {
+        self.requests_resumed.increment(count as u64);
+    }
+
+    /// There are new shards, `pause` after the old ones were found lost.
+    pub fn shards_recovered(&self, pause: Duration) {
+        self.recovery_count.increment(1);
+        self.recovery_duration.record(pause);
+    }
 }
 
 /// Bucket rules. What has none is rendered as a summary (`tgi_request_skipped_tokens`).
@@ -327,6 +345,9 @@ fn describe() {
     describe_histogram!("tgi_request_input_length", "Prompt tokens of a request");
     describe_histogram!("tgi_request_max_new_tokens", "Most tokens a request may generate");
     describe_histogram!("tgi_request_skipped_tokens", "Tokens of a request in one step, beyond the first");
+    describe_counter!("quartet_recovery_count", "Times that new shards took over from ones that died");
+    describe_histogram!("quartet_recovery_duration", "Seconds from the loss of the shards to the next step");
+    describe_counter!("quartet_request_resumed", "Running requests that went on after a loss of the shards");
     describe_gauge!("tgi_queue_size", "Requests in the queue");
     describe_gauge!("tgi_batch_current_size", "Requests in the running batch");
     describe_gauge!("tgi_batch_current_max_tokens", "Token slots held by the running batch");

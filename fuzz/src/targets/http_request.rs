@@ -8,7 +8,6 @@ use router::scheduler::ValidRequest;
 use router::tokenization::Tokenization;
 use router::types::{ChatRequest, CompatGenerateRequest, CompletionRequest, GenerateRequest};
 use router::validation::{Validation, ValidationLimits};
-use tokenizers::Tokenizer;
 use tokio::runtime::{Builder, Runtime};
 
 use crate::message::check_line;
@@ -30,7 +29,7 @@ static RUNTIME: LazyLock<Runtime> =
     LazyLock::new(|| Builder::new_current_thread().build().expect("an event loop"));
 
 static VALIDATION: LazyLock<Validation> = LazyLock::new(|| {
-    let tokenizer: Tokenizer = TOKENIZER.parse().expect("a tokenizer");
+    let tokenizer = hub::tokenizer_from_json(TOKENIZER.as_bytes()).expect("a tokenizer");
     Validation::new(LIMITS, Tokenization::start(Arc::new(tokenizer), 1).expect("a thread"))
 });
 

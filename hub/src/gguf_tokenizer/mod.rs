@@ -6,16 +6,18 @@
 mod pre_tokenization;
 mod sentence_piece;
 
+use std::collections::HashSet;
+
 use pre_tokenization::pre_tokenization;
-use tokenizers::models::bpe::{BPE, Vocab};
+use tokenizers::AddedToken;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::processors::template::{SpecialToken, TemplateProcessing};
-use tokenizers::{AddedToken, Tokenizer};
 
 use crate::config::one_line;
 use crate::error::HubError;
 use crate::gguf::{Array, Gguf, Value, quote};
 use crate::gguf_config::MetadataReader;
+use crate::tokenizer::{Bpe, BpeOptions, TokenTable, Tokenizer};
 use crate::tokenizer_files::TokenizerConfig;
 
 /// Values of `tokenizer.ggml.token_type`.
@@ -74,14 +76,11 @@ fn byte_pair_tokenizer(reader: &MetadataReader<'_>) -> Result<Tokenizer, HubErro
     let tokens = reader.tokens()?;
     let family = pre_tokenization(reader)?;
     let wrong = |error| broken(reader, error);
-    let vocab = vocabulary(reader, tokens)?;
-    let merges = merges(reader, &vocab)?;
-    let model = BPE::builder()
-        .vocab_and_merges(vocab, merges)
-        .ignore_merges(family.ignore_merges)
-        .build()
-        .map_err(wrong)?;
-    let mut tokenizer = Tokenizer::new(model);
+    let merges = merges(reader)?;
+    let options = BpeOptions { ignore_merges: family.ignore_merges, ..BpeOptions::default() };
+    let bpe = Bpe::new(token_table(reader, tokens)?, merges.into_iter(), &options);
+    let bpe = bpe.map_err(|problem| broken(reader, problem.into()))?;
+    let mut tokenizer = Tokenizer::new(bpe.into());
     tokenizer.with_normalizer(family.normalizer).map_err(wrong)?;
     tokenizer.with_pre_tokenizer(Some(family.pre_tokenizer));
     tokenizer.with_decoder(Some(ByteLevel::new(true, true, true)));
@@ -93,14 +92,20 @@ fn broken(reader: &MetadataReader<'_>, error: tokenizers::Error) -> HubError {
     HubError::Tokenizer { origin: reader.origin.to_owned(), problem: one_line(&error.to_string()) }
 }
 
-/// The tokens by their text.
-fn vocabulary(reader: &MetadataReader<'_>, tokens: &[String]) -> Result<Vocab, HubError> {
-    let vocab: Vocab = tokens.iter().cloned().zip(0_u32..).collect();
-    if vocab.len() != tokens.len() {
-        let problem = format!("{} of {} tokens appear twice", tokens.len() - vocab.len(), tokens.len());
-        return Err(reader.wrong(problem));
-    }
-    Ok(vocab)
+/// The tokens by id and by text.
+fn token_table(reader: &MetadataReader<'_>, tokens: &[String]) -> Result<TokenTable, HubError> {
+    let mut end = 0;
+    let entries: Vec<(u32, u32)> = (0..)
+        .zip(tokens)
+        .map(|(id, token)| {
+            end += token.len() as u32;
+            (id, end)
+        })
+        .collect();
+    TokenTable::new(tokens.concat(), &entries).ok_or_else(|| {
+        let different = tokens.iter().collect::<HashSet<_>>().len();
+        reader.wrong(format!("{} of {} tokens appear twice", tokens.len() - different, tokens.len()))
+    })
 }
 
 /// Adds the tokens of `added_kinds`, and what goes before and after a text.
@@ -119,15 +124,12 @@ fn finish(
     Ok(())
 }
 
-/// The merges, each checked: the library's builder trusts that a merge's result is no longer than any token.
-fn merges(reader: &MetadataReader<'_>, vocab: &Vocab) -> Result<Vec<(String, String)>, HubError> {
+/// The two tokens of each merge.
+fn merges<'a>(reader: &MetadataReader<'a>) -> Result<Vec<(&'a str, &'a str)>, HubError> {
     let lines =
         reader.strings("tokenizer.ggml.merges")?.ok_or_else(|| reader.lacks("tokenizer.ggml.merges"))?;
-    let longest = vocab.keys().map(String::len).max().unwrap_or_default();
-    let merge = |line: &String| match line.split_once(' ') {
-        Some((left, right)) if left.len() + right.len() <= longest => Ok((left.to_owned(), right.to_owned())),
-        Some(_) => Err(reader.wrong(format!("merge {} makes no token", quote(line)))),
-        None => Err(reader.wrong(format!("merge {} has no space", quote(line)))),
+    let merge = |line: &'a String| {
+        line.split_once(' ').ok_or_else(|| reader.wrong(format!("merge {} has no space", quote(line))))
     };
     lines.iter().map(merge).collect()
 }

@@ -5,21 +5,21 @@
 
 use std::collections::HashMap;
 
+use tokenizers::NormalizerWrapper;
 use tokenizers::decoders::DecoderWrapper;
 use tokenizers::decoders::byte_fallback::ByteFallback;
 use tokenizers::decoders::fuse::Fuse;
 use tokenizers::decoders::sequence::Sequence;
 use tokenizers::decoders::strip::Strip;
-use tokenizers::models::bpe::BPE;
 use tokenizers::normalizers::prepend::Prepend;
 use tokenizers::normalizers::replace::Replace;
 use tokenizers::normalizers::utils::Sequence as Normalizers;
-use tokenizers::{NormalizerWrapper, Tokenizer};
 
-use super::{BYTE, CONTROL, UNKNOWN, UNUSED, USER_DEFINED, broken, finish, kinds, vocabulary};
+use super::{BYTE, CONTROL, UNKNOWN, UNUSED, USER_DEFINED, broken, finish, kinds, token_table};
 use crate::error::HubError;
 use crate::gguf::{Array, Value};
 use crate::gguf_config::MetadataReader;
+use crate::tokenizer::{Bpe, BpeOptions, Tokenizer};
 
 /// What stands for a space within tokens.
 const SPACE: &str = "▁";
@@ -31,16 +31,17 @@ pub(super) fn tokenizer(reader: &MetadataReader<'_>) -> Result<Tokenizer, HubErr
     let tokens = reader.tokens()?;
     let kinds = kinds(reader, tokens.len())?.unwrap_or_else(|| vec![1; tokens.len()]);
     let scores = scores(reader, tokens.len())?;
-    let vocab = vocabulary(reader, tokens)?;
     let merges = merges(tokens, &kinds, &scores);
-    let has_bytes = kinds.contains(&BYTE);
-    let mut builder = BPE::builder().vocab_and_merges(vocab, merges).fuse_unk(true).byte_fallback(has_bytes);
     let unknown = reader.token_id("unknown")?.or_else(|| position(&kinds, UNKNOWN));
-    if let Some(unknown) = unknown {
-        builder = builder.unk_token(tokens[unknown as usize].clone());
-    }
+    let options = BpeOptions {
+        unk_token: unknown.map(|id| tokens[id as usize].clone()),
+        fuse_unk: true,
+        byte_fallback: kinds.contains(&BYTE),
+        ignore_merges: false,
+    };
+    let bpe = Bpe::new(token_table(reader, tokens)?, merges.into_iter(), &options);
     let wrong = |error| broken(reader, error);
-    let mut tokenizer = Tokenizer::new(builder.build().map_err(wrong)?);
+    let mut tokenizer = Tokenizer::new(bpe.map_err(|problem| wrong(problem.into()))?.into());
     let has_prefix = reader.bool("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
     let replace = |from: &str, to: &str| Replace::new(from, to).map_err(wrong);
     let mut normalizers: Vec<NormalizerWrapper> = Vec::new();
@@ -76,13 +77,13 @@ fn scores(reader: &MetadataReader<'_>, num_tokens: usize) -> Result<Vec<f64>, Hu
 
 /// Every way to cut a token into two others, the best score first. Of one score, the longer first part comes first, as the
 /// converters have it.
-fn merges(tokens: &[String], kinds: &[u64], scores: &[f64]) -> Vec<(String, String)> {
+fn merges<'a>(tokens: &'a [String], kinds: &[u64], scores: &[f64]) -> Vec<(&'a str, &'a str)> {
     let is_text = |id: usize| ![UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE].contains(&kinds[id]);
     let texts: HashMap<&str, usize> =
         (0..tokens.len()).filter(|&id| is_text(id)).map(|id| (tokens[id].as_str(), id)).collect();
     let longest = texts.keys().map(|text| text.len()).filter(|&length| length <= MAX_MERGED).max();
     let longest = longest.unwrap_or(0);
-    let mut found: Vec<(f64, &str, &str)> = Vec::new();
+    let mut found: Vec<(f64, &'a str, &'a str)> = Vec::new();
     for (id, token) in tokens.iter().enumerate().filter(|(id, token)| is_text(*id) && token.len() <= longest)
     {
         for (cut, _) in token.char_indices().skip(1) {
@@ -94,5 +95,5 @@ fn merges(tokens: &[String], kinds: &[u64], scores: &[f64]) -> Vec<(String, Stri
     }
     // A stable order of everything a file may hold, not-a-number included.
     found.sort_by(|a, b| b.0.total_cmp(&a.0).then(b.1.len().cmp(&a.1.len())).then(b.2.len().cmp(&a.2.len())));
-    found.into_iter().map(|(_, left, right)| (left.to_owned(), right.to_owned())).collect()
+    found.into_iter().map(|(_, left, right)| (left, right)).collect()
 }

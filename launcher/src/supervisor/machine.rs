@@ -1,18 +1,25 @@
 //! The supervisor's states and what each event does to them: a pure function, tested by table.
 //!
 //! ```text
-//! Downloading ──► Starting ──► Warming ──► Serving
-//!      │              └────────────┴──────────┴──────► Draining ──► Exited
-//!      └──────────────────────────────────────────────────────────────▲
+//! Downloading ──► Starting ──► Warming ──► Serving ◄──► Recovering
+//!      │              └────────────┴──────────┴──────────────┴──► Draining ──► Exited
+//!      └─────────────────────────────────────────────────────────────────────────▲
 //! ```
+//! A start that fails is reported and not repeated: the next one would fail alike. Once the service has served, deaths
+//! are answered by restarts as far as the policy allows. The shards of a model restart together, because one death breaks
+//! the collectives of all; the router alone, because it holds no weights.
+//!
 //! On the way down for a stop signal the router goes first, because it finishes the running requests with the shards'
-//! help; after a death everything goes at once, because nothing can be finished any more.
+//! help; shards that die meanwhile are still restarted for it. After a failure everything goes at once, because nothing
+//! can be finished any more.
 
 use std::collections::BTreeSet;
 use std::fmt;
+use std::time::Duration;
 
 use process::Signal;
 
+use super::restarts::{RestartPolicy, Restarts};
 use crate::error::{Failure, LauncherError};
 
 /// One of the launcher's children.
@@ -44,13 +51,27 @@ pub enum Phase {
     Warming,
     /// `/health` has answered 200.
     Serving,
+    /// Children that died are being replaced.
+    Recovering,
     /// Children are being ended, in order.
     Draining,
     /// No child is left.
     Exited,
 }
 
-/// Something that happened.
+/// What the end of a child says about its successor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Death {
+    /// It failed by itself.
+    Cause {
+        /// Starting the same command again may succeed.
+        restart_helps: bool,
+    },
+    /// It ended only because another child had ended before, which we may not have been told yet.
+    Consequence,
+}
+
+/// Something that happened. `attempt` names the start that an event belongs to: those of earlier ones are too late.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
     /// Files, plan and socket prefix are there.
@@ -62,11 +83,16 @@ pub enum Event {
     PrepareFailed(Failure),
     /// A rank answered its handshake.
     ShardReady {
+        /// Of [`Action::SpawnShards`].
+        attempt: u32,
         /// Which.
         rank: usize,
     },
     /// `/health` answered 200.
-    RouterHealthy,
+    RouterHealthy {
+        /// Of [`Action::SpawnRouter`] or [`Action::AwaitRouter`].
+        attempt: u32,
+    },
     /// A child could not be started at all.
     SpawnFailed {
         /// Which.
@@ -80,8 +106,20 @@ pub enum Event {
         child: ChildId,
         /// One line: how it ended and what it said last.
         reason: String,
-        /// It ended only because another one had ended before, which we have not been told yet.
-        is_consequence: bool,
+        /// What that says.
+        death: Death,
+    },
+    /// A shard that lives makes no progress.
+    Stalled {
+        /// Of [`Action::SpawnShards`].
+        attempt: u32,
+        /// One line: which, and what was seen.
+        reason: String,
+    },
+    /// The wait before a restart is over.
+    BackoffOver {
+        /// Of [`Action::Backoff`].
+        attempt: u32,
     },
     /// The cause of a death has had its time to show.
     CauseOverdue,
@@ -102,18 +140,60 @@ pub enum Grace {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Action {
     /// Start all ranks at once and wait for their handshakes.
-    SpawnShards,
+    SpawnShards {
+        /// For the events about it.
+        attempt: u32,
+    },
     /// Start the router and wait for its health.
-    SpawnRouter,
+    SpawnRouter {
+        /// For the events about it.
+        attempt: u32,
+    },
+    /// The router that lives takes to the new shards by itself: wait for its health.
+    AwaitRouter {
+        /// For the events about it.
+        attempt: u32,
+    },
     /// Tell the world that it can send requests.
     Announce,
-    /// A rank ended because another one did, of which we do not know yet: ending that one now would hide its last
+    /// Tell it that it can do so again.
+    AnnounceRecovery,
+    /// Answered by [`Event::BackoffOver`] after the time.
+    Backoff {
+        /// For the answer.
+        attempt: u32,
+        /// The time.
+        wait: Duration,
+    },
+    /// A child ended because another one did, of which we do not know yet: ending that one now would hide its last
     /// words. Answered by [`Event::CauseOverdue`] after a moment.
     AwaitCause,
+    /// Tell the router that no shards will come: it ends the running requests with an error.
+    GiveUp,
     /// SIGTERM, and SIGKILL when the grace is over.
     Terminate(ChildId, Grace),
     /// SIGKILL.
     Kill(ChildId),
+}
+
+/// Where the shards are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Group {
+    /// They load, or have not been started yet.
+    Loading,
+    /// All are ready.
+    Up,
+    /// One has died, and the others are to end as well.
+    Ending,
+    /// None lives; the next start waits.
+    Resting,
+}
+
+/// A death that has not been answered yet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Trouble {
+    failure: Failure,
+    death: Death,
 }
 
 /// All the supervisor knows.
@@ -123,36 +203,81 @@ pub struct State {
     pub phase: Phase,
     /// What the launcher will exit with.
     pub outcome: Result<(), Failure>,
+    num_shard: usize,
     alive: BTreeSet<ChildId>,
+    group: Group,
     waiting_for: BTreeSet<usize>,
-    /// `outcome` names a death that was another one's consequence.
-    is_cause_unknown: bool,
+    restarts: Restarts,
+    /// How long the shards stay down once the last one has ended.
+    group_wait: Duration,
+    /// The latest start or wait, and the latest start of the shards.
+    attempt: u32,
+    group_attempt: u32,
+    has_served: bool,
+    /// Set while the cause of a death is awaited.
+    trouble: Option<Trouble>,
     /// Everything was killed on demand, so no end is a failure any more.
     is_killed: bool,
 }
 
-impl Default for State {
-    fn default() -> Self {
+impl State {
+    /// Before anything has been done.
+    pub fn new(policy: RestartPolicy) -> Self {
         Self {
             phase: Phase::Downloading,
             outcome: Ok(()),
+            num_shard: 0,
             alive: BTreeSet::new(),
+            group: Group::Loading,
             waiting_for: BTreeSet::new(),
-            is_cause_unknown: false,
+            restarts: Restarts::new(policy),
+            group_wait: Duration::ZERO,
+            attempt: 0,
+            group_attempt: 0,
+            has_served: false,
+            trouble: None,
             is_killed: false,
+        }
+    }
+
+    fn has(&self, child: ChildId) -> bool {
+        self.alive.contains(&child)
+    }
+
+    fn live_shards(&self) -> impl Iterator<Item = ChildId> {
+        self.alive.iter().copied().filter(|child| *child != ChildId::Router)
+    }
+
+    /// Whether every child is there and was ready once.
+    fn is_whole(&self) -> bool {
+        self.group == Group::Up && self.has(ChildId::Router)
+    }
+
+    fn next_attempt(&mut self) -> u32 {
+        self.attempt += 1;
+        self.attempt
+    }
+
+    /// Whether whatever dies now is needed.
+    fn is_wanted(&self) -> bool {
+        match self.phase {
+            Phase::Starting | Phase::Warming | Phase::Serving | Phase::Recovering => true,
+            // The router finishes requests with the shards' help.
+            Phase::Draining => self.outcome.is_ok() && !self.is_killed && self.has(ChildId::Router),
+            Phase::Downloading | Phase::Exited => false,
         }
     }
 }
 
-/// The state after `event`, and what to do, in this order. Events that come too late to matter change nothing.
-pub fn transition(mut state: State, event: Event) -> (State, Vec<Action>) {
-    use Phase::{Downloading, Draining, Exited, Serving, Starting, Warming};
+/// The state after `event` at `now` (since any fixed moment), and what to do, in this order. Events that come too late to
+/// matter change nothing.
+pub fn transition(mut state: State, event: Event, now: Duration) -> (State, Vec<Action>) {
+    use Phase::{Downloading, Draining, Exited, Recovering, Serving, Starting, Warming};
     let actions = match (state.phase, event) {
         (Downloading, Event::Prepared { num_shard }) => {
             state.phase = Starting;
-            state.waiting_for = (0..num_shard).collect();
-            state.alive = (0..num_shard).map(ChildId::Shard).collect();
-            vec![Action::SpawnShards]
+            state.num_shard = num_shard;
+            spawn_shards(&mut state)
         }
         (Downloading, Event::PrepareFailed(failure)) => {
             state.phase = Exited;
@@ -163,58 +288,113 @@ pub fn transition(mut state: State, event: Event) -> (State, Vec<Action>) {
             state.phase = Exited;
             vec![]
         }
-        (Starting, Event::ShardReady { rank }) => {
-            state.waiting_for.remove(&rank);
-            if state.waiting_for.is_empty() {
-                state.phase = Warming;
-                state.alive.insert(ChildId::Router);
-                vec![Action::SpawnRouter]
-            } else {
-                vec![]
-            }
+        (_, Event::ShardReady { attempt, rank }) if attempt == state.group_attempt && state.is_wanted() => {
+            shard_ready(&mut state, rank)
         }
-        (Warming, Event::RouterHealthy) => {
+        (Warming | Recovering, Event::RouterHealthy { attempt })
+            if attempt == state.attempt && state.is_whole() =>
+        {
+            let is_first = !std::mem::replace(&mut state.has_served, true);
             state.phase = Serving;
-            vec![Action::Announce]
+            state.restarts.recovered();
+            vec![if is_first { Action::Announce } else { Action::AnnounceRecovery }]
         }
-        (Starting | Warming | Serving, Event::Stop(_)) => {
+        (_, Event::BackoffOver { attempt }) if attempt == state.attempt && state.is_wanted() => {
+            restore(&mut state)
+        }
+        (_, Event::Stalled { attempt, reason })
+            if attempt == state.group_attempt && state.group != Group::Ending && state.is_wanted() =>
+        {
+            let failure = Failure::new(LauncherError::ShardFailed, reason);
+            let death = Death::Cause { restart_helps: true };
+            state.group = Group::Ending;
+            state.trouble = Some(Trouble { failure, death });
+            settle(&mut state, now)
+        }
+        (_, Event::CauseOverdue) if state.trouble.is_some() => settle(&mut state, now),
+        (Starting | Warming | Serving | Recovering, Event::Stop(_)) => {
             state.phase = Draining;
-            begin_drain(&state)
+            begin_drain(&mut state)
         }
-        (Starting | Warming | Serving, Event::SpawnFailed { child, reason }) => {
+        (Draining, Event::Stop(_)) => {
+            state.is_killed = true;
+            state.trouble = None;
+            state.alive.iter().copied().map(Action::Kill).collect()
+        }
+        (_, Event::SpawnFailed { child, reason }) => {
             let error = match child {
                 ChildId::Router => LauncherError::WebserverCannotStart,
                 ChildId::Shard(_) => LauncherError::ShardCannotStart,
             };
-            fail(&mut state, child, Failure::new(error, reason), false)
+            let death = Death::Cause { restart_helps: true };
+            ended(&mut state, child, Trouble { failure: Failure::new(error, reason), death }, now)
         }
-        (Starting | Warming | Serving, Event::Ended { child, reason, is_consequence }) => {
-            let error = death_of(child, state.phase);
-            fail(&mut state, child, Failure::new(error, reason), is_consequence)
-        }
-        (Draining, Event::CauseOverdue) => terminate_all(&state),
-        (Draining, Event::Stop(_)) => {
-            state.is_killed = true;
-            state.alive.iter().copied().map(Action::Kill).collect()
-        }
-        (Draining, Event::SpawnFailed { child, reason }) => {
-            ended_while_draining(&mut state, child, reason, false)
-        }
-        (Draining, Event::Ended { child, reason, is_consequence }) => {
-            ended_while_draining(&mut state, child, reason, is_consequence)
+        (phase, Event::Ended { child, reason, death }) => {
+            let failure = Failure::new(death_of(child, phase), reason);
+            ended(&mut state, child, Trouble { failure, death }, now)
         }
         (_, _) => vec![],
     };
     (state, actions)
 }
 
-/// The router first, with the time its requests need; without a router there are no requests.
-fn begin_drain(state: &State) -> Vec<Action> {
-    if state.alive.contains(&ChildId::Router) {
-        vec![Action::Terminate(ChildId::Router, Grace::Requests)]
-    } else {
-        terminate_all(state)
+fn spawn_shards(state: &mut State) -> Vec<Action> {
+    state.group = Group::Loading;
+    state.waiting_for = (0..state.num_shard).collect();
+    state.alive.extend((0..state.num_shard).map(ChildId::Shard));
+    state.group_attempt = state.next_attempt();
+    vec![Action::SpawnShards { attempt: state.group_attempt }]
+}
+
+fn spawn_router(state: &mut State) -> Vec<Action> {
+    state.alive.insert(ChildId::Router);
+    vec![Action::SpawnRouter { attempt: state.next_attempt() }]
+}
+
+fn shard_ready(state: &mut State, rank: usize) -> Vec<Action> {
+    if state.group != Group::Loading {
+        return vec![];
     }
+    state.waiting_for.remove(&rank);
+    if !state.waiting_for.is_empty() {
+        return vec![];
+    }
+    state.group = Group::Up;
+    match state.phase {
+        // A router that drains answers no health checks.
+        Phase::Draining => vec![],
+        Phase::Recovering if state.has(ChildId::Router) => {
+            vec![Action::AwaitRouter { attempt: state.next_attempt() }]
+        }
+        Phase::Recovering => spawn_router(state),
+        _ => {
+            state.phase = Phase::Warming;
+            spawn_router(state)
+        }
+    }
+}
+
+/// Starts what is missing, the shards first.
+fn restore(state: &mut State) -> Vec<Action> {
+    if state.live_shards().next().is_none() {
+        spawn_shards(state)
+    } else if state.group == Group::Up && !state.has(ChildId::Router) {
+        spawn_router(state)
+    } else {
+        vec![]
+    }
+}
+
+/// The router first, with the time its requests need; without a router there are no requests.
+fn begin_drain(state: &mut State) -> Vec<Action> {
+    state.trouble = None;
+    if state.has(ChildId::Router) {
+        return vec![Action::Terminate(ChildId::Router, Grace::Requests)];
+    }
+    if state.alive.is_empty() {
+        state.phase = Phase::Exited;
+    }
+    terminate_all(state)
 }
 
 fn terminate_all(state: &State) -> Vec<Action> {
@@ -230,47 +410,109 @@ fn death_of(child: ChildId, phase: Phase) -> LauncherError {
     }
 }
 
-/// A child is gone that was needed.
-fn fail(state: &mut State, child: ChildId, failure: Failure, is_consequence: bool) -> Vec<Action> {
-    state.outcome = Err(failure);
-    state.is_cause_unknown = is_consequence;
+/// A child is gone.
+fn ended(state: &mut State, child: ChildId, trouble: Trouble, now: Duration) -> Vec<Action> {
+    let was_wanted = state.is_wanted();
     state.alive.remove(&child);
-    state.phase = if state.alive.is_empty() { Phase::Exited } else { Phase::Draining };
-    if may_cause_show(state) { vec![Action::AwaitCause] } else { terminate_all(state) }
+    if !was_wanted || (state.phase == Phase::Draining && child == ChildId::Router) {
+        return ended_while_draining(state, child);
+    }
+    match child {
+        ChildId::Router => router_died(state, trouble, now),
+        ChildId::Shard(_) => shard_died(state, trouble, now),
+    }
 }
 
-/// Only another rank can be the cause of a rank's end.
-fn may_cause_show(state: &State) -> bool {
-    state.is_cause_unknown && state.alive.iter().any(|child| *child != ChildId::Router)
-}
-
-fn ended_while_draining(
-    state: &mut State,
-    child: ChildId,
-    reason: String,
-    is_consequence: bool,
-) -> Vec<Action> {
-    let is_asked_for = state.outcome.is_ok();
-    if is_asked_for && !state.is_killed && child != ChildId::Router && state.alive.contains(&ChildId::Router)
-    {
-        // Nobody asked the shard to end yet, and without it the requests cannot be finished.
-        return fail(state, child, Failure::new(LauncherError::ShardFailed, reason), is_consequence);
-    }
-    let was_awaiting = may_cause_show(state);
-    state.alive.remove(&child);
-    if let Err(failure) = &mut state.outcome
-        && state.is_cause_unknown
-        && !is_consequence
-    {
-        failure.reason = reason;
-        state.is_cause_unknown = false;
-    }
+fn ended_while_draining(state: &mut State, child: ChildId) -> Vec<Action> {
     if state.alive.is_empty() {
         state.phase = Phase::Exited;
+        return vec![];
     }
-    let is_router_done = is_asked_for && child == ChildId::Router && !state.is_killed;
-    let is_cause_decided = was_awaiting && !may_cause_show(state);
-    if is_router_done || is_cause_decided { terminate_all(state) } else { vec![] }
+    let is_router_done = state.outcome.is_ok() && child == ChildId::Router && !state.is_killed;
+    if is_router_done { terminate_all(state) } else { vec![] }
+}
+
+/// Without shards there is nothing that a router could have done better, and none that could do better now.
+fn router_died(state: &mut State, trouble: Trouble, now: Duration) -> Vec<Action> {
+    let is_consequence = trouble.death == Death::Consequence;
+    let restart_helps = trouble.death != Death::Cause { restart_helps: false };
+    if state.group != Group::Up && (is_consequence || (state.has_served && restart_helps)) {
+        return vec![];
+    }
+    state.trouble = Some(trouble);
+    if is_consequence { vec![Action::AwaitCause] } else { settle(state, now) }
+}
+
+fn shard_died(state: &mut State, trouble: Trouble, now: Duration) -> Vec<Action> {
+    let is_first = state.group != Group::Ending;
+    state.group = Group::Ending;
+    let is_cause = trouble.death != Death::Consequence;
+    // A router that lost its shards, or a rank that lost a peer, is no cause.
+    let is_unknown = state.trouble.as_ref().is_some_and(|known| known.death == Death::Consequence);
+    if is_first || (is_unknown && is_cause) {
+        state.trouble = Some(trouble);
+    }
+    match &state.trouble {
+        // Only another rank can be the cause of a rank's end.
+        Some(known) if known.death == Death::Consequence && state.live_shards().next().is_some() => {
+            if is_first {
+                vec![Action::AwaitCause]
+            } else {
+                vec![]
+            }
+        }
+        Some(_) => settle(state, now),
+        None => rest_when_all_are_gone(state),
+    }
+}
+
+/// The cause is known, or will not be: counts it and begins the restart, or the end.
+fn settle(state: &mut State, now: Duration) -> Vec<Action> {
+    let Some(Trouble { failure, death }) = state.trouble.take() else { return vec![] };
+    let restart_helps = death != Death::Cause { restart_helps: false };
+    if !state.has_served || !restart_helps || !state.restarts.are_allowed() {
+        return fail(state, failure);
+    }
+    let wait = match state.restarts.count(now) {
+        Ok(wait) => wait,
+        Err(why) => return fail(state, failure.after_restarts(&why)),
+    };
+    if state.phase != Phase::Draining {
+        state.phase = Phase::Recovering;
+    }
+    if state.group == Group::Up {
+        // It was the router.
+        return rest(state, wait);
+    }
+    state.group_wait = wait;
+    let mut actions: Vec<Action> = state.live_shards().map(Action::Kill).collect();
+    actions.extend(rest_when_all_are_gone(state));
+    actions
+}
+
+/// Ranks of two starts must never meet: the next start waits for the last end.
+fn rest_when_all_are_gone(state: &mut State) -> Vec<Action> {
+    if state.live_shards().next().is_some() {
+        return vec![];
+    }
+    state.group = Group::Resting;
+    rest(state, state.group_wait)
+}
+
+fn rest(state: &mut State, wait: Duration) -> Vec<Action> {
+    if wait.is_zero() {
+        restore(state)
+    } else {
+        vec![Action::Backoff { attempt: state.next_attempt(), wait }]
+    }
+}
+
+/// The end: nothing that runs can be finished.
+fn fail(state: &mut State, failure: Failure) -> Vec<Action> {
+    state.outcome = Err(failure);
+    state.phase = if state.alive.is_empty() { Phase::Exited } else { Phase::Draining };
+    let can_tell_clients = state.has_served && state.has(ChildId::Router);
+    can_tell_clients.then_some(Action::GiveUp).into_iter().chain(terminate_all(state)).collect()
 }
 
 #[cfg(test)]

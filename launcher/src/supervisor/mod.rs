@@ -1,6 +1,7 @@
 //! The launcher's one event loop: it feeds what happens to the state machine and does what that answers.
 
 mod machine;
+mod restarts;
 
 use std::collections::HashMap;
 use std::io::{PipeReader, PipeWriter};
@@ -17,11 +18,13 @@ use crate::child::{self, Exit, Handle};
 use crate::command::ShardRuntime;
 use crate::devices::Devices;
 use crate::error::{Failure, LauncherError};
+use crate::liveness;
 use crate::readiness;
 use crate::startup_ledger::StartupLedger;
 use crate::weights::{Prepared, prepare};
 
-pub use machine::{Action, ChildId, Event, Grace, Phase, State, transition};
+pub use machine::{Action, ChildId, Death, Event, Grace, Phase, State, transition};
+pub use restarts::{RestartPolicy, Restarts};
 
 /// A child without requests has nothing to finish: it frees its memory and ends. A longer wait would only delay the
 /// restart that somebody is waiting for.
@@ -47,7 +50,7 @@ pub struct Launch {
     pub ledger: StartupLedger,
 }
 
-/// Starts everything, serves until it is asked to stop or a child dies, and ends everything.
+/// Starts everything, serves until it is asked to stop or children die too often, and ends everything.
 ///
 /// Must run on the main thread in a current-thread runtime, because children are tied to the thread that starts them.
 ///
@@ -62,8 +65,14 @@ pub async fn supervise(launch: Launch) -> Result<(), Failure> {
         let (args, devices) = (launch.args.clone(), launch.devices.clone());
         tokio::task::spawn_blocking(move || prepare(&args, &devices))
     };
+    let recovery = &launch.args.recovery;
+    let policy = RestartPolicy {
+        max_restarts: recovery.max_restarts,
+        window: Duration::from_secs(recovery.restart_window),
+    };
+    let started = Instant::now();
     let mut supervisor = Supervisor::new(launch, events, exits);
-    let mut state = State::default();
+    let mut state = State::new(policy);
     while state.phase != Phase::Exited {
         let event = tokio::select! {
             // A child's end outranks what it may have reported before.
@@ -77,10 +86,15 @@ pub async fn supervise(launch: Launch) -> Result<(), Failure> {
             Some(event) = happened.recv() => event,
         };
         let before = state.phase;
-        let (after, actions) = transition(state, event);
+        if let Event::Stalled { reason, .. } = &event {
+            tracing::error!("{reason}");
+        }
+        tracing::debug!("{before:?}: {event:?}");
+        let (after, actions) = transition(state, event, started.elapsed());
         state = after;
         if state.phase != before {
             tracing::info!("{before:?} -> {:?}", state.phase);
+            supervisor.note_phase(state.phase);
         }
         supervisor.act(actions);
     }
@@ -94,11 +108,13 @@ struct Supervisor {
     exits: mpsc::UnboundedSender<Exit>,
     is_preparing: bool,
     prepared: Option<Prepared>,
-    instance_id: String,
     /// The read end is inherited by every shard; its end-of-file means that this process is gone.
     lifeline: Option<(PipeReader, PipeWriter)>,
     children: HashMap<ChildId, Handle>,
     probes: Vec<JoinHandle<()>>,
+    /// Looks whether the shards make progress.
+    watch: Option<JoinHandle<()>>,
+    recovering_since: Option<Instant>,
 }
 
 impl Supervisor {
@@ -109,10 +125,17 @@ impl Supervisor {
             exits,
             is_preparing: true,
             prepared: None,
-            instance_id: format!("{:032x}", rand::random::<u128>()),
             lifeline: None,
             children: HashMap::new(),
             probes: Vec::new(),
+            watch: None,
+            recovering_since: None,
+        }
+    }
+
+    fn note_phase(&mut self, phase: Phase) {
+        if phase == Phase::Recovering {
+            self.recovering_since.get_or_insert_with(Instant::now);
         }
     }
 
@@ -145,16 +168,27 @@ impl Supervisor {
                 ChildId::Router => tracing::error!("{report}"),
             }
         }
-        Event::Ended { child: exit.child, reason: exit.in_one_line(), is_consequence: exit.is_consequence }
+        Event::Ended { child: exit.child, reason: exit.in_one_line(), death: exit.death }
     }
 
     fn act(&mut self, actions: Vec<Action>) {
         for action in actions {
             match action {
-                Action::SpawnShards => self.spawn_shards(),
-                Action::SpawnRouter => self.spawn_router(),
+                Action::SpawnShards { attempt } => self.spawn_shards(attempt),
+                Action::SpawnRouter { attempt } => self.spawn_router(attempt),
+                Action::AwaitRouter { attempt } => self.await_router(attempt),
                 Action::Announce => self.announce(),
-                Action::AwaitCause => self.await_cause(),
+                Action::AnnounceRecovery => self.announce_recovery(),
+                Action::Backoff { attempt, wait } => {
+                    tracing::info!("Starting again in {:.2} s", wait.as_secs_f64());
+                    self.send_after(wait, Event::BackoffOver { attempt });
+                }
+                Action::AwaitCause => self.send_after(CAUSE_SHOWS_WITHIN, Event::CauseOverdue),
+                Action::GiveUp => {
+                    if let Some(router) = self.children.get(&ChildId::Router) {
+                        router.give_up();
+                    }
+                }
                 Action::Terminate(child, grace) => self.terminate(child, grace),
                 Action::Kill(child) => {
                     if let Some(handle) = self.children.get(&child) {
@@ -165,17 +199,22 @@ impl Supervisor {
         }
     }
 
-    fn spawn_shards(&mut self) {
-        match std::io::pipe() {
-            Ok(ends) => self.lifeline = Some(ends),
-            // The parent-death signal still ties the shards to us.
-            Err(error) => tracing::warn!("cannot make a lifeline pipe: {error}"),
+    fn spawn_shards(&mut self, attempt: u32) {
+        self.abort_probes();
+        if self.lifeline.is_none() {
+            match std::io::pipe() {
+                Ok(ends) => self.lifeline = Some(ends),
+                // The parent-death signal still ties the shards to us.
+                Err(error) => tracing::warn!("cannot make a lifeline pipe: {error}"),
+            }
         }
         let Some(prepared) = &self.prepared else { return };
+        // One for each start: nobody may take a rank of an earlier one for a part of this.
+        let instance_id = format!("{:032x}", rand::random::<u128>());
         let lifeline = self.lifeline.as_ref().map(|(reader, _)| reader.as_raw_fd());
         let runtime = ShardRuntime {
             uds_prefix: prepared.runtime_dir.prefix().to_owned(),
-            instance_id: self.instance_id.clone(),
+            instance_id: instance_id.clone(),
             lifeline_fd: lifeline,
             logger_level: self.launch.logger_level.clone(),
         };
@@ -189,12 +228,12 @@ impl Supervisor {
                 }
                 Err(error) => self.report_spawn_failure(child, program.display().to_string(), &error),
             }
-            let (events, id) = (self.events.clone(), self.instance_id.clone());
+            let (events, id) = (self.events.clone(), instance_id.clone());
             let socket = prepared.runtime_dir.socket(rank);
             self.probes.push(tokio::spawn(async move {
                 readiness::shard_ready(socket, id, rank).await;
                 // The supervisor ends before its probes only when it no longer cares.
-                let _ = events.send(Event::ShardReady { rank });
+                let _ = events.send(Event::ShardReady { attempt, rank });
             }));
         }
         tracing::info!(
@@ -202,10 +241,32 @@ impl Supervisor {
             prepared.plan.shard.num_shard,
             prepared.plan.shard.device.name()
         );
+        let sockets =
+            (0..prepared.plan.shard.num_shard).map(|rank| prepared.runtime_dir.socket(rank)).collect();
+        self.watch_liveness(attempt, sockets);
     }
 
-    fn spawn_router(&mut self) {
-        self.launch.ledger.end_phase("shards", Instant::now());
+    /// From when all ranks have answered; while they load there are no steps to count.
+    fn watch_liveness(&mut self, attempt: u32, sockets: Vec<PathBuf>) {
+        if let Some(watch) = self.watch.take() {
+            watch.abort();
+        }
+        let timeout = Duration::from_secs(self.launch.args.recovery.stall_timeout);
+        if timeout.is_zero() {
+            return;
+        }
+        let events = self.events.clone();
+        self.watch = Some(tokio::spawn(async move {
+            if let Some(reason) = liveness::stalled(&sockets, timeout).await {
+                let _ = events.send(Event::Stalled { attempt, reason });
+            }
+        }));
+    }
+
+    fn spawn_router(&mut self, attempt: u32) {
+        if self.recovering_since.is_none() {
+            self.launch.ledger.end_phase("shards", Instant::now());
+        }
         let Some(prepared) = &self.prepared else { return };
         let invocation = prepared.plan.router.command(prepared.runtime_dir.prefix());
         let program = &self.launch.router_program;
@@ -216,11 +277,23 @@ impl Supervisor {
             }
             Err(error) => self.report_spawn_failure(ChildId::Router, program.display().to_string(), &error),
         }
+        self.await_router(attempt);
+    }
+
+    fn await_router(&mut self, attempt: u32) {
+        self.abort_probes();
+        let Some(prepared) = &self.prepared else { return };
         let (events, bind) = (self.events.clone(), prepared.plan.bind);
         self.probes.push(tokio::spawn(async move {
             readiness::router_healthy(bind).await;
-            let _ = events.send(Event::RouterHealthy);
+            let _ = events.send(Event::RouterHealthy { attempt });
         }));
+    }
+
+    fn abort_probes(&mut self) {
+        for probe in self.probes.drain(..) {
+            probe.abort();
+        }
     }
 
     fn report_spawn_failure(&self, child: ChildId, program: String, error: &std::io::Error) {
@@ -247,18 +320,21 @@ impl Supervisor {
         }));
     }
 
-    fn await_cause(&self) {
+    fn announce_recovery(&mut self) {
+        let took = self.recovering_since.take().map_or(Duration::ZERO, |since| since.elapsed());
+        tracing::info!("Serving again after {:.0} ms", took.as_secs_f64() * 1e3);
+    }
+
+    fn send_after(&self, wait: Duration, event: Event) {
         let events = self.events.clone();
         tokio::spawn(async move {
-            tokio::time::sleep(CAUSE_SHOWS_WITHIN).await;
-            let _ = events.send(Event::CauseOverdue);
+            tokio::time::sleep(wait).await;
+            // The supervisor ends before its timers only when it no longer cares.
+            let _ = events.send(event);
         });
     }
 
     fn terminate(&mut self, child: ChildId, grace: Grace) {
-        for probe in self.probes.drain(..) {
-            probe.abort();
-        }
         let grace = match grace {
             Grace::Requests => self.graceful_timeout(),
             Grace::Idle => IDLE_GRACE.min(self.graceful_timeout()),

@@ -73,6 +73,10 @@ async fn shard(settings: Settings, arguments: &[String]) {
     log(tracing::Level::INFO, &format!("hello from rank {}", settings.rank));
     let is_last = settings.rank + 1 == settings.world_size;
     match settings.fake_shard.as_str() {
+        "crash-at-restart" if settings.fake_dir.join("served").exists() => {
+            eprintln!("the device has gone");
+            std::process::exit(13);
+        }
         "crash-at-start" if is_last => {
             log(tracing::Level::ERROR, "tensor lm_head.weight is missing");
             eprintln!("the file is truncated");
@@ -92,6 +96,8 @@ async fn shard(settings: Settings, arguments: &[String]) {
     }
     assert_lifeline(settings.lifeline_fd);
     let socket = format!("{}-{}", value(arguments, "--uds-path"), settings.rank);
+    // The one before may have been killed.
+    let _ = std::fs::remove_file(&socket);
     let listener = UnixListener::bind(socket).unwrap();
     let service = ShardControlServer::new(Control { settings: settings.clone() });
     let serving = tonic::transport::Server::builder()

@@ -220,7 +220,10 @@ mod tests {
             messages.push(turn("user", "Why?"));
             for messages in [&messages[messages.len() - 1..], &messages[..]] {
                 let prompt = render(&source, &format!("[{}]", messages.join(","))).unwrap();
-                assert!(prompt.trim_end_matches('\n').ends_with(end.trim_end_matches('\n')), "{name}: {prompt:.200}");
+                assert!(
+                    prompt.trim_end_matches('\n').ends_with(end.trim_end_matches('\n')),
+                    "{name}: {prompt:.200}"
+                );
                 assert!(prompt.contains("Why?"), "{name}");
             }
         }
@@ -234,9 +237,15 @@ mod tests {
             ("{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}", "recursion"),
             ("{% include '<string>' %}", "could not render include"),
             ("{% for a in range(9999) %}{% for b in range(9999) %}x{% endfor %}{% endfor %}", "does not end"),
-            ("{% set n = namespace(x='ab') %}{% for a in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}", "does not end"),
+            (
+                "{% set n = namespace(x='ab') %}{% for a in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
+                "does not end",
+            ),
             ("{{ 'x' * 999999999 }}", "does not end"),
-            ("{{ [1] | tojson(indent=999999999999) }}", "indent of tojson is 999999999999, expected at most 16"),
+            (
+                "{{ [1] | tojson(indent=999999999999) }}",
+                "indent of tojson is 999999999999, expected at most 16",
+            ),
             ("{{ raise_exception('a\nb' * 9999) }}", "a ba b"),
         ] {
             let error = render(source, HELLO).unwrap_err();

@@ -1,5 +1,7 @@
 //! Why a request got no answer.
 
+use std::time::Duration;
+
 use crate::chat_template::TemplateError;
 use crate::scheduler::SchedulerError;
 use crate::validation::ValidationError;
@@ -9,7 +11,16 @@ use crate::validation::ValidationError;
 pub enum InferError {
     /// Every permit is taken.
     #[error("Model is overloaded")]
-    Overloaded,
+    Overloaded {
+        /// When it is worth coming back.
+        retry_after: Duration,
+    },
+    /// Every permit is taken, and those that have them wait for new shards.
+    #[error("Model is recovering and as many requests wait as it may serve at once")]
+    Recovering {
+        /// When it is worth coming back.
+        retry_after: Duration,
+    },
     /// A rule was broken.
     #[error("Input validation error: {0}")]
     Validation(#[from] ValidationError),

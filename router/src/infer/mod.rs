@@ -5,17 +5,19 @@ mod chat;
 mod completions;
 mod error;
 mod generate;
+mod permits;
 mod stream;
 
 use std::sync::Arc;
 use std::time::Instant;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::OwnedSemaphorePermit;
 
 pub use chat::chat_parameters;
 pub use completions::completion_requests;
 pub use error::InferError;
 pub use generate::Generated;
+pub use permits::Permits;
 pub use stream::GenerateStream;
 
 use crate::chat_template::{ChatTemplate, TemplateError};
@@ -30,7 +32,7 @@ pub struct Infer {
     validation: Validation,
     scheduler: Scheduler,
     template: Arc<Result<ChatTemplate, TemplateError>>,
-    permits: Arc<Semaphore>,
+    permits: Permits,
     metrics: Arc<Metrics>,
 }
 
@@ -44,15 +46,14 @@ pub enum SpecialTokens {
 }
 
 impl Infer {
-    /// Serves at most `max_concurrent_requests` sequences at once.
+    /// Puts the parts together.
     pub fn new(
         validation: Validation,
         scheduler: Scheduler,
         template: Result<ChatTemplate, TemplateError>,
-        max_concurrent_requests: usize,
+        permits: Permits,
         metrics: Arc<Metrics>,
     ) -> Self {
-        let permits = Arc::new(Semaphore::new(max_concurrent_requests.min(Semaphore::MAX_PERMITS)));
         Self { validation, scheduler, template: Arc::new(template), permits, metrics }
     }
 
@@ -120,8 +121,7 @@ impl Infer {
     }
 
     fn permit(&self) -> Result<OwnedSemaphorePermit, InferError> {
-        // Never waits: a full server says so at once. The semaphore is never closed.
-        Arc::clone(&self.permits).try_acquire_owned().map_err(|_| self.count(InferError::Overloaded))
+        self.permits.take().map_err(|error| self.count(error))
     }
 
     async fn schedule(
@@ -143,7 +143,7 @@ impl Infer {
     /// Counts a failure and hands it on.
     fn count(&self, error: InferError) -> InferError {
         self.metrics.request_failed(match &error {
-            InferError::Overloaded => Failure::Overloaded,
+            InferError::Overloaded { .. } | InferError::Recovering { .. } => Failure::Overloaded,
             InferError::Validation(_) | InferError::Suffix | InferError::BatchSize { .. } => {
                 Failure::Validation
             }

@@ -4,8 +4,9 @@
 //! a new batch is computed by itself when enough requests wait or some have waited for long enough, and then
 //! joins the running one.
 //!
-//! No failure of a shard ends the task: whoever was part of the failed call gets the error, the health flag goes
-//! down, and the next request is tried as usual.
+//! A call that is refused costs those that were part of it: they get the error, the health flag goes down, and the next
+//! request is tried as usual. When the shards are lost, nobody is told: running requests go back into the queue with the
+//! tokens that they have, and everybody waits for new shards (see `recovery`).
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -16,6 +17,7 @@ use tokio::sync::mpsc::UnboundedReceiver;
 
 use super::queue::{BatchLimits, NewBatch, Queue};
 use super::running::{self, Afterwards, Entries};
+use super::shard_group::{ShardGroup, Unrecoverable};
 use super::step_client::StepClient;
 use super::{Command, HealthFlag, SchedulerError, wire};
 use crate::metrics::{ConcatReason, Failure, Method, Metrics};
@@ -36,13 +38,17 @@ pub struct BatcherSettings {
 }
 
 /// Owner of the queue and of the running batch.
-pub struct Batcher<C> {
-    client: C,
-    queue: Queue,
-    settings: BatcherSettings,
-    commands: UnboundedReceiver<Command>,
-    metrics: Arc<Metrics>,
-    health: HealthFlag,
+pub struct Batcher<G> {
+    pub(super) group: G,
+    pub(super) queue: Queue,
+    pub(super) settings: BatcherSettings,
+    pub(super) commands: UnboundedReceiver<Command>,
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) health: HealthFlag,
+    /// The shards are lost; nothing is computed before there are new ones.
+    pub(super) is_lost: bool,
+    /// What every request is told since somebody gave up.
+    pub(super) given_up: Option<SchedulerError>,
 }
 
 /// The running batch between two steps.
@@ -52,31 +58,47 @@ struct Running {
     waiting_tokens: usize,
 }
 
-impl<C: StepClient> Batcher<C> {
+impl<G: ShardGroup> Batcher<G> {
     /// A batcher over an empty queue.
     pub fn new(
-        client: C,
+        group: G,
         queue: Queue,
         settings: BatcherSettings,
         commands: UnboundedReceiver<Command>,
         metrics: Arc<Metrics>,
         health: HealthFlag,
     ) -> Self {
-        Self { client, queue, settings, commands, metrics, health }
+        let (is_lost, given_up) = (false, None);
+        Self { group, queue, settings, commands, metrics, health, is_lost, given_up }
     }
 
     /// Serves until every [`super::Scheduler`] handle is gone.
-    pub async fn run(mut self) {
-        while let Some(command) = self.commands.recv().await {
-            self.accept(command).await;
+    ///
+    /// # Errors
+    /// The shards were lost and their successors cannot be used. Everybody has been told.
+    pub async fn run(mut self) -> Result<(), Unrecoverable> {
+        loop {
+            let closed = self.group.closed();
+            tokio::select! {
+                // Requests that were accepted before the end of the shards was noticed change nothing about it.
+                biased;
+                command = self.commands.recv() => match command {
+                    Some(command) => self.accept(command).await,
+                    None => return Ok(()),
+                },
+                () = closed, if !self.is_lost => self.lose("nobody computed anything", &mut Entries::new()),
+            }
             self.accept_waiting().await;
-            self.serve_queue().await;
+            self.serve_queue().await?;
         }
     }
 
     /// From idle to idle.
-    async fn serve_queue(&mut self) {
+    async fn serve_queue(&mut self) -> Result<(), Unrecoverable> {
         loop {
+            if self.is_lost && self.given_up.is_none() {
+                self.recover().await?;
+            }
             match self.next_batch(None, self.settings.max_batch_size, 0, 0) {
                 Some(batch) => self.serve(batch).await,
                 // Everything is free, so what does not fit now never will.
@@ -84,7 +106,7 @@ impl<C: StepClient> Batcher<C> {
                     self.queue.reject_first("the request does not fit into an empty batch");
                     self.metrics.set_queue_size(self.queue.len());
                 }
-                None => break,
+                None => return Ok(()),
             }
             self.metrics.set_current_batch(0, 0);
             self.accept_waiting().await;
@@ -99,6 +121,11 @@ impl<C: StepClient> Batcher<C> {
         while let Some(batch) = cached {
             self.metrics.set_current_batch(batch.size, batch.max_tokens);
             self.accept_waiting().await;
+            if let Some(reason) = &self.given_up {
+                // Whoever gave up ends the shards too: what they have cached is of no interest.
+                running::fail_all(&mut entries, reason);
+                return;
+            }
             let mut running = Running { cached: batch, waiting_tokens };
             let batches = if self.queue.is_empty() {
                 vec![running.cached]
@@ -182,14 +209,14 @@ impl<C: StepClient> Batcher<C> {
         let mut ids = vec![batch.id];
         ids.extend(cached.as_ref().map(|cached| cached.id));
         let sent = self.step_sent(Method::Prefill);
-        let answer = self.client.prefill(batch, cached).await;
+        let answer = self.group.client().prefill(batch, cached).await;
         self.finish_step(Method::Prefill, sent, answer, &ids, entries).await
     }
 
     async fn decode(&mut self, batches: Vec<CachedBatch>, entries: &mut Entries) -> Option<CachedBatch> {
         let ids: Vec<u64> = batches.iter().map(|batch| batch.id).collect();
         let sent = self.step_sent(Method::Decode);
-        let answer = self.client.decode(batches).await;
+        let answer = self.group.client().decode(batches).await;
         self.finish_step(Method::Decode, sent, answer, &ids, entries).await
     }
 
@@ -235,8 +262,8 @@ impl<C: StepClient> Batcher<C> {
         let (batch_id, answer) = match running::afterwards(entries, next_batch) {
             Afterwards::Idle => return None,
             Afterwards::Unchanged(batch) => return Some(batch),
-            Afterwards::Filter(id, kept) => (id, self.client.filter_batch(id, kept).await),
-            Afterwards::Clear(id) => (id, self.client.clear_cache(Some(id)).await.map(|()| None)),
+            Afterwards::Filter(id, kept) => (id, self.group.client().filter_batch(id, kept).await),
+            Afterwards::Clear(id) => (id, self.group.client().clear_cache(Some(id)).await.map(|()| None)),
         };
         match answer {
             Ok(batch) => batch,
@@ -247,12 +274,16 @@ impl<C: StepClient> Batcher<C> {
         }
     }
 
-    /// The shards may or may not still hold the batches: they are cleared, the entries are told.
+    /// The shards may or may not still hold the batches: they are cleared, the entries are told. Unless there are no shards
+    /// any more.
     async fn fail(&mut self, error: &ClientError, batch_ids: &[u64], entries: &mut Entries) {
+        if error.is_lost() {
+            return self.lose(&error.to_string(), entries);
+        }
         tracing::error!("{} running requests failed: {error}", entries.len());
         self.health.set(false);
         for id in batch_ids {
-            if let Err(error) = self.client.clear_cache(Some(*id)).await {
+            if let Err(error) = self.group.client().clear_cache(Some(*id)).await {
                 tracing::error!("cached batch {id} could not be cleared: {error}");
             }
         }
@@ -270,10 +301,15 @@ impl<C: StepClient> Batcher<C> {
         match command {
             Command::Append(entry) => {
                 self.queue.append(*entry);
+                self.queue.fail_all_if(self.given_up.as_ref());
                 self.metrics.set_queue_size(self.queue.len());
             }
+            Command::GiveUp(reason) => self.give_up(reason),
+            Command::Probe(answer) if self.is_lost || self.given_up.is_some() => {
+                let _ = answer.send(false);
+            }
             Command::Probe(answer) => {
-                let result = self.client.prefill(wire::liveness_batch(), None).await;
+                let result = self.group.client().prefill(wire::liveness_batch(), None).await;
                 if let Err(error) = &result {
                     tracing::error!("the liveness probe failed: {error}");
                 }
@@ -286,211 +322,5 @@ impl<C: StepClient> Batcher<C> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::metrics::BucketLimits;
-    use crate::scheduler::testing::{FakeShard, valid_request};
-    use crate::scheduler::{BlockAllocator, Event, QueueSettings, Scheduled, Scheduler};
-
-    struct Fixture {
-        shard: FakeShard,
-        allocator: BlockAllocator,
-        health: HealthFlag,
-        scheduler: Scheduler,
-        batcher: Batcher<FakeShard>,
-    }
-
-    fn fixture(supports_chunking: bool, settings: impl FnOnce(&mut BatcherSettings)) -> Fixture {
-        let allocator = BlockAllocator::new(400, 4, None);
-        let queue = Queue::new(QueueSettings {
-            allocator: Some(allocator.clone()),
-            block_size: 4,
-            speculate: 0,
-            supports_chunking,
-        });
-        let mut knobs = BatcherSettings {
-            waiting_served_ratio: 1.2,
-            max_batch_prefill_tokens: 16,
-            max_batch_total_tokens: 400,
-            max_waiting_tokens: 20,
-            max_batch_size: None,
-        };
-        settings(&mut knobs);
-        let metrics =
-            Arc::new(Metrics::new(BucketLimits { max_input_tokens: 10, max_total_tokens: 20 }).unwrap());
-        let (scheduler, commands) = Scheduler::channel();
-        let health = HealthFlag::default();
-        let shard = FakeShard::default();
-        let batcher = Batcher::new(shard.clone(), queue, knobs, commands, metrics, health.clone());
-        Fixture { shard, allocator, health, scheduler, batcher }
-    }
-
-    impl Fixture {
-        fn request(&self, input_length: usize, max_new_tokens: u32) -> Scheduled {
-            self.scheduler.schedule(valid_request(input_length, max_new_tokens)).unwrap()
-        }
-
-        /// Runs until everything that was asked for is done.
-        async fn run(self) -> (Vec<String>, HealthFlag) {
-            let Fixture { shard, allocator, health, scheduler, batcher } = self;
-            drop(scheduler);
-            batcher.run().await;
-            assert_eq!(allocator.free_blocks(), 99, "every block came back");
-            assert!(shard.0.lock().unwrap().cached.is_empty(), "nothing stays cached");
-            (shard.log(), health)
-        }
-    }
-
-    fn texts(mut scheduled: Scheduled) -> Result<Vec<u32>, String> {
-        let mut ids = Vec::new();
-        loop {
-            match scheduled.events.try_recv() {
-                Ok(Ok(Event::Token(token))) => ids.push(token.token.id),
-                Ok(Ok(Event::Last(token, _))) => {
-                    ids.push(token.token.id);
-                    return Ok(ids);
-                }
-                Ok(Ok(Event::Prefill(_))) => {}
-                Ok(Err(error)) => return Err(error.to_string()),
-                Err(_) => return Err("incomplete".to_string()),
-            }
-        }
-    }
-
-    #[tokio::test]
-    async fn a_batch_is_filtered_as_its_requests_finish() {
-        let fixture = fixture(true, |_| ());
-        let (a, b) = (fixture.request(3, 3), fixture.request(3, 2));
-        let (log, health) = fixture.run().await;
-        assert_eq!(log, ["prefill 0 [0, 1]", "decode [0]", "filter 0 [0]", "decode [0]"]);
-        assert_eq!((texts(a), texts(b)), (Ok(vec![0, 1, 2]), Ok(vec![0, 1])));
-        assert!(health.is_healthy());
-    }
-
-    #[tokio::test]
-    async fn chunked_prompts_ride_along_with_the_running_batch() {
-        let fixture = fixture(true, |_| ());
-        fixture.shard.0.lock().unwrap().chunk = 16;
-        let (a, b) = (fixture.request(6, 4), fixture.request(40, 2));
-        let (log, _) = fixture.run().await;
-        assert_eq!(
-            log,
-            ["prefill 0 [0, 1]", "decode [0]", "decode [0]", "decode [0]"],
-            "40 prompt tokens in steps of 16: no token for request 1 in the first two steps; both end in the fourth"
-        );
-        assert_eq!((texts(a), texts(b)), (Ok(vec![0, 1, 2, 3]), Ok(vec![0, 1])));
-    }
-
-    #[tokio::test]
-    async fn with_chunking_new_requests_join_in_one_prefill_call() {
-        let fixture = fixture(true, |knobs| knobs.max_batch_size = Some(2));
-        let clients = [fixture.request(16, 3), fixture.request(15, 3), fixture.request(1, 1)];
-        let (log, _) = fixture.run().await;
-        // 16 tokens fill the first step. Request 1 joins beside one running row (budget 15), and max_batch_size
-        // keeps request 2 out until one of them is done.
-        assert_eq!(
-            log,
-            ["prefill 0 [0]", "prefill 1 [1] with 0", "decode [0]", "filter 0 [1]", "prefill 2 [2] with 0"]
-        );
-        for client in clients {
-            assert!(texts(client).is_ok());
-        }
-    }
-
-    #[tokio::test]
-    async fn without_chunking_prompts_wait_for_their_share_or_their_time() {
-        let fixture = fixture(false, |knobs| knobs.max_waiting_tokens = 3);
-        let clients = [fixture.request(16, 6), fixture.request(16, 1)];
-        let (log, _) = fixture.run().await;
-        // ratio 1.2 of one running row asks for one waiting request: it is let in at once.
-        assert_eq!(log[..3], ["prefill 0 [0]", "prefill 1 [1]", "decode [0]"]);
-        for client in clients {
-            assert!(texts(client).is_ok());
-        }
-
-        let patient = super::tests::fixture(false, |knobs| {
-            knobs.max_waiting_tokens = 3;
-            knobs.waiting_served_ratio = 2.0;
-        });
-        let clients = [patient.request(16, 6), patient.request(16, 2)];
-        let (log, _) = patient.run().await;
-        assert_eq!(log[..4], ["prefill 0 [0]", "decode [0]", "decode [0]", "prefill 1 [1]"]);
-        assert_eq!(log[4], "decode [0, 1]");
-        for client in clients {
-            assert!(texts(client).is_ok());
-        }
-    }
-
-    #[tokio::test]
-    async fn a_client_that_leaves_is_filtered_out_in_the_same_step() {
-        let fixture = fixture(true, |_| ());
-        let (a, b) = (fixture.request(3, 3), fixture.request(3, 50));
-        drop(fixture.request(3, 50));
-        fixture.shard.0.lock().unwrap().leaves = Some(("decode [0]", b));
-        let (log, _) = fixture.run().await;
-        assert_eq!(
-            log,
-            ["prefill 0 [0, 1]", "decode [0]", "filter 0 [0]", "decode [0]"],
-            "who left before the first batch is not in it"
-        );
-        assert_eq!(texts(a), Ok(vec![0, 1, 2]));
-    }
-
-    #[tokio::test]
-    async fn the_last_client_to_leave_clears_the_batch() {
-        let fixture = fixture(true, |_| ());
-        let only = fixture.request(3, 50);
-        fixture.shard.0.lock().unwrap().leaves = Some(("decode [0]", only));
-        let (log, _) = fixture.run().await;
-        assert_eq!(log, ["prefill 0 [0]", "decode [0]", "clear Some(0)"]);
-    }
-
-    #[tokio::test]
-    async fn everybody_in_a_failed_call_gets_the_error_and_the_next_request_is_served() {
-        for (call, chunking) in [("prefill", true), ("decode", true), ("decode", false), ("filter", true)] {
-            let fixture = fixture(chunking, |_| ());
-            fixture.shard.0.lock().unwrap().fail = Some(call);
-            let (a, b) = (fixture.request(3, 3), fixture.request(3, 2));
-            let later = fixture.request(16, 2);
-            let (log, health) = fixture.run().await;
-            let error = Err(format!("Server error: {call} failed"));
-            assert_eq!(texts(a), error, "{call}: {log:?}");
-            if call != "filter" {
-                assert_eq!(texts(b), error);
-            }
-            // Without chunking it may have been computed beside the failed ones, and then it is among them.
-            let answer = texts(later);
-            assert!(answer == Ok(vec![0, 1]) || answer == error, "{call}: {answer:?}");
-            assert!(log.iter().any(|line| line.starts_with("clear")), "{log:?}");
-            assert_eq!(health.is_healthy(), answer.is_ok(), "{call}: the last step decides");
-        }
-    }
-
-    #[tokio::test]
-    async fn a_failing_clear_does_not_end_the_task() {
-        let fixture = fixture(true, |_| ());
-        let leaves = fixture.request(16, 50);
-        let later = fixture.request(16, 1);
-        {
-            let mut state = fixture.shard.0.lock().unwrap();
-            state.fail = Some("clear");
-            state.leaves = Some(("prefill 0 [0]", leaves));
-        }
-        let (log, health) = fixture.run().await;
-        assert_eq!(log, ["prefill 0 [0]", "clear Some(0)", "clear Some(0)", "prefill 1 [1]"]);
-        assert_eq!(texts(later), Ok(vec![0]));
-        assert!(health.is_healthy());
-    }
-
-    #[tokio::test]
-    async fn the_probe_is_a_prefill_of_its_own() {
-        let fixture = fixture(true, |_| ());
-        fixture.health.set(false);
-        let scheduler = fixture.scheduler.clone();
-        let probe = tokio::spawn(async move { scheduler.probe().await });
-        let (log, health) = fixture.run().await;
-        assert!(probe.await.unwrap());
-        assert_eq!(log, [format!("prefill {} [{}]", u64::MAX, u64::MAX)]);
-        assert!(health.is_healthy());
-    }
-}
+#[path = "batcher_tests.rs"]
+mod tests;

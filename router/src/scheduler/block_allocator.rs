@@ -39,6 +39,11 @@ impl BlockAllocator {
         Self { shared: Arc::new(Shared { free: Mutex::new(free), capacity, block_size, window_size }) }
     }
 
+    /// An allocator of the same kind over another cache. Blocks of this one are of no use to it.
+    pub fn renewed(&self, max_batch_total_tokens: u32) -> Self {
+        Self::new(max_batch_total_tokens, self.shared.block_size, self.shared.window_size)
+    }
+
     /// Takes blocks for `tokens` token slots; `None` when too few are free, and then nothing changes.
     pub fn allocate(&self, tokens: u32) -> Option<BlockAllocation> {
         let needed = self.blocks_for(tokens);

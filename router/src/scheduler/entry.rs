@@ -51,9 +51,25 @@ pub struct Entry {
     pub started: Option<Instant>,
     /// Its KV blocks while it runs; none for shards that allocate by themselves.
     pub allocation: Option<BlockAllocation>,
+    /// The tokens that it has been told: where it goes on when the shards are lost.
+    pub generated: Vec<u32>,
+    /// How often in a row shards were lost while they computed it, without a token in between.
+    pub losses: u32,
 }
 
 impl Entry {
+    /// A request that arrives now.
+    pub fn new(request: ValidRequest, events: UnboundedSender<Result<Event, SchedulerError>>) -> Self {
+        let (queued, started, allocation) = (Instant::now(), None, None);
+        Self { request, events, queued, started, allocation, generated: Vec::new(), losses: 0 }
+    }
+
+    /// Tokens to compute before its next one can be chosen: prompt and answer so far.
+    pub fn prefill_length(&self) -> u32 {
+        let generated = u32::try_from(self.generated.len()).unwrap_or(u32::MAX);
+        self.request.input_length().saturating_add(generated)
+    }
+
     /// Whether nobody waits for the answer any more.
     pub fn is_abandoned(&self) -> bool {
         self.events.is_closed()

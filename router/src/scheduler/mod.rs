@@ -6,23 +6,24 @@
 mod batcher;
 mod block_allocator;
 mod entry;
+mod health;
 mod queue;
+mod recovery;
 mod running;
+mod shard_group;
 mod step_client;
 #[cfg(test)]
 mod testing;
 mod wire;
-
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
 
 use tokio::sync::{mpsc, oneshot};
 
 pub use batcher::{Batcher, BatcherSettings};
 pub use block_allocator::{BlockAllocation, BlockAllocator};
 pub use entry::{End, Entry, Event, GeneratedToken, PromptToken, Token, ValidRequest};
+pub use health::HealthFlag;
 pub use queue::{BatchLimits, NewBatch, Queue, QueueSettings};
+pub use shard_group::{Regained, ShardGroup, Unrecoverable};
 pub use step_client::StepClient;
 pub use wire::text_chunk;
 
@@ -37,29 +38,6 @@ pub enum SchedulerError {
     Stopped,
 }
 
-/// Whether the last thing the shards did went well. Cloning is cheap.
-#[derive(Clone, Debug)]
-pub struct HealthFlag(Arc<AtomicBool>);
-
-impl Default for HealthFlag {
-    /// Healthy: the router serves only after a successful warm-up.
-    fn default() -> Self {
-        Self(Arc::new(AtomicBool::new(true)))
-    }
-}
-
-impl HealthFlag {
-    /// The current state.
-    pub fn is_healthy(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
-    }
-
-    /// Stores how the last step or probe went.
-    pub fn set(&self, is_healthy: bool) {
-        self.0.store(is_healthy, Ordering::Relaxed);
-    }
-}
-
 /// What the batching task is asked for.
 #[derive(Debug)]
 pub enum Command {
@@ -67,6 +45,8 @@ pub enum Command {
     Append(Box<Entry>),
     /// Compute one token, to see whether the shards still can.
     Probe(oneshot::Sender<bool>),
+    /// Answer every request, now and from now on, with this error.
+    GiveUp(SchedulerError),
 }
 
 /// A request that was handed to the scheduler. Dropping it is how a client leaves.
@@ -97,8 +77,7 @@ impl Scheduler {
     /// [`SchedulerError::Stopped`] when the batching task is gone.
     pub fn schedule(&self, request: ValidRequest) -> Result<Scheduled, SchedulerError> {
         let (sender, events) = mpsc::unbounded_channel();
-        let entry =
-            Entry { request, events: sender, queued: Instant::now(), started: None, allocation: None };
+        let entry = Entry::new(request, sender);
         self.commands.send(Command::Append(Box::new(entry))).map_err(|_| SchedulerError::Stopped)?;
         Ok(Scheduled { events })
     }
@@ -110,5 +89,11 @@ impl Scheduler {
             return false;
         }
         receiver.await.unwrap_or(false)
+    }
+
+    /// Ends every request with `reason`, those that come later too: nothing will ever compute them.
+    pub fn give_up(&self, reason: &str) {
+        // A batching task that is gone has ended them already.
+        let _ = self.commands.send(Command::GiveUp(SchedulerError::Step(reason.to_string())));
     }
 }

@@ -13,6 +13,10 @@ use super::block_allocator::BlockAllocator;
 use super::entry::Entry;
 use super::wire;
 
+/// A request that was there each time when shards died so often in a row, and got no token in between, is taken for the
+/// cause: it is answered with an error before it uses up everybody's restarts.
+const MAX_LOSSES: u32 = 3;
+
 /// What the shards are, as far as batching goes.
 #[derive(Clone, Debug)]
 pub struct QueueSettings {
@@ -24,6 +28,8 @@ pub struct QueueSettings {
     pub speculate: u32,
     /// Whether a prompt may be computed in pieces.
     pub supports_chunking: bool,
+    /// Whether a request can go on behind tokens that other shards have generated.
+    pub supports_resume: bool,
 }
 
 /// What the next batch may cost.
@@ -80,6 +86,13 @@ impl Queue {
     /// Adds a request at the end. One that no idle cache could hold is answered with an error at once, because
     /// it would block everybody behind it for ever.
     pub fn append(&mut self, entry: Entry) {
+        let Some(entry) = self.refuse_what_never_fits(entry) else { return };
+        self.waiting.push_back((self.next_request_id, entry));
+        self.next_request_id += 1;
+    }
+
+    /// Answers a request that no idle cache could hold.
+    fn refuse_what_never_fits(&self, entry: Entry) -> Option<Entry> {
         let tokens = self.slots_needed(&entry);
         if let Some(allocator) = &self.settings.allocator
             && !allocator.can_ever_hold(tokens)
@@ -88,10 +101,57 @@ impl Queue {
             let text = format!("the request needs {tokens} token slots, the KV cache has {capacity}");
             // An error here only says that the client has left.
             let _ = entry.events.send(Err(SchedulerError::Step(text)));
-            return;
+            return None;
         }
-        self.waiting.push_back((self.next_request_id, entry));
-        self.next_request_id += 1;
+        Some(entry)
+    }
+
+    /// Takes requests back whose shards are lost, to where they were before: ahead of everybody who came later. Without
+    /// their blocks, which stand for nothing any more. Answers how many were taken back.
+    ///
+    /// Those that cannot go on get `error`.
+    pub fn resume(&mut self, lost: HashMap<u64, Entry>, error: &SchedulerError) -> usize {
+        let mut resumed = 0;
+        for (id, mut entry) in lost {
+            entry.allocation = None;
+            entry.losses += 1;
+            let text = if entry.losses >= MAX_LOSSES {
+                format!(
+                    "the shards died {MAX_LOSSES} times in a row while they computed this request: {error}"
+                )
+            } else if !entry.generated.is_empty() && !self.settings.supports_resume {
+                error.to_string()
+            } else {
+                self.waiting.push_back((id, entry));
+                resumed += 1;
+                continue;
+            };
+            let _ = entry.events.send(Err(SchedulerError::Step(text)));
+        }
+        self.waiting.make_contiguous().sort_by_key(|(id, _)| *id);
+        resumed
+    }
+
+    /// The cache of the shards is a new one with room for `max_batch_total_tokens`. Nobody may hold blocks of the old one.
+    pub fn renew_cache(&mut self, max_batch_total_tokens: u32) {
+        let Some(allocator) = &self.settings.allocator else { return };
+        self.settings.allocator = Some(allocator.renewed(max_batch_total_tokens));
+        for (id, entry) in std::mem::take(&mut self.waiting) {
+            self.waiting.extend(self.refuse_what_never_fits(entry).map(|entry| (id, entry)));
+        }
+    }
+
+    /// Answers everybody with the same error, if there is one.
+    pub fn fail_all_if(&mut self, error: Option<&SchedulerError>) {
+        let Some(error) = error else { return };
+        for (_, entry) in self.waiting.drain(..) {
+            let _ = entry.events.send(Err(error.clone()));
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn forget_resume(&mut self) {
+        self.settings.supports_resume = false;
     }
 
     /// Requests that wait.
@@ -138,7 +198,7 @@ impl Queue {
                 Verdict::Taken(prefill, decode) => {
                     draft.prefill_tokens = prefill;
                     draft.decode_tokens = decode;
-                    draft.longest_input = draft.longest_input.max(entry.request.input_length());
+                    draft.longest_input = draft.longest_input.max(entry.prefill_length());
                     draft.taken.push((id, entry, None));
                 }
                 Verdict::TakenInPart(chunk_len) => {
@@ -173,13 +233,15 @@ impl Queue {
     }
 
     fn consider(&self, entry: &mut Entry, draft: &Draft) -> Verdict {
-        let input_length = entry.request.input_length();
         let Some(allocator) = &self.settings.allocator else {
             return self.consider_padded(entry, draft);
         };
-        let prefill = draft.prefill_tokens.saturating_add(input_length);
+        let prefill = draft.prefill_tokens.saturating_add(entry.prefill_length());
         let remaining = draft.prefill_budget.saturating_sub(draft.prefill_tokens);
-        let fits = prefill <= draft.prefill_budget;
+        // Prompt and answer so far may be longer than any prompt; where they cannot be cut, they go alone.
+        let must_go_alone =
+            !self.settings.supports_chunking && draft.taken.is_empty() && !entry.generated.is_empty();
+        let fits = prefill <= draft.prefill_budget || must_go_alone;
         let fits_in_part = self.settings.supports_chunking && remaining > 0;
         if !fits && !fits_in_part {
             return Verdict::Refused;
@@ -193,7 +255,7 @@ impl Queue {
 
     /// Padding models compute and keep every row at the length of the longest.
     fn consider_padded(&self, entry: &Entry, draft: &Draft) -> Verdict {
-        let longest = draft.longest_input.max(entry.request.input_length());
+        let longest = draft.longest_input.max(entry.prefill_length());
         let rows = u32::try_from(draft.taken.len() + 1).unwrap_or(u32::MAX);
         let prefill = rows.saturating_mul(longest);
         let max_new_tokens = entry.request.stopping_parameters.max_new_tokens;
@@ -218,7 +280,7 @@ impl Queue {
         let mut requests: Vec<Request> = Vec::with_capacity(draft.taken.len());
         let mut entries = HashMap::with_capacity(draft.taken.len());
         for (id, mut entry, chunk_len) in draft.taken {
-            entry.started = Some(started);
+            entry.started.get_or_insert(started);
             requests.push(wire::request(id, &entry, chunk_len));
             entries.insert(id, entry);
         }
@@ -272,11 +334,23 @@ mod tests {
 
     fn paged(total_tokens: u32, supports_chunking: bool) -> Queue {
         let allocator = Some(BlockAllocator::new(total_tokens, 4, None));
-        Queue::new(QueueSettings { allocator, block_size: 4, speculate: 0, supports_chunking })
+        Queue::new(QueueSettings {
+            allocator,
+            block_size: 4,
+            speculate: 0,
+            supports_chunking,
+            supports_resume: true,
+        })
     }
 
     fn padding() -> Queue {
-        Queue::new(QueueSettings { allocator: None, block_size: 1, speculate: 0, supports_chunking: false })
+        Queue::new(QueueSettings {
+            allocator: None,
+            block_size: 1,
+            speculate: 0,
+            supports_chunking: false,
+            supports_resume: false,
+        })
     }
 
     fn append(queue: &mut Queue, input_length: usize, max_new_tokens: u32) -> TestClient {

@@ -32,7 +32,7 @@ pub(super) type Entries = HashMap<u64, Entry>;
 pub(super) fn deliver(entries: &mut Entries, generations: Vec<Generation>, mut observe: impl FnMut(usize)) {
     for mut generation in generations {
         let request_id = generation.request_id;
-        let Some(entry) = entries.get(&request_id) else { continue };
+        let Some(entry) = entries.get_mut(&request_id) else { continue };
         if send(entry, &mut generation, &mut observe).is_break() {
             entries.remove(&request_id);
         }
@@ -42,18 +42,22 @@ pub(super) fn deliver(entries: &mut Entries, generations: Vec<Generation>, mut o
 
 /// Sends what one request got; breaks when the request is done or its client has left.
 fn send(
-    entry: &Entry,
+    entry: &mut Entry,
     generation: &mut Generation,
     observe: &mut impl FnMut(usize),
 ) -> std::ops::ControlFlow<()> {
     use std::ops::ControlFlow::{Break, Continue};
 
-    let deliver = |event| if entry.events.send(Ok(event)).is_ok() { Continue(()) } else { Break(()) };
+    let events = &entry.events;
+    let deliver = |event| if events.send(Ok(event)).is_ok() { Continue(()) } else { Break(()) };
     if let Some(prompt_tokens) = wire::prompt_tokens(generation) {
         deliver(Event::Prefill(prompt_tokens))?;
     }
     let mut tokens = wire::generated_tokens(generation);
     observe(tokens.len());
+    // From here on they count as told: a token is never sent twice.
+    entry.generated.extend(tokens.iter().map(|token| token.token.id));
+    entry.losses = 0;
     let last = generation.generated_text.take().map(|generated_text| {
         let started = entry.started.unwrap_or_else(Instant::now);
         (tokens.pop().unwrap_or_default(), End { generated_text, queued: entry.queued, started })

@@ -1,14 +1,18 @@
 //! Entries and a scripted shard for the scheduler's tests.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
 
 use proto::v3::{Batch, CachedBatch, FinishReason, GeneratedText, Generation, Tokens};
 use proto::{ClientError, StepResult};
 use tokio::sync::mpsc::UnboundedReceiver;
 
-use super::{Entry, Event, Scheduled, SchedulerError, StepClient, ValidRequest};
+use crate::metrics::{BucketLimits, Metrics};
+
+use super::{
+    Batcher, BatcherSettings, BlockAllocator, Entry, Event, HealthFlag, Queue, QueueSettings, Regained,
+    Scheduled, Scheduler, SchedulerError, ShardGroup, StepClient, Unrecoverable, ValidRequest,
+};
 
 /// The client's end of an entry.
 pub(super) struct TestClient {
@@ -28,8 +32,7 @@ pub(super) fn valid_request(input_length: usize, max_new_tokens: u32) -> ValidRe
 pub(super) fn entry(input_length: usize, max_new_tokens: u32) -> (Entry, TestClient) {
     let (sender, events) = tokio::sync::mpsc::unbounded_channel();
     let request = valid_request(input_length, max_new_tokens);
-    let entry = Entry { request, events: sender, queued: Instant::now(), started: None, allocation: None };
-    (entry, TestClient { events })
+    (Entry::new(request, sender), TestClient { events })
 }
 
 pub(super) fn generation(request_id: u64, id: u32, last: bool) -> Generation {
@@ -63,6 +66,15 @@ pub(super) struct ShardState {
     pub(super) leaves: Option<(&'static str, Scheduled)>,
     /// Prompt tokens of a chunked prompt that one step computes.
     pub(super) chunk: u32,
+    /// The shard dies of the first of these calls, then the next life of the second, and so on.
+    pub(super) deaths: VecDeque<&'static str>,
+    pub(super) is_dead: bool,
+    /// Tokens that the cache of the next life holds; 0: as many as before.
+    pub(super) next_cache: u32,
+    /// Why the next life is of no use.
+    pub(super) unusable: Option<&'static str>,
+    /// What is asked of the scheduler while there is no shard.
+    pub(super) meanwhile: Option<Box<dyn FnOnce() + Send>>,
 }
 
 /// A shard that generates 0, 1, 2, … for everybody and keeps TGI's rules about cached batches.
@@ -80,7 +92,17 @@ impl FakeShard {
         if state.leaves.as_ref().is_some_and(|(call, _)| line == *call) {
             state.leaves = None;
         }
+        if state.is_dead {
+            return Err(ClientError::Lost("the connection is closed".to_string()));
+        }
+        let dies = state.deaths.front().is_some_and(|call| line == *call);
         state.log.push(line);
+        if dies {
+            state.deaths.pop_front();
+            state.is_dead = true;
+            state.cached.clear();
+            return Err(ClientError::Lost("it was killed".to_string()));
+        }
         if state.fail == Some(name) {
             state.fail = None;
             return Err(ClientError::Generation(format!("{name} failed")));
@@ -138,7 +160,9 @@ impl StepClient for FakeShard {
         };
         rows.extend(batch.requests.iter().map(|request| {
             let left = request.chunk_len.map_or(0, |_| request.input_ids.len() as u32);
-            (request.id, left, 0, request.stopping_parameters.as_ref().unwrap().max_new_tokens)
+            let generated = request.generated_ids.len() as u32;
+            assert!(request.generated_ids.iter().copied().eq(0..generated), "the answer so far");
+            (request.id, left, generated, request.stopping_parameters.as_ref().unwrap().max_new_tokens)
         }));
         Ok(self.step(cached_batch.map_or(batch.id, |cached| cached.id), rows))
     }
@@ -174,5 +198,117 @@ impl StepClient for FakeShard {
             None => state.cached.clear(),
         }
         Ok(())
+    }
+}
+
+impl ShardGroup for FakeShard {
+    type Client = FakeShard;
+
+    fn client(&mut self) -> &mut FakeShard {
+        self
+    }
+
+    fn closed(&self) -> impl Future<Output = ()> + Send + 'static {
+        let state = Arc::clone(&self.0);
+        std::future::poll_fn(move |_| match state.lock().unwrap().is_dead {
+            true => std::task::Poll::Ready(()),
+            false => std::task::Poll::Pending,
+        })
+    }
+
+    async fn reconnect(&mut self) -> Result<Regained, Unrecoverable> {
+        let meanwhile = self.0.lock().unwrap().meanwhile.take();
+        if let Some(meanwhile) = meanwhile {
+            meanwhile();
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+        let mut state = self.0.lock().unwrap();
+        state.log.push("reconnect".to_string());
+        if let Some(reason) = state.unusable {
+            return Err(Unrecoverable(reason.to_string()));
+        }
+        state.is_dead = false;
+        let max_batch_total_tokens = if state.next_cache == 0 { 400 } else { state.next_cache };
+        Ok(Regained { max_batch_total_tokens })
+    }
+}
+
+/// A batching task that has not been started.
+pub(super) struct Fixture {
+    pub(super) shard: FakeShard,
+    allocator: BlockAllocator,
+    pub(super) health: HealthFlag,
+    pub(super) scheduler: Scheduler,
+    batcher: Batcher<FakeShard>,
+}
+
+pub(super) fn fixture(supports_chunking: bool, settings: impl FnOnce(&mut BatcherSettings)) -> Fixture {
+    let allocator = BlockAllocator::new(400, 4, None);
+    let queue = Queue::new(QueueSettings {
+        allocator: Some(allocator.clone()),
+        block_size: 4,
+        speculate: 0,
+        supports_chunking,
+        supports_resume: true,
+    });
+    let mut knobs = BatcherSettings {
+        waiting_served_ratio: 1.2,
+        max_batch_prefill_tokens: 16,
+        max_batch_total_tokens: 400,
+        max_waiting_tokens: 20,
+        max_batch_size: None,
+    };
+    settings(&mut knobs);
+    let metrics =
+        Arc::new(Metrics::new(BucketLimits { max_input_tokens: 10, max_total_tokens: 20 }).unwrap());
+    let (scheduler, commands) = Scheduler::channel();
+    let health = HealthFlag::default();
+    let shard = FakeShard::default();
+    let batcher = Batcher::new(shard.clone(), queue, knobs, commands, metrics, health.clone());
+    Fixture { shard, allocator, health, scheduler, batcher }
+}
+
+impl Fixture {
+    pub(super) fn request(&self, input_length: usize, max_new_tokens: u32) -> Scheduled {
+        self.scheduler.schedule(valid_request(input_length, max_new_tokens)).unwrap()
+    }
+
+    /// Without the field that makes a request go on.
+    pub(super) fn without_resume(mut self) -> Self {
+        self.batcher.queue.forget_resume();
+        self
+    }
+
+    /// Runs until everything that was asked for is done.
+    pub(super) async fn run(self) -> (Vec<String>, HealthFlag) {
+        let (log, health, ended) = self.run_to_end().await;
+        ended.unwrap();
+        (log, health)
+    }
+
+    pub(super) async fn run_to_end(self) -> (Vec<String>, HealthFlag, Result<(), Unrecoverable>) {
+        let Fixture { shard, allocator, health, scheduler, batcher } = self;
+        drop(scheduler);
+        let ended = batcher.run().await;
+        assert_eq!(allocator.free_blocks(), 99, "every block came back");
+        assert!(shard.0.lock().unwrap().cached.is_empty(), "nothing stays cached");
+        (shard.log(), health, ended)
+    }
+}
+
+/// The ids of an answer, or why there is none.
+pub(super) fn texts(mut scheduled: Scheduled) -> Result<Vec<u32>, String> {
+    let mut ids = Vec::new();
+    loop {
+        match scheduled.events.try_recv() {
+            Ok(Ok(Event::Token(token))) => ids.push(token.token.id),
+            Ok(Ok(Event::Last(token, _))) => {
+                ids.push(token.token.id);
+                return Ok(ids);
+            }
+            Ok(Ok(Event::Prefill(_))) => {}
+            Ok(Err(error)) => return Err(error.to_string()),
+            Err(_) => return Err("incomplete".to_string()),
+        }
     }
 }

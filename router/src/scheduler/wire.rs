@@ -7,7 +7,7 @@ use proto::v3::{
 
 use super::entry::{Entry, GeneratedToken, PromptToken, Token};
 
-/// The message for one entry. `chunk_len`: compute only so many prompt tokens now.
+/// The message for one entry. `chunk_len`: compute only so many of its known tokens now.
 pub(super) fn request(id: u64, entry: &Entry, chunk_len: Option<u32>) -> Request {
     let request = &entry.request;
     let (blocks, slots) = match &entry.allocation {
@@ -20,7 +20,8 @@ pub(super) fn request(id: u64, entry: &Entry, chunk_len: Option<u32>) -> Request
         truncate: request.truncate,
         parameters: Some(request.parameters.clone()),
         stopping_parameters: Some(request.stopping_parameters.clone()),
-        prefill_logprobs: request.prefill_logprobs,
+        // They came with the first token.
+        prefill_logprobs: request.prefill_logprobs && entry.generated.is_empty(),
         top_n_tokens: request.top_n_tokens,
         // TGI's shards read the prompt from here, and from `inputs` only when it is missing.
         input_chunks: Some(text_chunk(&request.inputs)),
@@ -31,7 +32,7 @@ pub(super) fn request(id: u64, entry: &Entry, chunk_len: Option<u32>) -> Request
         add_special_tokens: request.add_special_tokens,
         chunk_len,
         input_ids: request.input_ids.clone(),
-        generated_ids: Vec::new(),
+        generated_ids: entry.generated.clone(),
     }
 }
 

@@ -1,7 +1,7 @@
 //! The only place where an error becomes a status and a JSON body.
 
 use axum::Json;
-use axum::http::StatusCode;
+use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
 
@@ -11,7 +11,11 @@ use crate::types::ErrorResponse;
 impl IntoResponse for InferError {
     fn into_response(self) -> Response {
         let (status, _) = classify(&self);
-        (status, Json(error_body(&self))).into_response()
+        let mut response = (status, Json(error_body(&self))).into_response();
+        if let InferError::Overloaded { retry_after } | InferError::Recovering { retry_after } = self {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(retry_after.as_secs()));
+        }
+        response
     }
 }
 
@@ -47,7 +51,8 @@ impl From<&InferError> for OpenAiError {
 
 fn classify(error: &InferError) -> (StatusCode, &'static str) {
     match error {
-        InferError::Overloaded => (StatusCode::TOO_MANY_REQUESTS, "overloaded"),
+        InferError::Overloaded { .. } => (StatusCode::TOO_MANY_REQUESTS, "overloaded"),
+        InferError::Recovering { .. } => (StatusCode::SERVICE_UNAVAILABLE, "recovering"),
         InferError::Validation(_) => (StatusCode::UNPROCESSABLE_ENTITY, "validation"),
         InferError::Generation(_) => (StatusCode::FAILED_DEPENDENCY, "generation"),
         InferError::Incomplete => (StatusCode::INTERNAL_SERVER_ERROR, "incomplete_generation"),

@@ -242,7 +242,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_refusal_is_one_event_and_the_end() {
-        let mut body = SseBody::new(Err(InferError::Overloaded), Marks, KEEP_ALIVE);
+        let mut body = SseBody::new(Err(InferError::Incomplete), Marks, KEEP_ALIVE);
         assert_eq!(next(&mut body).await.unwrap(), "!.");
         assert_eq!(next(&mut body).await, None);
     }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use axum::http::HeaderValue;
 use proto::ShardedClient;
+use tokio::sync::watch;
 
 use crate::infer::Infer;
 use crate::metrics::Metrics;
@@ -35,7 +36,7 @@ struct Inner {
     infer: Infer,
     info: Info,
     settings: ServerSettings,
-    shards: ShardedClient,
+    shards: watch::Receiver<ShardedClient>,
     health: HealthFlag,
 }
 
@@ -45,7 +46,7 @@ impl AppState {
         infer: Infer,
         info: Info,
         settings: ServerSettings,
-        shards: ShardedClient,
+        shards: watch::Receiver<ShardedClient>,
         health: HealthFlag,
     ) -> Self {
         Self { inner: Arc::new(Inner { infer, info, settings, shards, health }) }
@@ -67,8 +68,9 @@ impl AppState {
         &self.inner.settings
     }
 
+    /// A client of the shards' present life.
     pub(super) fn shards(&self) -> ShardedClient {
-        self.inner.shards.clone()
+        self.inner.shards.borrow().clone()
     }
 
     pub(super) fn health(&self) -> &HealthFlag {

@@ -5,26 +5,29 @@
 //! the router can serve, connections are refused and not left hanging.
 
 mod model;
+mod shards;
 mod warmup;
 
 use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use proto::ShardInfo;
-use tokio::net::TcpSocket;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 
 pub use model::ModelParts;
+use shards::Shards;
 pub use warmup::{WarmedUp, connect_and_warm_up};
 
 use crate::RouterError;
 use crate::config::{Limits, RouterConfig};
-use crate::infer::Infer;
+use crate::infer::{Infer, Permits};
 use crate::metrics::{BucketLimits, Metrics, UPKEEP_PERIOD};
 use crate::scheduler::{
-    Batcher, BatcherSettings, BlockAllocator, HealthFlag, Queue, QueueSettings, Scheduler,
+    Batcher, BatcherSettings, BlockAllocator, HealthFlag, Queue, QueueSettings, Scheduler, Unrecoverable,
 };
 use crate::server::{self, AppState};
 use crate::tokenization::Tokenization;
@@ -34,11 +37,24 @@ use crate::validation::{Validation, ValidationLimits};
 /// Connections that may wait for the server to accept them; the kernel cuts it to its own limit.
 const BACKLOG: u32 = 4096;
 
+/// How long the last answers may take when there is nothing to compute them with any more.
+const LAST_ANSWERS: Duration = Duration::from_secs(1);
+
 /// A router that is ready to serve.
 pub struct Started {
     socket: TcpSocket,
     address: SocketAddr,
-    state: AppState,
+    assembled: Assembled,
+}
+
+/// A router without a port.
+pub struct Assembled {
+    /// What handlers work with.
+    pub state: AppState,
+    /// A handle to the batching task.
+    pub scheduler: Scheduler,
+    /// The batching task. It ends before the last handle does only when the shards are lost for good.
+    pub batching: JoinHandle<Result<(), Unrecoverable>>,
 }
 
 /// Does everything up to listening. Calls to the shards run on `scheduler_runtime`, so that neither HTTP nor
@@ -59,24 +75,62 @@ pub async fn start(config: RouterConfig, scheduler_runtime: &Handle) -> Result<S
     let shards = scheduler_runtime
         .spawn(warmup::connect_and_warm_up(config.master_shard_uds_path.clone(), config.batching));
     let (model, shards) = tokio::join!(finished(model), finished(shards));
-    let state = assemble(&config, shards??, model??, scheduler_runtime)?;
-    Ok(Started { socket, address: config.address, state })
+    let assembled = assemble(&config, shards??, model??, scheduler_runtime)?;
+    Ok(Started { socket, address: config.address, assembled })
 }
 
 impl Started {
+    /// A handle to the batching task.
+    pub fn scheduler(&self) -> Scheduler {
+        self.assembled.scheduler.clone()
+    }
+
     /// Listens, says so, and serves until `shutdown` resolves and the last request is answered.
     ///
     /// # Errors
-    /// The address is taken after all, or the listener fails.
+    /// The address is taken after all, the listener fails, or the shards are lost for good.
     pub async fn serve(self, shutdown: impl Future<Output = ()> + Send + 'static) -> Result<(), RouterError> {
-        let Self { socket, address, state } = self;
+        let Self { socket, address, assembled: Assembled { state, batching, .. } } = self;
         let listener = socket.listen(BACKLOG).map_err(|source| RouterError::Bind { address, source })?;
         // The word that upstream's launcher, and everybody's scripts, wait for.
         tracing::info!("Connected");
         let upkeep = tokio::spawn(keep_up(Arc::clone(state.metrics())));
-        let served = server::serve(listener, state, shutdown).await;
+        let served = serve_while_batching(listener, state, shutdown, batching).await;
         upkeep.abort();
-        served.map_err(|source| RouterError::System { step: "serving", source })
+        served
+    }
+}
+
+/// Without a batching task every request would wait for ever: the server ends with it.
+async fn serve_while_batching(
+    listener: TcpListener,
+    state: AppState,
+    shutdown: impl Future<Output = ()> + Send + 'static,
+    mut batching: JoinHandle<Result<(), Unrecoverable>>,
+) -> Result<(), RouterError> {
+    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
+    let until = async move {
+        tokio::select! {
+            () = shutdown => {}
+            // A dropped sender means the same.
+            _ = stopped => {}
+        }
+    };
+    let server = server::serve(listener, state, until);
+    tokio::pin!(server);
+    let ended = tokio::select! {
+        served = &mut server => {
+            return served.map_err(|source| RouterError::System { step: "serving", source });
+        }
+        ended = &mut batching => ended,
+    };
+    drop(stop);
+    // Everybody has been told; what is left are the last bytes.
+    let _ = tokio::time::timeout(LAST_ANSWERS, server).await;
+    match ended {
+        Ok(Ok(())) => Err(RouterError::Internal("the scheduler has stopped".to_string())),
+        Ok(Err(error)) => Err(RouterError::Unrecoverable(error)),
+        Err(error) => Err(RouterError::Internal(error.to_string())),
     }
 }
 
@@ -110,7 +164,7 @@ pub fn assemble(
     shards: WarmedUp,
     model: ModelParts,
     scheduler_runtime: &Handle,
-) -> Result<AppState, RouterError> {
+) -> Result<Assembled, RouterError> {
     let WarmedUp { client, info, limits } = shards;
     let buckets =
         BucketLimits { max_input_tokens: limits.max_input_tokens, max_total_tokens: limits.max_total_tokens };
@@ -122,16 +176,19 @@ pub fn assemble(
     let (scheduler, commands) = Scheduler::channel();
     let queue = Queue::new(queue_settings(&info, &limits));
     let settings = batcher_settings(config, &limits);
-    let batcher =
-        Batcher::new(client.clone(), queue, settings, commands, Arc::clone(&metrics), health.clone());
-    scheduler_runtime.spawn(batcher.run());
+    let shards = Shards::new(config.master_shard_uds_path.clone(), config.batching, client, &limits);
+    let present_client = shards.watch();
+    let batcher = Batcher::new(shards, queue, settings, commands, Arc::clone(&metrics), health.clone());
+    let batching = scheduler_runtime.spawn(batcher.run());
 
     let tokenization = Tokenization::start(Arc::new(model.tokenizer), config.validation_workers)
         .map_err(|source| RouterError::System { step: "starting the tokenizer threads", source })?;
     let validation = Validation::new(validation_limits(config, &limits), tokenization);
     let http_info = http_info(config, &limits, model.model_id, model.sha);
-    let infer = Infer::new(validation, scheduler, model.template, config.max_concurrent_requests, metrics);
-    Ok(AppState::new(infer, http_info, config.server.clone(), client, health))
+    let permits = Permits::new(config.max_concurrent_requests, health.clone());
+    let infer = Infer::new(validation, scheduler.clone(), model.template, permits, metrics);
+    let state = AppState::new(infer, http_info, config.server.clone(), present_client, health);
+    Ok(Assembled { state, scheduler, batching })
 }
 
 fn queue_settings(info: &ShardInfo, limits: &Limits) -> QueueSettings {
@@ -143,6 +200,7 @@ fn queue_settings(info: &ShardInfo, limits: &Limits) -> QueueSettings {
         block_size,
         speculate: info.speculate,
         supports_chunking: info.support_chunking,
+        supports_resume: info.supports_resume,
     }
 }
 

@@ -2,8 +2,7 @@
 
 use std::path::Path;
 
-use hub::{HubError, HubOptions, ModelRef, TokenizerConfig};
-use tokenizers::Tokenizer;
+use hub::{HubError, HubOptions, ModelRef, Tokenizer, TokenizerConfig};
 
 use crate::chat_template::{ChatTemplate, TemplateError};
 

@@ -8,8 +8,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 
-use hub::catch_panic;
-use tokenizers::{Encoding, Tokenizer};
+use hub::{Tokenizer, catch_panic};
+use tokenizers::Encoding;
 use tokio::sync::oneshot;
 
 use crate::types::SimpleToken;
@@ -154,14 +154,14 @@ fn tokenize(
 pub(crate) mod testing {
     //! A tokenizer without files.
 
-    use tokenizers::Tokenizer;
+    use hub::Tokenizer;
 
     /// Words are tokens: `a` 1, `b` 2, anything else 0.
     pub(crate) fn word_tokenizer() -> Tokenizer {
         let json = r#"{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,
             "pre_tokenizer":{"type":"Whitespace"},"post_processor":null,"decoder":null,
             "model":{"type":"WordLevel","vocab":{"[UNK]":0,"a":1,"b":2},"unk_token":"[UNK]"}}"#;
-        json.parse().unwrap()
+        hub::tokenizer_from_json(json.as_bytes()).unwrap()
     }
 }
 

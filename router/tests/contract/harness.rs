@@ -1,12 +1,14 @@
 //! A router in this process, on a port of its own.
 
 use std::net::SocketAddr;
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use clap::Parser;
 use router::args::Args;
 use router::chat_template::ChatTemplate;
 use router::config::RouterConfig;
+use router::scheduler::Scheduler;
 use router::startup::{self, ModelParts};
 use tokio::net::TcpListener;
 use tokio::runtime::Handle;
@@ -27,9 +29,10 @@ const TEMPLATE: &str = "{% for m in messages %}{% if m.role == 'bad' %}{{ raise_
 pub(crate) struct TestRouter {
     pub(crate) address: SocketAddr,
     pub(crate) shard: FakeShard,
+    pub(crate) scheduler: Scheduler,
     pub(crate) server: JoinHandle<()>,
     shutdown: Option<oneshot::Sender<()>>,
-    _directory: tempfile::TempDir,
+    directory: tempfile::TempDir,
 }
 
 impl TestRouter {
@@ -41,15 +44,20 @@ impl TestRouter {
         let required =
             ["router", "--max-batch-prefill-tokens", "64", "--master-shard-uds-path", socket.as_str()];
         let config = RouterConfig::from_args(Args::parse_from([&required, flags].concat())).unwrap();
+        let bound = || UnixStream::connect(&socket).is_ok();
+        while !bound() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
         let shards =
             startup::connect_and_warm_up(config.master_shard_uds_path.clone(), config.batching).await;
         let model = ModelParts {
             model_id: "test/model".to_string(),
             sha: None,
-            tokenizer: TOKENIZER.parse().unwrap(),
+            tokenizer: hub::tokenizer_from_json(TOKENIZER.as_bytes()).unwrap(),
             template: ChatTemplate::new(TEMPLATE, None, None),
         };
-        let state = startup::assemble(&config, shards.unwrap(), model, &Handle::current()).unwrap();
+        let assembled = startup::assemble(&config, shards.unwrap(), model, &Handle::current()).unwrap();
+        let (state, scheduler) = (assembled.state, assembled.scheduler);
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (shutdown, requested) = oneshot::channel::<()>();
@@ -57,7 +65,7 @@ impl TestRouter {
             let requested = async move { drop(requested.await) };
             router::server::serve(listener, state, requested).await.unwrap();
         });
-        Self { address, shard, server, shutdown: Some(shutdown), _directory: directory }
+        Self { address, shard, scheduler, server, shutdown: Some(shutdown), directory }
     }
 
     pub(crate) async fn plain() -> Self {
@@ -109,6 +117,11 @@ impl TestRouter {
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
         panic!("never: {what}");
+    }
+
+    /// The next life of the shard, at the same socket.
+    pub(crate) fn revive(&mut self, script: Script) {
+        self.shard = FakeShard::start(&self.directory.path().join("shard-0"), script);
     }
 
     pub(crate) fn shut_down(&mut self) {

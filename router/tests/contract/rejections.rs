@@ -78,6 +78,7 @@ async fn a_full_server_says_so_at_once() {
     let overloaded = r#"{"error":"Model is overloaded","error_type":"overloaded"}"#;
     let answer = router.post("/generate", body).await;
     assert_eq!((answer.status, answer.body.as_str()), (429, overloaded));
+    assert_eq!(answer.header("retry-after"), Some("1"));
     let answer = router.post("/generate_stream", body).await;
     assert_eq!((answer.status, answer.body), (200, format!("data: {overloaded}\n\n")));
     drop(running);

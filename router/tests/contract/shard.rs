@@ -16,6 +16,7 @@ use proto::v3::{
     ServiceDiscoveryResponse, Tokens, WarmupRequest, WarmupResponse,
 };
 use tokio::net::UnixListener;
+use tokio::runtime::{Builder, Runtime};
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::{Request, Response, Status};
 
@@ -71,20 +72,33 @@ pub(crate) struct FakeShard {
     script: Script,
     url: String,
     pub(crate) state: Arc<Mutex<State>>,
+    /// Everything that serves, so that it can end at once, as a process does.
+    life: Arc<Mutex<Option<Runtime>>>,
 }
 
 impl FakeShard {
     pub(crate) fn start(path: &Path, script: Script) -> Self {
-        let listener = UnixListener::bind(path).unwrap();
+        let life = Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
         let url = format!("unix://{}", path.display());
-        let shard = Self { script, url, state: Arc::default() };
+        let shard = Self { script, url, state: Arc::default(), life: Arc::default() };
         let service = TextGenerationServiceServer::new(shard.clone());
-        tokio::spawn(
-            tonic::transport::Server::builder()
-                .add_service(service)
-                .serve_with_incoming(UnixListenerStream::new(listener)),
-        );
+        let path = path.to_path_buf();
+        life.spawn(async move {
+            // The socket of the life before.
+            let _ = std::fs::remove_file(&path);
+            let listener = UnixListener::bind(path).unwrap();
+            let server = tonic::transport::Server::builder().add_service(service);
+            server.serve_with_incoming(UnixListenerStream::new(listener)).await
+        });
+        *shard.life.lock().unwrap() = Some(life);
         shard
+    }
+
+    /// Ends all connections and leaves the socket's file, as `kill -9` does.
+    pub(crate) fn kill(&self) {
+        if let Some(life) = self.life.lock().unwrap().take() {
+            life.shutdown_background();
+        }
     }
 
     fn call(&self, name: &'static str) -> Result<(), Status> {
@@ -141,8 +155,12 @@ fn tokens(id: u32, text: &str, is_special: bool) -> Tokens {
 impl Row {
     fn new(request: WireRequest) -> Self {
         // Chunked prompts: the first step computes `chunk_len`, every other one 8.
-        let prompt_left = request.chunk_len.map_or(0, |chunk_len| request.input_ids.len() as u32 - chunk_len);
-        Self { request, prompt_left, generated: 0, text: String::new(), is_done: false }
+        let generated = request.generated_ids.len() as u32;
+        assert!(request.generated_ids.iter().copied().eq(1..=generated), "the answer so far");
+        let known = request.input_ids.len() as u32 + generated;
+        let prompt_left = request.chunk_len.map_or(0, |chunk_len| known - chunk_len);
+        let text = (1..=generated).map(|id| format!(" t{id}")).collect();
+        Self { request, prompt_left, generated, text, is_done: false }
     }
 
     /// The number in a word of the prompt that starts with `name`.
@@ -220,6 +238,7 @@ impl TextGenerationService for FakeShard {
             support_chunking: self.script.supports_chunking,
             attention_impl: "paged".to_string(),
             block_size: BLOCK_SIZE,
+            supports_resume: true,
             ..Default::default()
         }))
     }

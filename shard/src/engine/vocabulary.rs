@@ -3,8 +3,7 @@
 use std::collections::HashSet;
 use std::sync::OnceLock;
 
-use hub::catch_panic;
-use tokenizers::Tokenizer;
+use hub::{Tokenizer, catch_panic};
 
 /// Token ids in a message.
 const MAX_IDS_SHOWN: usize = 8;

@@ -37,10 +37,16 @@ impl GenerationService {
             let _ = sender.send(answer);
         });
         self.engine.send(command(reply));
+        // The engine says that it is broken before it answers the call that broke it.
         match receiver.await {
-            Ok(answer) => answer.map_err(refusal),
-            Err(_) => Err(refusal("the engine of this shard has ended".to_string())),
+            Ok(answer) => answer.map_err(|problem| self.failure(problem)),
+            Err(_) => Err(lost("the engine of this shard has ended".to_string())),
         }
+    }
+
+    /// What a caller is told: that this call cannot be served, or that none will be any more.
+    fn failure(&self, problem: String) -> Status {
+        if self.engine.liveness().has_failed() { lost(problem) } else { refusal(problem) }
     }
 }
 
@@ -48,6 +54,12 @@ impl GenerationService {
 fn refusal(problem: String) -> Status {
     tracing::error!("{problem}");
     Status::internal(problem)
+}
+
+/// Nothing that this shard holds will ever be of use again.
+fn lost(problem: String) -> Status {
+    tracing::error!("{problem}");
+    Status::unavailable(problem)
 }
 
 fn missing(field: &str) -> Status {
@@ -111,7 +123,7 @@ impl TextGenerationService for GenerationService {
     /// counters of the control service.
     async fn health(&self, _request: Request<HealthRequest>) -> Result<Response<HealthResponse>, Status> {
         if self.engine.liveness().has_failed() {
-            return Err(refusal("the engine of this shard has failed".to_string()));
+            return Err(self.failure("the engine of this shard has failed".to_string()));
         }
         Ok(Response::new(HealthResponse {}))
     }

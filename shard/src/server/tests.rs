@@ -192,6 +192,7 @@ async fn a_failing_model_is_reported_and_ends_the_shard() {
     client.warmup(warmup()).await.unwrap();
     let error = client.prefill(batch(1, vec![request(1)]), None).await.unwrap_err();
     assert_eq!(error.to_string(), "Server error: forward: the device has gone");
+    assert!(error.is_lost());
     let ended = shard.ended.recv_timeout(Duration::from_secs(5)).unwrap().unwrap_err();
     assert_eq!(ended.exit_code(), process::ExitCode::EngineFailed);
     assert!(!shard.path.exists());
@@ -204,6 +205,7 @@ async fn a_panic_is_reported_and_ends_the_shard() {
     client.warmup(warmup()).await.unwrap();
     let error = client.prefill(batch(1, vec![request(1)]), None).await.unwrap_err();
     assert_eq!(error.to_string(), "Server error: the engine of this shard has ended");
+    assert!(error.is_lost());
     let ended = shard.ended.recv_timeout(Duration::from_secs(5)).unwrap().unwrap_err();
     assert_eq!(ended.to_string(), "the engine panicked: scripted panic");
 }

@@ -57,6 +57,7 @@ const CONFINEMENTS: [Confinement; 7] = [
     Confinement {
         names: &[
             "axum",
+            "hub::Tokenizer",
             "tokenizers",
             "minijinja",
             "crate::server",
@@ -268,8 +269,8 @@ mod tests {
         assert_eq!(count("shard/src/server/service.rs", "use tokio::sync::mpsc; use proto::v3;"), 0);
         assert_eq!(count("router/src/validation/mod.rs", "use axum::Json;"), 1);
         assert_eq!(count("router/src/server/generate.rs", "use axum::Json;"), 0);
-        assert_eq!(count("router/src/scheduler/queue.rs", "use tokenizers::Tokenizer;"), 1);
-        assert_eq!(count("router/src/tokenization/mod.rs", "use tokenizers::Tokenizer;"), 0);
+        assert_eq!(count("router/src/scheduler/queue.rs", "use hub::Tokenizer;"), 1);
+        assert_eq!(count("router/src/tokenization/mod.rs", "use hub::Tokenizer;"), 0);
         assert_eq!(count("router/src/scheduler/queue.rs", "use crate::chat_template::Template;"), 1);
         assert_eq!(count("launcher/src/gpus.rs", "use cudarc::driver;"), 1);
         assert_eq!(count("shard/backend/src/cuda/device.rs", "use cudarc::driver;"), 0);

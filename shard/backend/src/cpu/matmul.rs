@@ -1,13 +1,11 @@
 //! Spreads a matrix product over the threads.
 
-use std::ops::Range;
-
 use super::buffer::CpuBuffer;
 use super::kernels::{Kernels, LANES, MatmulArgs, PackArgs, padded_tile, padded_tokens};
 use super::memory::Memory;
 use super::packed_linear::{PackedLinear, Storage};
 use super::threads::{SharedMut, Threads, part};
-use crate::BackendError;
+use crate::{BackendError, DType};
 
 /// Memory for packed activations, grown by the warm-up and then constant.
 #[derive(Debug)]
@@ -28,20 +26,30 @@ impl Workspace {
     }
 }
 
+/// Rows from which on bf16 weights are converted to fixed point, where the processor gains by that: below, converting them
+/// costs more than it saves (`docs/kernels.md`).
+const FIXED_ROWS: usize = 32;
+
+/// Multiplies panels, with the thread's memory.
+type Multiply<'a> = dyn Fn(&MatmulArgs<'_>, &mut [u32]) + Sync + 'a;
+
 /// How a product is computed, whatever the weight's storage.
 struct Product<'a> {
-    /// Outputs.
-    out_features: usize,
+    weights: &'a [u8],
+    /// Steps or groups of a panel.
+    steps: usize,
+    bias: Option<&'a [f32]>,
     /// 32-bit elements of a row's packed activations.
     row_elements: usize,
     /// Largest tile of tokens.
     max_tile: usize,
     /// The tokens a tile of so many is padded to.
     padded: fn(usize) -> usize,
-    /// Packs a tile. Unsafe for the instruction set.
+    /// 32-bit elements of memory that each thread needs beside.
+    scratch_elements: usize,
+    /// Packs a tile.
     pack: &'a (dyn Fn(PackArgs<'_>) + Sync),
-    /// Multiplies panels: which, with the packed activations and the results.
-    multiply: &'a (dyn Fn(Range<usize>, *const u32, *mut f32) + Sync),
+    multiply: &'a Multiply<'a>,
 }
 
 /// `out = x weight^T (+ bias)`.
@@ -63,47 +71,59 @@ pub(super) fn matmul(
         bias.is_none_or(|bias| bias.len() == out_features),
         "the bias has another width than the outputs"
     );
-    let rows = x.rows();
-    match &weight.0 {
-        Storage::Plain(weight) => {
+    let tools = (threads, workspace);
+    // SAFETY: of all calls of kernels: the processor has the instruction set; `compute` gives them weights, activations, results
+    // and memory of the sizes they say, and panels that are the thread's.
+    match (&weight.0, kernels.fixed) {
+        (Storage::Plain(weight), Some(fixed)) if weight.dtype == DType::BF16 && x.rows() >= FIXED_ROWS => {
+            let product = Product {
+                weights: weight.memory.as_slice(),
+                steps: weight.steps,
+                bias,
+                row_elements: (fixed.row_elements)(in_features),
+                max_tile: fixed.max_tokens,
+                padded: fixed.padded,
+                scratch_elements: (fixed.scratch_elements)(in_features),
+                // SAFETY: as above.
+                pack: &|args| unsafe { (fixed.pack)(args) },
+                // SAFETY: as above.
+                multiply: &|args, scratch| unsafe { (fixed.matmul)(args, scratch) },
+            };
+            product.compute(tools, x, out)
+        }
+        (Storage::Plain(weight), _) => {
             let typed = kernels.typed(weight.dtype);
             let product = Product {
-                out_features,
+                weights: weight.memory.as_slice(),
+                steps: weight.steps,
+                bias,
                 row_elements: weight.steps * typed.step_inputs,
                 max_tile: kernels.max_tile,
                 padded: padded_tile,
-                // SAFETY: the processor has the instruction set.
+                scratch_elements: 0,
+                // SAFETY: as above.
                 pack: &|args| unsafe { (typed.pack)(args) },
-                multiply: &|panels, x, out| {
-                    let weights = weight.memory.as_slice::<u8>().as_ptr();
-                    let steps = weight.steps;
-                    let args =
-                        MatmulArgs { weights, panels, steps, x, rows, out, out_width: out_features, bias };
-                    // SAFETY: weights, activations and results have the sizes given; the panels are this thread's.
-                    unsafe { (typed.matmul)(&args) };
-                },
+                // SAFETY: as above.
+                multiply: &|args, _| unsafe { (typed.matmul)(args) },
             };
-            product.compute((threads, workspace), x, out)
+            product.compute(tools, x, out)
         }
-        Storage::Quantized(weight) => {
+        (Storage::Quantized(weight), _) => {
             let (kernels, layout) = (&kernels.quantized, &weight.layout);
             let product = Product {
-                out_features,
+                weights: weight.memory.as_slice(),
+                steps: layout.groups,
+                bias,
                 row_elements: layout.row_elements(),
                 max_tile: kernels.max_tokens,
                 padded: padded_tokens,
-                // SAFETY: the processor has the instruction set.
+                scratch_elements: 0,
+                // SAFETY: as above.
                 pack: &|args| unsafe { (kernels.pack)(args, layout) },
-                multiply: &|panels, x, out| {
-                    let weights = weight.memory.as_slice::<u8>().as_ptr();
-                    let steps = layout.groups;
-                    let args =
-                        MatmulArgs { weights, panels, steps, x, rows, out, out_width: out_features, bias };
-                    // SAFETY: weights, activations and results have the sizes given; the panels are this thread's.
-                    unsafe { (kernels.matmul)(&args, layout) };
-                },
+                // SAFETY: as above.
+                multiply: &|args, _| unsafe { (kernels.matmul)(args, layout) },
             };
-            product.compute((threads, workspace), x, out)
+            product.compute(tools, x, out)
         }
     }
 }
@@ -115,17 +135,20 @@ impl Product<'_> {
         x: &CpuBuffer,
         out: &mut CpuBuffer,
     ) -> Result<(), BackendError> {
-        let &Product { row_elements, max_tile, .. } = self;
-        let rows = x.rows();
+        let &Product { row_elements, max_tile, scratch_elements, .. } = self;
+        let (rows, out_width) = (x.rows(), out.width());
         out.resize(rows);
         let tiles = rows.div_ceil(max_tile);
         let threads_count = threads.count();
         // One row is packed by each thread for itself, which is quicker than waiting for one another.
         let copies = if rows == 1 { threads_count } else { 1 };
         let copy_elements = (rows + max_tile) * row_elements;
-        let packed = SharedMut::new(workspace.at_least(copies * copy_elements)?);
+        // On a cache line, as what a thread streams should be.
+        let scratch_start = (copies * copy_elements).next_multiple_of(LANES);
+        let needed = scratch_start + threads_count * scratch_elements;
+        let packed = SharedMut::new(workspace.at_least(needed)?);
         let results = SharedMut::new(out.as_mut_slice());
-        let panels = self.out_features.div_ceil(LANES);
+        let panels = out_width.div_ceil(LANES);
         let barrier = threads.barrier();
         threads.run(&|index| {
             let own_copy = if copies > 1 { index * copy_elements } else { 0 };
@@ -145,9 +168,21 @@ impl Product<'_> {
             if copies == 1 {
                 barrier.wait();
             }
-            // SAFETY: within the workspace.
-            let x = unsafe { packed.get().add(own_copy) };
-            (self.multiply)(part(panels, index, threads_count), x, results.get());
+            let scratch = scratch_start + index * scratch_elements;
+            // SAFETY: within the workspace, behind the activations, and each thread's own.
+            let (x, scratch) =
+                unsafe { (packed.get().add(own_copy), packed.slice(scratch..scratch + scratch_elements)) };
+            let args = MatmulArgs {
+                weights: self.weights.as_ptr(),
+                panels: part(panels, index, threads_count),
+                steps: self.steps,
+                x,
+                rows,
+                out: results.get(),
+                out_width,
+                bias: self.bias,
+            };
+            (self.multiply)(&args, scratch);
         });
         Ok(())
     }

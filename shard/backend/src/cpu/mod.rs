@@ -6,7 +6,8 @@
 //! sixteen lanes and compiled for each instruction set of [`isa`].
 //!
 //! Decoding is a race to read the weights once: they lie packed on huge pages, in the order in which they are read.
-//! Activations are f32 throughout; beside bf16 weights they are split into two bf16, which keeps 16 bits of mantissa.
+//! Activations are f32 throughout; beside bf16 weights they are split into two bf16, which keeps 16 bits of mantissa, or, where
+//! they have many rows, become 16-bit fixed point as the weights do.
 
 mod arena;
 mod attention;

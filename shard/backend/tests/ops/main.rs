@@ -9,6 +9,7 @@ mod cases;
 mod embedding;
 mod experts;
 mod heads;
+mod many_rows;
 mod matmul;
 mod norm;
 mod quantized;

@@ -24,6 +24,8 @@ fn reference(x: &[f32], weight: &[f32], bias: Option<&[f32]>, inputs: usize) -> 
 
 fn agrees_with_plain_sums<B: Backend>(backend: &mut B) {
     let mut random = Random(1);
+    // Their many rows are in `many_rows`, with errors relative to norms.
+    let has_fixed_point = ["VNNI", "BF16"].iter().any(|isa| backend.device().description.contains(isa));
     let dtypes = [DType::F32, DType::F16, DType::BF16];
     for dtype in dtypes {
         for (rows, inputs, outputs) in [
@@ -38,6 +40,9 @@ fn agrees_with_plain_sums<B: Backend>(backend: &mut B) {
             (1, 576, 192),
         ] {
             let stored = dtypes[random.below(3)];
+            if has_fixed_point && dtype == DType::BF16 && rows >= 32 {
+                continue;
+            }
             let values = random.vector(outputs * inputs);
             let weight: Vec<f32> = values.iter().map(|&x| rounded(rounded(x, stored), dtype)).collect();
             let x = random.vector(rows * inputs);

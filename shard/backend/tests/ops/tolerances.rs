@@ -23,6 +23,11 @@ pub(crate) const fn matmul(dtype: DType) -> Tolerance {
     }
 }
 
+/// Matrix product of many rows with bf16 weights, where a backend computes it in 16-bit fixed point. Activations are rounded by
+/// at most 1/130000 of their group's Euclidean norm (1/65534 of its largest, if that is more), small weights by 1/32768 of
+/// theirs; the magnitude is the sum over the groups of 64 inputs of the products of both norms.
+pub(crate) const MANY_ROWS: Tolerance = tolerance(1e-6, 8e-5);
+
 /// Matrix product with quantized weights. Activations are rounded by at most 1/65278 of their group's largest; the magnitude is
 /// as for [`matmul`] with each activation replaced by that.
 pub(crate) const QUANTIZED_MATMUL: Tolerance = tolerance(1e-6, 1.6e-5);

@@ -13,7 +13,7 @@ use hub::gguf::GgmlType;
 use super::blocks::{self, BlockFormat, Groups};
 use super::gguf_layout::{Layout, RowOrder};
 use super::spare_buffers::SpareBuffers;
-use super::{QuantizedMeta, TensorMeta, WeightSource, is_within, rows_and_cols, unusable};
+use super::{QuantizedMeta, TensorMeta, WeightSource, borrowed_range, is_within, rows_and_cols, unusable};
 use crate::ModelError;
 
 /// Elements below which a thread costs more than it saves: some 50 microseconds of work.
@@ -142,7 +142,9 @@ impl WeightSource for GgufWeights {
             {
                 let blocks = Blocks { bytes, format, order: tensor.order };
                 let out = self.spare_bytes.take(rows.len() * cols.len() * DType::BF16.size_bytes());
-                Ok(blocks.dequantize(&window, self.threads, out))
+                let matrix = blocks.dequantize(&window, self.threads, out);
+                self.file.release(tensor.bytes.clone());
+                Ok(matrix)
             }
             _ => Err(unusable(format!(
                 "tensor {name} of shape {:?} is stored as {}, expected {}",
@@ -181,13 +183,20 @@ impl WeightSource for GgufWeights {
                 scales: self.spare_floats.take(groups),
                 offsets: self.spare_floats.take(groups),
             };
-            blocks.unpack(&window, self.threads, out)
+            let matrix = blocks.unpack(&window, self.threads, out);
+            self.file.release(tensor.bytes.clone());
+            matrix
         }))
     }
 
     fn recycle(&self, matrix: HostMatrix<'_>) {
-        if let Cow::Owned(bytes) = matrix.bytes {
-            self.spare_bytes.give(bytes);
+        match matrix.bytes {
+            Cow::Owned(bytes) => self.spare_bytes.give(bytes),
+            Cow::Borrowed(_) => {
+                if let Some(range) = borrowed_range(self.file.bytes(), &matrix) {
+                    self.file.release(range);
+                }
+            }
         }
     }
 

@@ -11,13 +11,14 @@ mod renamed;
 mod safetensors;
 mod spare_buffers;
 
+use std::borrow::Cow;
 use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
 
 use backend::{DType, HostMatrix, QuantizedMatrix};
 use hub::{ModelFiles, WeightFiles};
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 
 pub(crate) use check::{check_tensors, prevailing_dtype};
 pub(crate) use renamed::with_names_of;
@@ -78,8 +79,8 @@ pub(crate) trait WeightSource: Send + Sync {
         None
     }
 
-    /// Takes back a matrix that is no longer needed, so that its memory serves the next one: fresh memory is cleared by
-    /// the system first, which costs more than dequantizing.
+    /// Takes back a matrix that is no longer needed. Its memory serves the next one, because fresh memory is cleared by the
+    /// system first, which costs more than dequantizing; what it borrows of a mapped file leaves this process's memory.
     fn recycle(&self, _matrix: HostMatrix<'_>) {}
 
     /// The same for a quantized matrix.
@@ -119,6 +120,28 @@ fn map(path: &Path) -> Result<Mmap, ModelError> {
     // SAFETY: the map is only read. A model file that is changed in place while it is served is not supported;
     // downloads replace files by renaming, which leaves this map alone.
     unsafe { Mmap::map(&file) }.map_err(wrong)
+}
+
+/// Takes the pages that `matrix` borrows from one of `maps` out of this process's memory: a model that is packed while it is
+/// read would else take its size twice. They stay in the system's file cache.
+fn release(maps: &[Mmap], matrix: &HostMatrix<'_>) {
+    for map in maps {
+        if let Some(range) = borrowed_range(map, matrix) {
+            // SAFETY: the map is only read and nobody writes the file (see `map`): a page that is needed again comes back
+            // from the file as it was. A refusal leaves everything as it is.
+            let _ =
+                unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, range.start, range.len()) };
+        }
+    }
+}
+
+/// The bytes of `file` that `matrix` borrows; none where it has its own or another's.
+fn borrowed_range(file: &[u8], matrix: &HostMatrix<'_>) -> Option<Range<usize>> {
+    let Cow::Borrowed(bytes) = matrix.bytes else { return None };
+    let start =
+        bytes.as_ptr().addr().checked_sub(file.as_ptr().addr()).filter(|start| *start < file.len())?;
+    let elements = matrix.rows.saturating_sub(1) * matrix.row_stride + matrix.cols;
+    Some(start..start + bytes.len().min(elements * matrix.dtype.size_bytes()))
 }
 
 /// Rows and columns of a shape: a vector is one row.

@@ -9,7 +9,7 @@ use ::safetensors::tensor::{Dtype, Metadata, SafeTensors};
 use backend::{DType, HostMatrix};
 use memmap2::Mmap;
 
-use super::{TensorMeta, WeightSource, is_within, map, one_line, rows_and_cols, unusable};
+use super::{TensorMeta, WeightSource, is_within, map, one_line, release, rows_and_cols, unusable};
 use crate::ModelError;
 
 /// Parsing costs a multiple of the header's size. The largest published headers, of thousands of tensors, have 2 MiB.
@@ -101,6 +101,10 @@ impl WeightSource for Safetensors {
             row_stride,
             bytes: Cow::Borrowed(bytes.get(start..).unwrap_or_default()),
         })
+    }
+
+    fn recycle(&self, matrix: HostMatrix<'_>) {
+        release(&self.files, &matrix);
     }
 }
 

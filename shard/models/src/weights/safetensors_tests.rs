@@ -122,3 +122,34 @@ fn random_damage_is_an_error_or_harmless() {
         }
     }
 }
+
+/// Resident memory of the mapping of `path`, in KiB.
+fn resident_kib(path: &Path) -> usize {
+    let maps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let own = maps.split_once(path.to_str().unwrap()).unwrap().1;
+    let line = own.lines().find_map(|line| line.strip_prefix("Rss:")).unwrap();
+    line.trim().trim_end_matches("kB").trim().parse().unwrap()
+}
+
+#[test]
+fn what_is_packed_leaves_this_processs_memory() {
+    let folder = tempfile::tempdir().unwrap();
+    let data = vec![1; 4 << 20];
+    let path = file(
+        folder.path(),
+        "model.safetensors",
+        r#"{"m":{"dtype":"BF16","shape":[2048,1024],"data_offsets":[0,4194304]}}"#,
+        &data,
+    );
+    let weights = Safetensors::open(std::slice::from_ref(&path)).unwrap();
+    let read_all = || {
+        let matrix = weights.matrix("m", 0..2048, 0..1024).unwrap();
+        assert_eq!(matrix.bytes.iter().map(|&byte| usize::from(byte)).sum::<usize>(), 4 << 20);
+        matrix
+    };
+    let matrix = read_all();
+    assert!(resident_kib(&path) >= 4096);
+    weights.recycle(matrix);
+    assert!(resident_kib(&path) < 1024, "{} KiB are left", resident_kib(&path));
+    read_all();
+}

@@ -2,7 +2,6 @@
 
 mod byte_tokenizer;
 
-use std::str::FromStr;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -10,7 +9,6 @@ use std::time::Instant;
 use backend::sampling::{Sampled, SamplingParams, SamplingRow};
 use backend::{BackendError, DType, DeviceInfo, MemoryInfo, StepInput};
 use models::{CausalLm, ModelError, ModelInfo};
-use tokenizers::Tokenizer;
 
 use super::block_pool::BlockPool;
 use super::sequence::{Sequence, SequenceContext};
@@ -25,7 +23,7 @@ const VOCAB_SIZE: usize = 257;
 pub(crate) fn byte_vocabulary(special: &[&str]) -> Vocabulary {
     let make = {
         let text = byte_tokenizer(special).to_string();
-        move || Tokenizer::from_str(&text).map_err(|error| error.to_string())
+        move || hub::tokenizer_from_json(text.as_bytes()).map_err(|error| error.to_string())
     };
     Vocabulary::new(make().unwrap(), Box::new(make), vec![EOS])
 }

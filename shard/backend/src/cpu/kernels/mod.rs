@@ -6,6 +6,8 @@ mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod elementwise;
+#[cfg(target_arch = "x86_64")]
+mod fixed_point;
 mod matmul;
 mod portable;
 mod quantized;
@@ -47,6 +49,22 @@ pub(super) struct QuantizedKernels {
     pub(super) matmul: unsafe fn(&MatmulArgs<'_>, &GroupLayout),
 }
 
+/// The kernels of products of many rows with bf16 weights in 16-bit fixed point.
+pub(super) struct FixedKernels {
+    /// Largest tile of tokens.
+    pub(super) max_tokens: usize,
+    /// The number of tokens that a tile of so many is padded to.
+    pub(super) padded: fn(usize) -> usize,
+    /// 32-bit elements of a row's packed activations, of its inputs.
+    pub(super) row_elements: fn(usize) -> usize,
+    /// 32-bit elements of memory for converted panels, of their inputs: as many panels as a cache takes, at least one.
+    pub(super) scratch_elements: fn(usize) -> usize,
+    /// Packs a tile of activations.
+    pub(super) pack: unsafe fn(PackArgs<'_>),
+    /// Multiplies panels, with memory of `scratch_elements` for converted ones.
+    pub(super) matmul: unsafe fn(&MatmulArgs<'_>, &mut [u32]),
+}
+
 /// Of a row, its weight and bias, the epsilon, and the result.
 type LayerNorm = unsafe fn(&[f32], (&[f32], &[f32]), f32, &mut [f32]);
 
@@ -59,6 +77,8 @@ pub(super) struct Kernels {
     bf16: TypedKernels,
     /// Products with quantized weights.
     pub(super) quantized: QuantizedKernels,
+    /// Products of many rows with bf16 weights, where the processor has a faster way for them.
+    pub(super) fixed: Option<&'static FixedKernels>,
     /// `out = rms_norm(x) * weight`.
     pub(super) rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
     /// `out = layer_norm(x) * weight + bias`.
@@ -109,10 +129,10 @@ impl Kernels {
     }
 }
 
-/// Instantiates every kernel for one instruction set: `module, Simd type, bf16 weight type, integer type,
+/// Instantiates every kernel for one instruction set: `module, Simd type, bf16 weight type, integer type, fixed-point kernels,
 /// features`.
 macro_rules! kernels {
-    ($module:ident, $simd:ty, $bf16:ty, $integer:ty $(, $feature:literal)?) => {
+    ($module:ident, $simd:ty, $bf16:ty, $integer:ty, $fixed:expr $(, $feature:literal)?) => {
         mod $module {
             use super::matmul::{Bf16, F16, F32, Widened};
             use super::*;
@@ -172,6 +192,7 @@ macro_rules! kernels {
                     pack: quantized_pack,
                     matmul: quantized_matmul,
                 },
+                fixed: $fixed,
                 rms_norm,
                 layer_norm,
                 rms_norm_in_place,
@@ -213,17 +234,18 @@ macro_rules! kernels {
     };
 }
 
-kernels!(portable_kernels, portable::Portable, matmul::Bf16Pairs, portable::Portable);
+kernels!(portable_kernels, portable::Portable, matmul::Bf16Pairs, portable::Portable, None);
 #[cfg(target_arch = "x86_64")]
-kernels!(avx2_kernels, avx2::Avx2, matmul::Bf16Pairs, avx2::Avx2, "avx2,fma,f16c");
+kernels!(avx2_kernels, avx2::Avx2, matmul::Bf16Pairs, avx2::Avx2, None, "avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
-kernels!(avx512_kernels, avx512::Avx512, matmul::Bf16Pairs, avx2::Avx2, "avx512f,avx2,fma,f16c");
+kernels!(avx512_kernels, avx512::Avx512, matmul::Bf16Pairs, avx2::Avx2, None, "avx512f,avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
 kernels!(
     avx512_vnni_kernels,
     avx512::Avx512,
     matmul::Bf16Pairs,
     avx512::Avx512,
+    Some(&fixed_point::KERNELS),
     "avx512f,avx512vnni,avx512bw,avx512vl,avx2,fma,f16c"
 );
 #[cfg(target_arch = "x86_64")]
@@ -232,5 +254,6 @@ kernels!(
     avx512::Avx512,
     avx512::Bf16Dot,
     avx512::Avx512,
+    Some(&fixed_point::KERNELS),
     "avx512f,avx512bf16,avx512vnni,avx512bw,avx512vl,avx2,fma,f16c"
 );

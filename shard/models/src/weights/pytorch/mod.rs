@@ -12,7 +12,7 @@ use backend::{DType, HostMatrix};
 use memmap2::Mmap;
 
 use super::pickle::{self, MAX_PICKLE_BYTES, Pickle, quote};
-use super::{TensorMeta, WeightSource, is_within, map, rows_and_cols, unusable};
+use super::{TensorMeta, WeightSource, is_within, map, release, rows_and_cols, unusable};
 use crate::ModelError;
 
 /// The tensors of one or several files.
@@ -227,6 +227,10 @@ impl WeightSource for Pytorch {
             }
             Order::Columns(stride) => Ok(transposed(bytes, stride, dtype, rows, cols)),
         }
+    }
+
+    fn recycle(&self, matrix: HostMatrix<'_>) {
+        release(&self.files, &matrix);
     }
 }
 
