@@ -415,6 +415,9 @@ def make_tokenizer():
     word_level = {"type": "WordLevel", "vocab": numbered(["[UNK]", "a", "Hello", "ab"]), "unk_token": "[UNK]"}
     cuts = {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}, {"type": "Digits", "individual_digits": True}, {"type": "Punctuation", "behavior": "Isolated"}]}
     tokenizer("word-level", pre_tokenizer=cuts, model=word_level, decoder={"type": "CTC", "pad_token": "a", "word_delimiter_token": "|", "cleanup": True})
+    # Both make the library panic once they are used.
+    unusual = {"pre_tokenizer": {"type": "FixedLength", "length": 0}, "decoder": {"type": "Strip", "content": " ", "start": 1, "stop": 1}}
+    tokenizer("panics", model={"type": "WordLevel", "vocab": {" ": 0, "a": 1}, "unk_token": "a"}, **unusual)
     tokenizer("bpe-suffix", model=bpe(numbered(["a", "b</w>", "ab</w>", "b"]), ["a b</w>"], end_of_word_suffix="</w>", unk_token="a"),
               pre_tokenizer={"type": "WhitespaceSplit"}, decoder={"type": "BPEDecoder", "suffix": "</w>"})
 

@@ -9,7 +9,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use hub::{Tokenizer, catch_panic};
-use tokenizers::Encoding;
 use tokio::sync::oneshot;
 
 use crate::types::SimpleToken;
@@ -115,7 +114,7 @@ fn work(tokenizer: &Tokenizer, jobs: &Receiver<Job>) {
 }
 
 /// A damaged tokenizer makes the library panic on some texts: that is the request's misfortune, not the thread's.
-fn guarded(call: impl FnOnce() -> tokenizers::Result<Encoding>) -> Result<Encoding, ValidationError> {
+fn guarded<T, E: ToString>(call: impl FnOnce() -> Result<T, E>) -> Result<T, ValidationError> {
     let call = || call().map_err(|error| error.to_string());
     catch_panic(call).flatten().map_err(ValidationError::Tokenizer)
 }
@@ -179,16 +178,18 @@ mod tests {
         }
     }
 
-    /// `decode` of a strip that is longer than the text, and the like, panic inside the library.
     #[tokio::test]
     async fn a_tokenizer_that_panics_costs_one_request() {
+        // The library cuts text into chunks of no length.
         let json = r#"{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,
-            "pre_tokenizer":null,"post_processor":{"type":"BertProcessing","sep":["x",1],"cls":["y",2]},"decoder":null,
-            "model":{"type":"BPE","vocab":{"a":0,"b":1,"ab":2},"merges":["a b"],"continuing_subword_prefix":"abcdef"}}"#;
-        let Ok(tokenizer) = json.parse::<Tokenizer>() else { return };
+            "pre_tokenizer":{"type":"FixedLength","length":0},"post_processor":null,"decoder":null,
+            "model":{"type":"WordLevel","vocab":{"a":0},"unk_token":"a"}}"#;
+        let tokenizer = hub::tokenizer_from_json(json.as_bytes()).unwrap();
         let tokenization = Tokenization::start(tokenizer.into(), 1).unwrap();
         for _ in 0..2 {
-            let _ = tokenization.encode("ab".to_string(), true, None).await;
+            let error = tokenization.encode("ab".to_string(), true, None).await.unwrap_err().to_string();
+            assert!(error.contains("chunk size must be non-zero"), "{error}");
+            assert!(tokenization.tokenize("ab".to_string(), true).await.is_err());
             assert!(tokenization.encode(String::new(), false, None).await.is_ok());
         }
     }

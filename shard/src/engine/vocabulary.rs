@@ -67,3 +67,24 @@ impl Vocabulary {
         &self.eos_token_ids
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_makes_the_library_panic_is_an_error() {
+        // It strips the same space from both sides, and chunks of no length from texts.
+        let json = r#"{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,
+            "pre_tokenizer":{"type":"FixedLength","length":0},"post_processor":null,
+            "decoder":{"type":"Strip","content":" ","start":1,"stop":1},
+            "model":{"type":"WordLevel","vocab":{" ":0,"a":1},"unk_token":"a"}}"#;
+        let read = || hub::tokenizer_from_json(json.as_bytes()).map_err(|error| error.to_string());
+        let vocabulary = Vocabulary::new(read().unwrap(), Box::new(read), vec![]);
+        let error = vocabulary.decode(&[1, 0], false).unwrap_err();
+        assert!(error.starts_with("the 2 tokens that end in [1, 0] cannot be turned into text: "), "{error}");
+        assert_eq!(vocabulary.decode(&[1], false).unwrap(), "a");
+        let error = vocabulary.encode("a", false).unwrap_err();
+        assert_eq!(error, "the prompt cannot be tokenized: chunk size must be non-zero");
+    }
+}
