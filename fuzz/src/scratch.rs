@@ -5,6 +5,12 @@ use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
+/// Where temporary files go: into memory, where the system has a file system there.
+pub fn parent() -> PathBuf {
+    let shared_memory = PathBuf::from("/dev/shm");
+    if shared_memory.is_dir() { shared_memory } else { std::env::temp_dir() }
+}
+
 /// A directory that goes when this does.
 #[derive(Debug)]
 pub struct Scratch {
@@ -12,18 +18,12 @@ pub struct Scratch {
 }
 
 impl Scratch {
-    /// A new directory with `files` in it. Where the system has a file system in memory, it is there.
+    /// A new directory with `files` in it.
     ///
     /// # Panics
     /// There is no place for it.
     pub fn with(files: &[(&str, &[u8])]) -> Self {
-        let shared_memory = Path::new("/dev/shm");
-        let builder = || {
-            let mut builder = tempfile::Builder::new();
-            builder.prefix("quartet-fuzz-");
-            builder
-        };
-        let directory = builder().tempdir_in(shared_memory).or_else(|_| builder().tempdir());
+        let directory = tempfile::Builder::new().prefix("quartet-fuzz-").tempdir_in(parent());
         let scratch = Self { directory: directory.expect("a place for temporary files") };
         files.iter().for_each(|(name, bytes)| scratch.write(name, bytes));
         scratch

@@ -3,19 +3,24 @@
 #![allow(clippy::unwrap_used, reason = "a test's helpers fail the test by panicking, as the test does")]
 
 use std::panic::catch_unwind;
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use fuzz::mutation::Mutator;
-use fuzz::{TARGETS, Target, check, seeds};
+use fuzz::{TARGETS, Target, check, scratch, seeds};
 
 /// Of one input. The slowest take a tenth of a second on an idle machine.
 const PATIENCE: Duration = Duration::from_secs(20);
 
+/// Where the input that is being tried lies.
+fn input_file(target: &Target) -> PathBuf {
+    scratch::parent().join(format!("quartet-fuzz-input-{}", target.name))
+}
+
 /// Runs the target. The input is written down first: a stack overflow leaves no other trace of it.
 fn run(target: &Target, what: &str, input: &[u8]) {
-    let written = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("fuzz-{}", target.name));
+    let written = input_file(target);
     std::fs::write(&written, input).unwrap();
     let begin = Instant::now();
     let outcome = catch_unwind(|| check(target, input));
@@ -42,6 +47,7 @@ fn smoke(name: &str) {
         let input = mutator.mutate(seed, other);
         run(target, &format!("change {number}, of {name}"), &input);
     }
+    let _ = std::fs::remove_file(input_file(target));
 }
 
 macro_rules! smoke_tests {

@@ -62,8 +62,11 @@ impl ChatTemplate {
         environment.add_function("raise_exception", functions::raise_exception);
         environment.add_function("strftime_now", functions::strftime_now);
         environment.add_filter("tojson", functions::tojson);
-        environment.add_template_owned(TEMPLATE_NAME, patch(source))?;
-        Ok(Self { environment, bos_token, eos_token })
+        let source = patch(source);
+        limits::with_deep_stack(move || {
+            environment.add_template_owned(TEMPLATE_NAME, source)?;
+            Ok(Self { environment, bos_token, eos_token })
+        })
     }
 
     /// Renders a conversation. When the last message is the assistant's, the prompt ends right after its content
@@ -79,8 +82,9 @@ impl ChatTemplate {
             eos_token: self.eos_token.as_deref(),
             add_generation_prompt: true,
         };
-        let template = self.environment.get_template(TEMPLATE_NAME)?;
-        let prompt = template.render(Serde(&inputs))?;
+        let prompt = limits::with_deep_stack(|| {
+            Ok(self.environment.get_template(TEMPLATE_NAME)?.render(Serde(&inputs))?)
+        })?;
         Ok(match messages.last() {
             Some(last) if last.role == "assistant" => continue_after(prompt, &last.content),
             _ => prompt,
@@ -243,6 +247,11 @@ mod tests {
             ),
             ("{{ 'x' * 999999999 }}", "does not end"),
             (
+                "{% set n = namespace(x=[]) %}{% for a in range(9999) %}{% for b in range(99) %}{% set n.x = [n.x] %}\
+                {% endfor %}{% endfor %}",
+                "does not end",
+            ),
+            (
                 "{{ [1] | tojson(indent=999999999999) }}",
                 "indent of tojson is 999999999999, expected at most 16",
             ),
@@ -252,8 +261,20 @@ mod tests {
             assert!(error.contains(expected), "{source}: {error}");
             assert!(!error.contains('\n') && error.len() < 1100, "{source}: {error}");
         }
+        // As deep as they can be.
+        for (start, level, end) in
+            [("{{ a", ".b", " }}"), ("{{ a", "|e", " }}"), ("{% if a %}", "{% elif b %}", "{% endif %}")]
+        {
+            let levels = ((128 << 10) - start.len() - end.len()) / level.len();
+            let source = format!("{start}{}{end}", level.repeat(levels));
+            let error = render(&source, HELLO).map_err(|error| error.len());
+            assert!(
+                error.is_ok_and(|text| text.is_empty()) || error.is_err_and(|length| length < 1100),
+                "{level}"
+            );
+        }
         let error = render(&" ".repeat(2 << 20), HELLO).unwrap_err();
-        assert_eq!(error, "the chat template has 2097152 bytes, expected at most 1048576");
+        assert_eq!(error, "the chat template has 2097152 bytes, expected at most 131072");
         assert!(started.elapsed() < std::time::Duration::from_secs(60));
     }
 
