@@ -4,13 +4,16 @@
 //! - [`http`]: a client of a few lines, so that the tests see the bytes the router wrote.
 //! - [`conformance`]: every way of asking for the same thing gives the reference's tokens.
 //! - [`golden`]: reference outputs and the one table of tolerances.
+//! - [`workload`] and [`chaos`]: streams with known answers, and processes that are killed under them.
 //! - [`process_tree`]: which processes live, for the tests that kill some.
 
 pub mod args;
+pub mod chaos;
 pub mod conformance;
 pub mod golden;
 pub mod http;
 pub mod process_tree;
 mod server;
+pub mod workload;
 
 pub use server::{Exit, Server, ServerBuilder, free_port, program};

@@ -28,6 +28,18 @@ pub fn is_alive(pid: i32) -> bool {
     all().iter().any(|process| process.pid == pid)
 }
 
+/// Open file descriptors of a process, 0 when it is gone.
+pub fn num_descriptors(pid: i32) -> usize {
+    std::fs::read_dir(format!("/proc/{pid}/fd")).map_or(0, Iterator::count)
+}
+
+/// Resident memory of a process in KiB, 0 when it is gone.
+pub fn resident_kib(pid: i32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+    line.and_then(|line| line.split_whitespace().next()?.parse().ok()).unwrap_or(0)
+}
+
 /// Sends `signal`; a process that is gone already is fine.
 pub fn send(pid: i32, signal: Signal) {
     // ESRCH means it has ended, which is what every caller is after.

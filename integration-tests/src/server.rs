@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
+use proto::ShardClient;
 use tempfile::TempDir;
 
 use crate::{http, process_tree};
@@ -142,6 +143,21 @@ impl Server {
     pub fn children(&self, name: &str) -> Vec<i32> {
         let found = process_tree::children(self.child.id());
         found.into_iter().filter(|process| process.name == name).map(|process| process.pid).collect()
+    }
+
+    /// KV blocks that cached batches hold, all ranks together.
+    ///
+    /// # Errors
+    /// When a shard does not answer.
+    pub fn blocks_used(&self) -> Result<u64> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(async {
+            let mut used = 0;
+            for rank in 0..self.children("shard").len() {
+                used += ShardClient::connect(self.socket(rank)).await?.status().await?.blocks_used;
+            }
+            Ok(used)
+        })
     }
 
     /// What was logged so far.

@@ -22,6 +22,9 @@ use crate::supervisor::{ChildId, Death};
 /// After its exit a child's pipes end at once, unless a grandchild holds them open.
 const PIPES_END_WITHIN: Duration = Duration::from_millis(300);
 
+/// What a router needs to end every stream with an error event once nothing will be computed for them any more.
+const LAST_ANSWERS: Duration = Duration::from_millis(500);
+
 /// What a running child can be told.
 #[derive(Debug)]
 enum Order {
@@ -37,7 +40,7 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// SIGTERM now, SIGKILL after `grace`.
+    /// SIGTERM now, SIGKILL after `grace`. A router is told to give its requests up first, and has half a second for that.
     pub fn terminate(&self, grace: Duration) {
         // A child that has ended already takes no orders.
         let _ = self.orders.send(Order::Terminate(grace));
@@ -178,7 +181,7 @@ async fn watch(
     exits: mpsc::UnboundedSender<Exit>,
 ) {
     let mut deadline: Option<Instant> = None;
-    let mut was_told = false;
+    let (mut was_told, mut has_given_up) = (false, false);
     let status = loop {
         let out_of_time = async {
             match deadline {
@@ -190,7 +193,10 @@ async fn watch(
             status = watched.process.wait() => break status,
             order = orders.recv() => {
                 match order {
-                    Some(Order::GiveUp) => give_up(&watched),
+                    Some(Order::GiveUp) => {
+                        has_given_up = true;
+                        give_up(&watched);
+                    }
                     Some(Order::Terminate(grace)) => {
                         was_told = true;
                         signal(&watched, Signal::SIGTERM);
@@ -206,6 +212,13 @@ async fn watch(
                 }
             }
             () = out_of_time => {
+                if watched.child == ChildId::Router && !has_given_up {
+                    tracing::warn!("router did not end in time after SIGTERM: its requests end with an error");
+                    give_up(&watched);
+                    has_given_up = true;
+                    deadline = Some(Instant::now() + LAST_ANSWERS);
+                    continue;
+                }
                 tracing::warn!("{} did not end in time after SIGTERM and is killed", watched.child);
                 signal(&watched, Signal::SIGKILL);
                 deadline = None;
@@ -244,15 +257,21 @@ fn describe(child: ChildId, status: io::Result<ExitStatus>, was_told: bool, last
         Err(error) => (format!("is lost: {error}"), None, None),
     };
     let is_orderly = was_told && (code == Some(0) || signal.is_some());
-    Exit { child, reason: format!("{child} {how}"), death: death(code, is_orderly), is_orderly, last_words }
+    let death = death(code, signal, is_orderly);
+    Exit { child, reason: format!("{child} {how}"), death, is_orderly, last_words }
 }
 
 /// A code of ours says whether the next one would end alike; a signal, a panic or an end that nobody asked for may be
 /// chance.
-fn death(code: Option<i32>, is_orderly: bool) -> Death {
+fn death(code: Option<i32>, signal: Option<i32>, is_orderly: bool) -> Death {
     let known = code.and_then(ExitCode::from_code);
     if is_orderly || known == Some(ExitCode::PeerLost) {
         return Death::Consequence;
+    }
+    let from_outside =
+        [Signal::SIGKILL, Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].map(|signal| Some(signal as i32));
+    if from_outside.contains(&signal) {
+        return Death::Killed;
     }
     Death::Cause { restart_helps: known.is_none_or(|code| code == ExitCode::Ok || code.is_restartable()) }
 }
@@ -317,8 +336,9 @@ mod tests {
 
     #[test]
     fn causes_tell_whether_a_restart_helps() {
+        assert_eq!(exit(9, false).death, Death::Killed);
         for (wait_status, helps) in [
-            (9, true),
+            (6, true),
             (11, true),
             (0, true),
             (1 << 8, true),

@@ -6,7 +6,8 @@
 //!      └─────────────────────────────────────────────────────────────────────────▲
 //! ```
 //! A start that fails is reported and not repeated: the next one would fail alike. Once the service has served, deaths
-//! are answered by restarts as far as the policy allows. The shards of a model restart together, because one death breaks
+//! are answered by restarts as far as the policy allows; and so is the death of a child that somebody killed while the
+//! service warms up, because clients may see `/health` turn 200 a moment before the supervisor does. The shards of a model restart together, because one death breaks
 //! the collectives of all; the router alone, because it holds no weights.
 //!
 //! On the way down for a stop signal the router goes first, because it finishes the running requests with the shards'
@@ -67,6 +68,8 @@ pub enum Death {
         /// Starting the same command again may succeed.
         restart_helps: bool,
     },
+    /// Somebody killed it, or the kernel did.
+    Killed,
     /// It ended only because another child had ended before, which we may not have been told yet.
     Consequence,
 }
@@ -214,6 +217,8 @@ pub struct State {
     attempt: u32,
     group_attempt: u32,
     has_served: bool,
+    /// Deaths are answered by restarts.
+    recovers: bool,
     /// Set while the cause of a death is awaited.
     trouble: Option<Trouble>,
     /// Everything was killed on demand, so no end is a failure any more.
@@ -235,6 +240,7 @@ impl State {
             attempt: 0,
             group_attempt: 0,
             has_served: false,
+            recovers: false,
             trouble: None,
             is_killed: false,
         }
@@ -295,6 +301,7 @@ pub fn transition(mut state: State, event: Event, now: Duration) -> (State, Vec<
             if attempt == state.attempt && state.is_whole() =>
         {
             let is_first = !std::mem::replace(&mut state.has_served, true);
+            state.recovers = true;
             state.phase = Serving;
             state.restarts.recovered();
             vec![if is_first { Action::Announce } else { Action::AnnounceRecovery }]
@@ -436,7 +443,7 @@ fn ended_while_draining(state: &mut State, child: ChildId) -> Vec<Action> {
 fn router_died(state: &mut State, trouble: Trouble, now: Duration) -> Vec<Action> {
     let is_consequence = trouble.death == Death::Consequence;
     let restart_helps = trouble.death != Death::Cause { restart_helps: false };
-    if state.group != Group::Up && (is_consequence || (state.has_served && restart_helps)) {
+    if state.group != Group::Up && (is_consequence || (state.recovers && restart_helps)) {
         return vec![];
     }
     state.trouble = Some(trouble);
@@ -470,7 +477,8 @@ fn shard_died(state: &mut State, trouble: Trouble, now: Duration) -> Vec<Action>
 fn settle(state: &mut State, now: Duration) -> Vec<Action> {
     let Some(Trouble { failure, death }) = state.trouble.take() else { return vec![] };
     let restart_helps = death != Death::Cause { restart_helps: false };
-    if !state.has_served || !restart_helps || !state.restarts.are_allowed() {
+    state.recovers |= state.phase == Phase::Warming && death == Death::Killed;
+    if !state.recovers || !restart_helps || !state.restarts.are_allowed() {
         return fail(state, failure);
     }
     let wait = match state.restarts.count(now) {

@@ -10,6 +10,10 @@ fn ended(child: ChildId) -> Event {
     Event::Ended { child, reason: format!("{child} ended"), death: Death::Cause { restart_helps: true } }
 }
 
+fn killed(child: ChildId) -> Event {
+    Event::Ended { child, reason: format!("{child} was killed"), death: Death::Killed }
+}
+
 fn hopeless(child: ChildId) -> Event {
     Event::Ended { child, reason: format!("{child} gave up"), death: Death::Cause { restart_helps: false } }
 }
@@ -189,18 +193,18 @@ fn table_of_recoveries() {
     let router = |attempt| vec![Action::SpawnRouter { attempt }];
     let await_router = |attempt| vec![Action::AwaitRouter { attempt }];
     let backoff = |attempt, millis| vec![Action::Backoff { attempt, wait: Duration::from_millis(millis) }];
-    let killed = |child| vec![Action::Kill(child)];
+    let kill = |child| vec![Action::Kill(child)];
     let group = |rest: &[Event]| [&[ended(S1), consequence(S0)], rest].concat();
     let again = |rest: &[Event]| [&group(&[ready(3, 0), ready(3, 1)])[..], rest].concat();
     for (events, phase, actions) in [
         // All ranks restart together, once the last one is gone; the router finds the new ones by itself.
-        (vec![ended(S1)], Recovering, killed(S0)),
+        (vec![ended(S1)], Recovering, kill(S0)),
         (group(&[]), Recovering, shards(3)),
         (group(&[ready(3, 0)]), Recovering, vec![]),
         (again(&[]), Recovering, await_router(4)),
         (again(&[healthy(4)]), Serving, vec![Action::AnnounceRecovery]),
         (vec![consequence(S0), ended(S1)], Recovering, shards(3)),
-        (vec![consequence(S0), Event::CauseOverdue], Recovering, killed(S1)),
+        (vec![consequence(S0), Event::CauseOverdue], Recovering, kill(S1)),
         (vec![stalled(1)], Recovering, vec![Action::Kill(S0), Action::Kill(S1)]),
         (vec![stalled(1), consequence(S0), consequence(S1)], Recovering, shards(3)),
         // What an earlier start still had to say changes nothing.
@@ -214,14 +218,14 @@ fn table_of_recoveries() {
         (vec![ended(R), healthy(3)], Serving, vec![Action::AnnounceRecovery]),
         (vec![consequence(R), Event::CauseOverdue], Recovering, router(3)),
         // Both: the shards first. A router without shards is not counted.
-        (vec![consequence(R), ended(S1)], Recovering, killed(S0)),
+        (vec![consequence(R), ended(S1)], Recovering, kill(S0)),
         (vec![ended(S1), ended(R)], Recovering, vec![]),
         (again(&[ended(R)]), Recovering, backoff(5, 250)),
         (vec![ended(R), ended(S1), consequence(S0)], Recovering, backoff(4, 250)),
         (group(&[ended(R), ready(3, 0), ready(3, 1)]), Recovering, router(4)),
         (group(&[ended(R), ready(3, 0), ready(3, 1), healthy(4)]), Serving, vec![Action::AnnounceRecovery]),
         // Failures in a row wait longer and longer; one recovery ends the row.
-        (group(&[ended(S0)]), Recovering, killed(S1)),
+        (group(&[ended(S0)]), Recovering, kill(S1)),
         (group(&[ended(S0), consequence(S1)]), Recovering, backoff(4, 250)),
         (group(&[ended(S0), consequence(S1), Event::BackoffOver { attempt: 4 }]), Recovering, shards(5)),
         (group(&[ended(S0), consequence(S1), Event::BackoffOver { attempt: 3 }]), Recovering, vec![]),
@@ -242,6 +246,24 @@ fn table_of_recoveries() {
     ] {
         let (state, found) = run_with(10, Serving, &events);
         assert_eq!((state.phase, found), (phase, actions), "{events:?}");
+    }
+}
+
+#[test]
+fn a_kill_while_the_service_warms_up_is_answered_and_a_failure_is_not() {
+    use Phase::*;
+    let again = [killed(S1), consequence(S0), consequence(R), ready(3, 0), ready(3, 1)];
+    for (from, events, phase, actions) in [
+        (Warming, vec![killed(S1)], Recovering, vec![Action::Kill(S0)]),
+        (Warming, again.to_vec(), Recovering, vec![Action::SpawnRouter { attempt: 4 }]),
+        (Warming, [&again[..], &[healthy(4)]].concat(), Serving, vec![Action::Announce]),
+        (Warming, vec![killed(R)], Recovering, vec![Action::SpawnRouter { attempt: 3 }]),
+        (Warming, vec![ended(S1)], Draining, idle(&[S0, R])),
+        (Warming, vec![ended(R)], Draining, idle(&[S0, S1])),
+        (Starting, vec![killed(S1)], Draining, idle(&[S0])),
+    ] {
+        let (state, found) = run_with(5, from, &events);
+        assert_eq!((state.phase, found), (phase, actions), "{from:?} {events:?}");
     }
 }
 
@@ -302,6 +324,7 @@ fn random_orders_of_events_keep_the_promises() {
                 9 if below(10) == 0 => stop(),
                 9 => stalled(group),
                 _ if !alive.contains(&child) => continue,
+                10 if below(2) == 0 => killed(child),
                 10 => consequence(child),
                 _ => ended(child),
             };

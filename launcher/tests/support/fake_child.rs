@@ -146,8 +146,15 @@ async fn router(settings: Settings, arguments: &[String]) {
             let _ = stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await;
         }
     };
+    let mut told_to_give_up = process::GiveUpSignal::new().unwrap();
+    let giving_up = async {
+        told_to_give_up.received().await;
+        println!("every stream has its error event");
+        std::future::pending::<()>().await
+    };
     tokio::select! {
         () = serving => {}
+        () = giving_up => {}
         () = ended_by_signal(&settings, "router", settings.fake_router == "ignore-term") => {}
     }
 }
