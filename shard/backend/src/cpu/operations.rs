@@ -62,7 +62,7 @@ impl Backend for CpuBackend {
 
     fn linear(&self, parts: &[HostMatrix<'_>], dtype: DType) -> Result<PackedLinear, BackendError> {
         let tools = (&mut *self.threads.borrow_mut(), &mut *self.arena.borrow_mut());
-        let linear = PlainLinear::pack(parts, dtype, self.kernels.typed(dtype), tools)?;
+        let linear = PlainLinear::pack(parts, dtype, self.kernels, tools)?;
         Ok(PackedLinear(Storage::Plain(linear)))
     }
 
