@@ -79,7 +79,7 @@ mod tests {
             "pre_tokenizer":{"type":"FixedLength","length":0},"post_processor":null,
             "decoder":{"type":"Strip","content":" ","start":1,"stop":1},
             "model":{"type":"WordLevel","vocab":{" ":0,"a":1},"unk_token":"a"}}"#;
-        let read = || hub::tokenizer_from_json(json.as_bytes()).map_err(|error| error.to_string());
+        let read = move || hub::tokenizer_from_json(json.as_bytes()).map_err(|error| error.to_string());
         let vocabulary = Vocabulary::new(read().unwrap(), Box::new(read), vec![]);
         let error = vocabulary.decode(&[1, 0], false).unwrap_err();
         assert!(error.starts_with("the 2 tokens that end in [1, 0] cannot be turned into text: "), "{error}");
