@@ -7,7 +7,7 @@ MODEL ?= smollm2
 BIN := $(or $(CARGO_TARGET_DIR),target)/release
 
 .DEFAULT_GOAL := help
-.PHONY: help build model serve test fmt-check clippy tidy check bench-decode bench-start bench-streams
+.PHONY: help build model serve test fmt-check clippy tidy check bench-decode bench-start bench-streams nvcc kernels gpu-kit
 
 help: ## Show the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -38,6 +38,15 @@ tidy: ## Check the invariants of ARCHITECTURE.md
 	$(CARGO) xtask tidy
 
 check: fmt-check tidy clippy ## Formatting, invariants and lints
+
+nvcc: ## Install the CUDA compiler from PyPI into target/nvcc (270 MB); builds after it have CUDA kernels
+	@sh scripts/install_nvcc.sh target/nvcc
+
+kernels: nvcc ## Compile every CUDA kernel for every architecture
+	$(CARGO) build --release --locked -p kernels
+
+gpu-kit: nvcc ## Pack programs, tests and benches for a machine with a GPU into gpu-kit/ (run gpu-kit/run.sh there)
+	CARGO='$(CARGO)' sh scripts/gpu_kit.sh
 
 bench-decode: build model ## Decode speed on the CPU, beside llama.cpp's where its Python package is installed
 	$(PYTHON) scripts/bench_decode.py --bin $(BIN)

@@ -37,6 +37,17 @@ fn pytorch_shards_match_the_reference() {
     check_server(server.port(), &cases, FLOAT32).unwrap();
 }
 
+/// A Falcon with grouped KV heads, whose converter takes queries, keys and values apart; its bfloat16 is exact.
+#[test]
+fn a_gguf_file_of_another_architecture_matches_the_reference() {
+    let cases = cases(&fixture("tiny-gguf/golden.jsonl")).unwrap();
+    let model = fixture("tiny-gguf/falcon.gguf");
+    for ranks in ["1", "2"] {
+        let server = Server::of(&model).args(["--num-shard", ranks, "--dtype", "float32"]).start().unwrap();
+        check_server(server.port(), &cases, FLOAT32).unwrap();
+    }
+}
+
 #[test]
 fn smollm2_matches_the_reference_on_1_2_and_3_ranks() {
     check_ranks(args::smollm2(), "smollm2-golden.jsonl", BFLOAT16);

@@ -119,7 +119,7 @@ pub struct DeviceArgs {
     pub cuda_memory_fraction: f32,
 
     /// Batch sizes, comma-separated, for which a CUDA graph is captured; `0` captures none. Of no effect on the CPU.
-    /// Default: 1,2,4,8,16,32.
+    /// Default: sizes up to 256, each captured when it first comes up again.
     #[arg(long, env, value_delimiter = ',')]
     pub cuda_graphs: Option<Vec<usize>>,
 

@@ -10,7 +10,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::{Pid, getpid, getppid};
 use process::{ExitCode, GiveUpSignal};
-use tokio::process::{Child, Command};
+use tokio::process::{Child, ChildStdin, Command};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
@@ -37,9 +37,16 @@ enum Order {
 #[derive(Debug)]
 pub struct Handle {
     orders: mpsc::UnboundedSender<Order>,
+    /// A child that is held back waits for the end of its input.
+    held: Option<ChildStdin>,
 }
 
 impl Handle {
+    /// Lets a child go that [`spawn_held`] has started.
+    pub fn release(&mut self) {
+        self.held = None;
+    }
+
     /// SIGTERM now, SIGKILL after `grace`. A router is told to give its requests up first, and has half a second for that.
     pub fn terminate(&self, grace: Duration) {
         // A child that has ended already takes no orders.
@@ -105,15 +112,41 @@ pub fn spawn(
     lifeline: Option<RawFd>,
     exits: mpsc::UnboundedSender<Exit>,
 ) -> io::Result<Handle> {
+    start(child, program, (invocation, false), lifeline, exits)
+}
+
+/// The same, of a child whose input stays open until [`Handle::release`].
+///
+/// # Errors
+/// As [`spawn`].
+pub fn spawn_held(
+    child: ChildId,
+    program: &Path,
+    invocation: &Invocation,
+    exits: mpsc::UnboundedSender<Exit>,
+) -> io::Result<Handle> {
+    start(child, program, (invocation, true), None, exits)
+}
+
+fn start(
+    child: ChildId,
+    program: &Path,
+    (invocation, is_held): (&Invocation, bool),
+    lifeline: Option<RawFd>,
+    exits: mpsc::UnboundedSender<Exit>,
+) -> io::Result<Handle> {
     let mut command = Command::new(program);
     command
         .args(&invocation.args)
         .envs(invocation.env.iter().map(|(name, value)| (name, value)))
-        .stdin(Stdio::null())
+        .stdin(if is_held { Stdio::piped() } else { Stdio::null() })
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .process_group(0)
         .kill_on_drop(true);
+    if is_held {
+        command.env("QUARTET_HOLD_UNTIL_INPUT_ENDS", "true");
+    }
     for name in &invocation.env_removed {
         command.env_remove(name);
     }
@@ -124,11 +157,12 @@ pub fn spawn(
         command.pre_exec(move || tie_to_parent(launcher, lifeline));
     }
     let mut process = command.spawn()?;
+    let held = process.stdin.take();
     let words = LastWords::default();
     let pipes = relay(child, &mut process, &words);
     let (orders, received) = mpsc::unbounded_channel();
     tokio::spawn(watch(Watched { child, process, pipes, words }, received, exits));
-    Ok(Handle { orders })
+    Ok(Handle { orders, held })
 }
 
 /// Runs in the child before it becomes the program.

@@ -154,9 +154,10 @@ impl ShardSpec {
         if let Some(directory) = &hub.weights_cache_override {
             command.set("WEIGHTS_CACHE_OVERRIDE", directory);
         }
-        let graphs = cuda_graphs(devices.cuda_graphs.as_deref());
-        if !graphs.is_empty() {
-            command.set("CUDA_GRAPHS", graphs);
+        if let Some(sizes) = &devices.cuda_graphs {
+            // A zero among others says nothing; alone it says "none".
+            let sizes: Vec<_> = sizes.iter().filter(|&&size| size > 0).map(usize::to_string).collect();
+            command.set("CUDA_GRAPHS", if sizes.is_empty() { "0".to_owned() } else { sizes.join(",") });
         }
         if devices.disable_custom_kernels {
             command.set("DISABLE_CUSTOM_KERNELS", "True");
@@ -165,12 +166,6 @@ impl ShardSpec {
         command.set("ATTENTION", "paged");
         command.set("PREFIX_CACHING", "0");
     }
-}
-
-/// Batch sizes to capture as the shard reads them; zeros mean "none" and are dropped.
-fn cuda_graphs(given: Option<&[usize]>) -> String {
-    let sizes = given.unwrap_or(&[1, 2, 4, 8, 16, 32]).iter().filter(|&&size| size > 0);
-    sizes.map(usize::to_string).collect::<Vec<_>>().join(",")
 }
 
 /// What the router is started with.

@@ -1,12 +1,10 @@
 //! What the shards run on, and how many there are.
 
 use std::path::Path;
+use std::process::{Command, Stdio};
 
 use crate::args::{Args, DeviceKind};
 use crate::error::LauncherError;
-
-/// CUDA kernels are not part of this build; the backend that brings them sets this.
-const HAS_CUDA_KERNELS: bool = false;
 
 /// The NVIDIA driver creates this node for its first device.
 const FIRST_CUDA_DEVICE: &str = "/dev/nvidia0";
@@ -42,14 +40,21 @@ pub struct Machine {
 }
 
 impl Machine {
-    /// Looks at the machine; takes microseconds and touches no device.
-    pub fn look() -> Self {
+    /// Looks at the machine and, where it has a GPU, asks the program `shard` what it has kernels for; touches no device.
+    pub fn look(shard: Option<&Path>) -> Self {
+        let has_cuda_device = Path::new(FIRST_CUDA_DEVICE).exists();
         Self {
-            has_cuda_kernels: HAS_CUDA_KERNELS,
-            has_cuda_device: Path::new(FIRST_CUDA_DEVICE).exists(),
+            has_cuda_kernels: has_cuda_device && shard.is_some_and(has_kernels),
+            has_cuda_device,
             cores: std::thread::available_parallelism().map_or(1, usize::from),
         }
     }
+}
+
+/// Whether the program `shard` prints any architecture.
+fn has_kernels(shard: &Path) -> bool {
+    let output = Command::new(shard).arg("architectures").stdin(Stdio::null()).output();
+    output.is_ok_and(|output| output.status.success() && !output.stdout.is_empty())
 }
 
 /// The device and how many of it are visible.

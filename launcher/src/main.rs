@@ -35,16 +35,18 @@ fn main() -> std::process::ExitCode {
 
 /// Everything that can be known to be wrong before the model is touched.
 fn check(args: Args, logger_level: String, mut ledger: StartupLedger) -> Result<Launch, Failure> {
-    let devices = Devices::choose(&args, Machine::look()).map_err(|mistake| Failure::all(vec![mistake]))?;
-    let plan = plan::plan(&args, None, &devices).map_err(Failure::all)?;
-    preflight::check_port(plan.bind).map_err(Failure::argument)?;
     // A launcher whose file was replaced while it runs still finds the programs through PATH.
     let executable = std::env::current_exe().ok();
     let hidden = &args.hidden;
     let search =
         SearchPath::new(hidden.bin_dir.as_deref(), executable.as_deref(), hidden.search_path.as_deref());
     let find = |names, error| search.find(names).map_err(|reason| Failure::new(error, reason));
-    let shard_program = find(&SHARD_NAMES, LauncherError::ShardCannotStart)?;
+    let shard_program = find(&SHARD_NAMES, LauncherError::ShardCannotStart);
+    let machine = Machine::look(shard_program.as_deref().ok());
+    let devices = Devices::choose(&args, machine).map_err(|mistake| Failure::all(vec![mistake]))?;
+    let plan = plan::plan(&args, None, &devices).map_err(Failure::all)?;
+    preflight::check_port(plan.bind).map_err(Failure::argument)?;
+    let shard_program = shard_program?;
     let router_program = find(&ROUTER_NAMES, LauncherError::WebserverCannotStart)?;
     ledger.end_phase("checks", Instant::now());
     Ok(Launch { args, devices, shard_program, router_program, logger_level, ledger })

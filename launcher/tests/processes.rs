@@ -189,6 +189,24 @@ fn serves_then_drains_router_first_and_exits_0() {
 }
 
 #[test]
+fn the_router_starts_at_once_and_waits_for_the_shards() {
+    let service = Service::start(&[], &[("FAKE_SHARD", "never-ready")]);
+    service.wait_for("router", |service| !service.read("router.pid").is_empty());
+    let (router, released) = (service.pid_of("router"), service.dir.path().join("released"));
+    // Long enough for a router that does not wait.
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(is_alive(router) && !released.exists());
+    service.signal(Signal::SIGTERM);
+    let ended = service.ended();
+    assert_eq!(ended.code, Some(0), "{}", ended.stdout);
+    assert!(!ended.stdout.contains("Warming"), "{}", ended.stdout);
+
+    let service = Service::start(&[], &[]);
+    service.wait_until_serving();
+    assert!(service.dir.path().join("released").exists());
+}
+
+#[test]
 fn a_shard_that_crashes_at_its_start_is_reported_with_its_last_words() {
     let ended = Service::start(&["--num-shard", "2"], &[("FAKE_SHARD", "crash-at-start")]).ended();
     assert_eq!(ended.code, Some(1));

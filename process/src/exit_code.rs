@@ -14,6 +14,7 @@
 /// | 14 | `PeerLost` | another rank of the same model went away | yes, with its peers |
 /// | 15 | `ParentGone` | the launcher died; nobody is left to serve | – |
 /// | 16 | `RestartsSpent` | the launcher's children failed more often than `--max-restarts` allows | maybe, later |
+/// | 20 | `DeviceLost` | the GPU failed, or a step on it does not end | yes, unless the hardware is broken |
 ///
 /// Upstream's programs know 0, 1, 2 and 101 (a panic) only, so every other code is free for us.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,11 +40,13 @@ pub enum ExitCode {
     ParentGone = 15,
     /// Children failed more often than `--max-restarts` allows.
     RestartsSpent = 16,
+    /// The GPU failed, or a step on it does not end.
+    DeviceLost = 20,
 }
 
 impl ExitCode {
     /// Every code, in ascending order.
-    pub const ALL: [ExitCode; 10] = [
+    pub const ALL: [ExitCode; 11] = [
         ExitCode::Ok,
         ExitCode::Failure,
         ExitCode::Usage,
@@ -54,6 +57,7 @@ impl ExitCode {
         ExitCode::PeerLost,
         ExitCode::ParentGone,
         ExitCode::RestartsSpent,
+        ExitCode::DeviceLost,
     ];
 
     /// The number the process exits with.
@@ -68,7 +72,7 @@ impl ExitCode {
 
     /// Whether starting the same command again may succeed.
     pub fn is_restartable(self) -> bool {
-        matches!(self, ExitCode::Failure | ExitCode::EngineFailed | ExitCode::PeerLost)
+        matches!(self, ExitCode::Failure | ExitCode::EngineFailed | ExitCode::PeerLost | ExitCode::DeviceLost)
     }
 
     /// One clause for a log line, such as "the model is missing, damaged or not supported".
@@ -84,6 +88,7 @@ impl ExitCode {
             ExitCode::PeerLost => "another rank of the same model went away",
             ExitCode::ParentGone => "the launcher died",
             ExitCode::RestartsSpent => "its children failed more often than --max-restarts allows",
+            ExitCode::DeviceLost => "its GPU failed, or a step on it does not end",
         }
     }
 }

@@ -136,6 +136,10 @@ pub struct Args {
     #[arg(default_value = "1073741824", long, env)]
     pub max_image_fetch_size: usize,
 
+    /// Wait for the end of the standard input before going to the shards, so that the tokenizer is read while they start
+    #[arg(long, env = "QUARTET_HOLD_UNTIL_INPUT_ENDS", hide = true)]
+    pub hold_until_input_ends: bool,
+
     /// Value of the `x-compute-type` header
     #[arg(default_value = "gpu+optimized", long, env, hide = true)]
     pub compute_type: String,

@@ -42,6 +42,8 @@ pub struct RouterConfig {
     pub validation_workers: usize,
     /// TGI's knobs of the batching loop.
     pub batching: BatchingConfig,
+    /// Leave the shards alone until the standard input ends.
+    pub is_held: bool,
     /// What to tell the user at the start.
     pub notes: Vec<String>,
 }
@@ -125,6 +127,7 @@ impl RouterConfig {
                 waiting_served_ratio: args.waiting_served_ratio,
                 max_waiting_tokens: args.max_waiting_tokens,
             },
+            is_held: args.hold_until_input_ends,
             notes,
         })
     }

@@ -22,6 +22,8 @@ pub enum Command {
     Serve(Box<ServeArgs>),
     /// Download the weights of a model, if they are not on this disk yet
     DownloadWeights(Box<DownloadArgs>),
+    /// Print the GPU architectures this program has kernels for, one a line; none: it runs on the CPU only
+    Architectures,
 }
 
 /// How to log.
@@ -154,7 +156,7 @@ pub struct LimitArgs {
     #[arg(long, env = "CUDA_MEMORY_FRACTION", hide = true)]
     pub cuda_memory_fraction: Option<String>,
 
-    /// Accepted: the CPU has no graphs.
+    /// Batch sizes whose decode steps are recorded as CUDA graphs.
     #[arg(long, env = "CUDA_GRAPHS", hide = true)]
     pub cuda_graphs: Option<String>,
 
@@ -232,10 +234,11 @@ pub struct DownloadArgs {
 
 impl Args {
     /// The logging options, whatever the command.
-    pub fn log(&self) -> &ShardLogArgs {
+    pub fn log(&self) -> ShardLogArgs {
         match &self.command {
-            Command::Serve(serve) => &serve.log,
-            Command::DownloadWeights(download) => &download.log,
+            Command::Serve(serve) => serve.log.clone(),
+            Command::DownloadWeights(download) => download.log.clone(),
+            Command::Architectures => ShardLogArgs { logger_level: "INFO".to_owned(), json_output: false },
         }
     }
 }

@@ -74,6 +74,7 @@ fn backend_exit_code(error: &BackendError, other: ExitCode) -> ExitCode {
     match error {
         BackendError::OutOfMemory { .. } => ExitCode::OutOfMemory,
         BackendError::PeerLost { .. } => ExitCode::PeerLost,
+        BackendError::DeviceLost { .. } => ExitCode::DeviceLost,
         // The ranks were given different models or programs: starting them again changes nothing.
         BackendError::RankMismatch { .. } => ExitCode::ModelUnusable,
         BackendError::Device { .. } => other,

@@ -38,5 +38,6 @@ fn run(args: &Args, started: Instant) -> Result<(), ShardError> {
             let settings = settings::download_settings(args).map_err(ShardError::Usage)?;
             startup::download(&settings)
         }
+        Command::Architectures => startup::print_architectures(),
     }
 }

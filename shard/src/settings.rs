@@ -8,6 +8,17 @@ use hub::{HubOptions, ModelRef, RopeKind, RopeOverride};
 
 use crate::args::{DownloadArgs, RefusedArgs, RopeArgs, ServeArgs};
 
+/// What a shard is to run on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceKind {
+    /// A GPU when there is one and this program has kernels for it, else the processor.
+    Auto,
+    /// The processor.
+    Cpu,
+    /// A GPU.
+    Cuda,
+}
+
 /// What `serve` does.
 #[derive(Debug, Clone)]
 pub struct ServeSettings {
@@ -25,6 +36,10 @@ pub struct ServeSettings {
     pub dtype: Option<DType>,
     /// Rotary scaling in place of the model's own.
     pub rope_scaling: Option<RopeOverride>,
+    /// What to run on.
+    pub device: DeviceKind,
+    /// Batch sizes whose decode steps are recorded as CUDA graphs; `None`: the backend's choice.
+    pub cuda_graphs: Option<Vec<usize>>,
     /// CPU threads of this rank.
     pub threads: usize,
     /// Repeated in the handshake; empty when started by hand.
@@ -84,7 +99,8 @@ pub fn serve_settings(args: &ServeArgs, num_cores: usize) -> Result<ServeSetting
         dtype
     });
     let rope_scaling = rope_scaling(&args.rope, &mut mistakes);
-    check_device(args.quartet.device.as_deref(), &mut mistakes);
+    let device = device(args.quartet.device.as_deref(), &mut mistakes);
+    let cuda_graphs = cuda_graphs(args.limits.cuda_graphs.as_deref(), &mut mistakes);
     let threads = mistakes
         .number("--threads (QUARTET_THREADS)", &args.quartet.threads)
         .unwrap_or_else(|| (num_cores / world_size.max(1)).max(1));
@@ -113,6 +129,8 @@ pub fn serve_settings(args: &ServeArgs, num_cores: usize) -> Result<ServeSetting
         world_size,
         dtype,
         rope_scaling,
+        device,
+        cuda_graphs,
         threads,
         instance_id: args.quartet.instance_id.clone().unwrap_or_default(),
         lifeline_fd,
@@ -170,15 +188,32 @@ fn rope_scaling(args: &RopeArgs, mistakes: &mut Mistakes) -> Option<RopeOverride
     })
 }
 
-fn check_device(device: Option<&str>, mistakes: &mut Mistakes) {
-    match device {
-        None | Some("" | "cpu" | "auto") => {}
-        Some("cuda") => {
-            mistakes
-                .add("--device is cuda, but this program has no CUDA backend; use cpu or auto".to_string());
+fn device(name: Option<&str>, mistakes: &mut Mistakes) -> DeviceKind {
+    match name {
+        None | Some("" | "auto") => DeviceKind::Auto,
+        Some("cpu") => DeviceKind::Cpu,
+        Some("cuda") => DeviceKind::Cuda,
+        Some(other) => {
+            mistakes.add(format!("--device is {other}, expected cpu, cuda or auto"));
+            DeviceKind::Auto
         }
-        Some(other) => mistakes.add(format!("--device is {other}, expected cpu, cuda or auto")),
     }
+}
+
+/// Batch sizes, comma-separated; zeros mean "none". An empty variable counts as unset.
+fn cuda_graphs(list: Option<&str>, mistakes: &mut Mistakes) -> Option<Vec<usize>> {
+    let list = list.filter(|list| !list.is_empty())?;
+    let mut sizes = Vec::new();
+    for item in list.split(',') {
+        match item.trim().parse() {
+            Ok(0) => {}
+            Ok(size) => sizes.push(size),
+            Err(_) => mistakes.add(format!(
+                "CUDA_GRAPHS has {item:?}, expected batch sizes separated by commas, such as 1,2,4"
+            )),
+        }
+    }
+    Some(sizes)
 }
 
 /// What was asked for and cannot be done, one line each.
@@ -215,7 +250,7 @@ mod tests {
         let arguments = ["shard", "serve"].iter().chain(arguments);
         match Args::try_parse_from(arguments).unwrap().command {
             Command::Serve(args) => serve_settings(&args, 8),
-            Command::DownloadWeights(_) => unreachable!(),
+            _ => unreachable!(),
         }
     }
 
@@ -293,7 +328,9 @@ mod tests {
             "--dtype",
             "int8",
             "--device",
-            "cuda",
+            "tpu",
+            "--cuda-graphs",
+            "1,two",
             "--threads",
             "0",
             "--lifeline-fd",
@@ -312,7 +349,8 @@ mod tests {
             "WORLD_SIZE is \"two\"",
             "RANK is 2",
             "--dtype is int8",
-            "--device is cuda",
+            "--device is tpu",
+            "CUDA_GRAPHS has \"two\"",
             "--threads (QUARTET_THREADS) is 0",
             "--lifeline-fd (QUARTET_LIFELINE_FD) is 1",
             "CUDA_MEMORY_FRACTION is 1.5",

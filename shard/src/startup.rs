@@ -1,54 +1,26 @@
 //! From settings to a shard that serves.
 
+use std::io::Write as _;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use backend::collectives::shm::{self, Rendezvous};
 use backend::collectives::{Communicator, Single};
-use backend::cpu::{CpuBackend, CpuOptions};
 use hub::{HubError, ModelFiles};
-use models::{CausalLm, LoadOptions};
 use process::ExitCode;
 
+use crate::device;
 use crate::engine::{Engine, EngineOptions, Vocabulary};
 use crate::error::ShardError;
+use crate::ledger::Ledger;
 use crate::lifeline;
 use crate::server::{self, BoundSocket, Identity, SocketFile};
 use crate::settings::{DownloadSettings, ServeSettings};
 
-/// Tokens of a KV block; what upstream's paged attention uses.
-const BLOCK_SIZE: usize = 16;
-
 /// How long a rank waits for another, at the start and in every step. Ranks get each call within milliseconds of one
 /// another, so this is the time after which a hanging rank counts as lost.
 const PEER_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// Where the time of the start went.
-struct Ledger {
-    phases: Vec<(String, Duration)>,
-    phase_started: Instant,
-}
-
-impl Ledger {
-    fn new(process_started: Instant) -> Self {
-        Self { phases: Vec::new(), phase_started: process_started }
-    }
-
-    /// Ends the phase that began when the previous one ended.
-    fn end_phase(&mut self, name: &str) {
-        let now = Instant::now();
-        self.phases.push((name.to_string(), now - self.phase_started));
-        self.phase_started = now;
-    }
-
-    fn log(&self) {
-        let phases: Vec<String> =
-            self.phases.iter().map(|(name, duration)| format!("{name} {duration:.1?}")).collect();
-        let total: Duration = self.phases.iter().map(|(_, duration)| *duration).sum();
-        tracing::info!("started in {total:.1?}: {}", phases.join(", "));
-    }
-}
 
 /// Loads the model and serves it until asked to stop.
 ///
@@ -66,7 +38,7 @@ pub fn serve(settings: &ServeSettings, process_started: Instant) -> Result<(), S
     let _ = socket_file.set(socket.file().clone());
     ledger.end_phase("bind socket");
     ledger.log();
-    server::run(socket, engine, identity(settings, ledger.phases))
+    server::run(socket, engine, identity(settings, ledger.into_phases()))
 }
 
 /// Finds the model, meets the other ranks and loads this one's part. The files are closed again when it returns: packed
@@ -76,29 +48,28 @@ fn load_engine(settings: &ServeSettings, ledger: &mut Ledger) -> Result<Engine, 
     ledger.end_phase("locate files");
     let communicator = join_ranks(settings, &files)?;
     ledger.end_phase("rendezvous");
-    let options = CpuOptions { threads: settings.threads, isa: None };
-    let backend = CpuBackend::new(options, communicator)?;
-    ledger.end_phase("backend");
-
-    let load_options = LoadOptions {
-        dtype: settings.dtype,
-        block_size: BLOCK_SIZE,
-        threads: settings.threads,
-        rope_scaling: settings.rope_scaling,
-        ..LoadOptions::default()
-    };
     // The tokenizer takes as long as a small model's weights, and neither needs the other.
     let (model, text) = std::thread::scope(|scope| {
         let text = scope.spawn(|| load_text(&files));
-        let model = models::load(backend, &files, &load_options);
+        let model = device::load_model(settings, &files, communicator, ledger);
         (model, text.join())
     });
-    let model: Box<dyn CausalLm> = Box::new(model?);
-    ledger.end_phase("weights");
+    let model = model?;
     let text = text.map_err(|_| ShardError::EnginePanicked("while it read the tokenizer".to_string()))??;
     ledger.end_phase("tokenizer");
 
     Ok(Engine::new(model, text.vocabulary, engine_options(settings, text.model_max_length)))
+}
+
+/// Prints what this program has kernels for.
+///
+/// # Errors
+/// Standard output is closed.
+pub fn print_architectures() -> Result<(), ShardError> {
+    let lines: String = device::architectures().iter().map(|name| format!("{name}\n")).collect();
+    std::io::stdout()
+        .write_all(lines.as_bytes())
+        .map_err(|source| ShardError::System { action: "writing to standard output", source })
 }
 
 /// Downloads a model unless it is on this disk.

@@ -2,8 +2,8 @@
 
 use serde_json::{Map, Value as Json, json};
 
-use super::MetadataReader;
 use super::rope_scaling::rope_scaling;
+use super::{MetadataReader, classic, mixtures};
 use crate::error::HubError;
 use crate::gguf::{GgmlType, Gguf, Value, quote};
 
@@ -20,15 +20,64 @@ struct Architecture {
 }
 
 const ARCHITECTURES: &[Architecture] = &[
+    Architecture { name: "baichuan", model_type: "llama", class: "LlamaForCausalLM", finish: baichuan },
+    Architecture { name: "bloom", model_type: "bloom", class: "BloomForCausalLM", finish: classic::bloom },
+    Architecture {
+        name: "command-r",
+        model_type: "cohere",
+        class: "CohereForCausalLM",
+        finish: classic::cohere,
+    },
+    Architecture { name: "dbrx", model_type: "dbrx", class: "DbrxForCausalLM", finish: mixtures::dbrx },
+    Architecture {
+        name: "deepseek2",
+        model_type: "deepseek_v2",
+        class: "DeepseekV2ForCausalLM",
+        finish: mixtures::deepseek,
+    },
+    Architecture {
+        name: "falcon",
+        model_type: "falcon",
+        class: "FalconForCausalLM",
+        finish: classic::falcon,
+    },
     Architecture { name: "gemma", model_type: "gemma", class: "GemmaForCausalLM", finish: gemma },
     Architecture { name: "gemma2", model_type: "gemma2", class: "Gemma2ForCausalLM", finish: gemma2 },
     Architecture { name: "gemma3", model_type: "gemma3_text", class: "Gemma3ForCausalLM", finish: gemma3 },
+    Architecture { name: "gpt2", model_type: "gpt2", class: "GPT2LMHeadModel", finish: classic::gpt2 },
+    Architecture {
+        name: "gptneox",
+        model_type: "gpt_neox",
+        class: "GPTNeoXForCausalLM",
+        finish: classic::gpt_neox,
+    },
     Architecture { name: "granite", model_type: "granite", class: "GraniteForCausalLM", finish: granite },
-    Architecture { name: "llama", model_type: "llama", class: "LlamaForCausalLM", finish: llama },
+    Architecture { name: "llama", model_type: "llama", class: "LlamaForCausalLM", finish: llama_or_mixtral },
+    Architecture { name: "mpt", model_type: "mpt", class: "MptForCausalLM", finish: classic::mpt },
+    Architecture { name: "olmo2", model_type: "olmo2", class: "Olmo2ForCausalLM", finish: olmo2 },
+    Architecture { name: "phi2", model_type: "phi", class: "PhiForCausalLM", finish: classic::phi },
     Architecture { name: "phi3", model_type: "phi3", class: "Phi3ForCausalLM", finish: phi3 },
     Architecture { name: "qwen2", model_type: "qwen2", class: "Qwen2ForCausalLM", finish: qwen },
+    Architecture {
+        name: "qwen2moe",
+        model_type: "qwen2_moe",
+        class: "Qwen2MoeForCausalLM",
+        finish: mixtures::qwen2,
+    },
     Architecture { name: "qwen3", model_type: "qwen3", class: "Qwen3ForCausalLM", finish: qwen },
+    Architecture {
+        name: "qwen3moe",
+        model_type: "qwen3_moe",
+        class: "Qwen3MoeForCausalLM",
+        finish: mixtures::qwen3,
+    },
     Architecture { name: "stablelm", model_type: "stablelm", class: "StableLmForCausalLM", finish: stablelm },
+    Architecture {
+        name: "starcoder2",
+        model_type: "starcoder2",
+        class: "Starcoder2ForCausalLM",
+        finish: classic::starcoder2,
+    },
 ];
 
 /// The configuration of a file of this architecture; `bytes` is the whole file.
@@ -49,23 +98,23 @@ pub(super) fn config(
 }
 
 /// A configuration under construction.
-struct Builder<'a> {
-    reader: &'a MetadataReader<'a>,
+pub(super) struct Builder<'a> {
+    pub(super) reader: &'a MetadataReader<'a>,
     name: &'a str,
     bytes: &'a [u8],
-    config: Map<String, Json>,
+    pub(super) config: Map<String, Json>,
 }
 
 impl<'a> Builder<'a> {
-    fn key(&self, name: &str) -> String {
+    pub(super) fn key(&self, name: &str) -> String {
         format!("{}.{name}", self.name)
     }
 
-    fn set(&mut self, key: &str, value: impl Into<Json>) {
+    pub(super) fn set(&mut self, key: &str, value: impl Into<Json>) {
         self.config.insert(key.to_owned(), value.into());
     }
 
-    fn extend(&mut self, object: Json) {
+    pub(super) fn extend(&mut self, object: Json) {
         if let Json::Object(object) = object {
             self.config.extend(object);
         }
@@ -75,24 +124,37 @@ impl<'a> Builder<'a> {
         self.reader.gguf
     }
 
-    fn number(&self, name: &str) -> Result<Option<f64>, HubError> {
+    pub(super) fn number(&self, name: &str) -> Result<Option<f64>, HubError> {
         self.reader.f64(&self.key(name))
     }
 
     /// Copies a number, where there is one.
-    fn copy(&mut self, name: &str, to: &str) -> Result<(), HubError> {
+    pub(super) fn copy(&mut self, name: &str, to: &str) -> Result<(), HubError> {
         if let Some(value) = self.number(name)? {
             self.set(to, value);
         }
         Ok(())
     }
 
-    fn has(&self, tensor: &str) -> bool {
+    pub(super) fn integer(&self, name: &str) -> Result<Option<u64>, HubError> {
+        self.reader.u64(&self.key(name))
+    }
+
+    pub(super) fn bool(&self, name: &str) -> Result<Option<bool>, HubError> {
+        self.reader.bool(&self.key(name))
+    }
+
+    /// Of a tensor, outermost dimension first.
+    pub(super) fn shape(&self, tensor: &str) -> Option<&'a [usize]> {
+        self.gguf().tensor(tensor).map(|tensor| tensor.shape.as_slice())
+    }
+
+    pub(super) fn has(&self, tensor: &str) -> bool {
         self.gguf().tensor(tensor).is_some()
     }
 
     /// An integer that [`Builder::common`] has set.
-    fn known(&self, key: &str) -> u64 {
+    pub(super) fn known(&self, key: &str) -> u64 {
         self.config.get(key).and_then(Json::as_u64).unwrap_or(1)
     }
 
@@ -147,19 +209,19 @@ impl<'a> Builder<'a> {
     }
 
     /// The norms' epsilon, which must be there.
-    fn eps(&mut self, gguf: &str, key: &str) -> Result<(), HubError> {
+    pub(super) fn eps(&mut self, gguf: &str, key: &str) -> Result<(), HubError> {
         let gguf = self.key(gguf);
         let eps = self.reader.f64(&gguf)?.ok_or_else(|| self.reader.lacks(&gguf))?;
         self.set(key, eps);
         Ok(())
     }
 
-    fn rms_eps(&mut self) -> Result<(), HubError> {
+    pub(super) fn rms_eps(&mut self) -> Result<(), HubError> {
         self.eps("attention.layer_norm_rms_epsilon", "rms_norm_eps")
     }
 
     /// A rotation of whole heads.
-    fn rope(&mut self) -> Result<(), HubError> {
+    pub(super) fn rope(&mut self) -> Result<(), HubError> {
         let head_dim = self.known("head_dim");
         let rotary_dim = self.rotary_dim()?;
         if rotary_dim != head_dim {
@@ -170,7 +232,7 @@ impl<'a> Builder<'a> {
     }
 
     /// A rotation of the first elements of a head.
-    fn partial_rope(&mut self) -> Result<(), HubError> {
+    pub(super) fn partial_rope(&mut self) -> Result<(), HubError> {
         let (head_dim, rotary_dim) = (self.known("head_dim"), self.rotary_dim()?);
         if rotary_dim == 0 || rotary_dim > head_dim {
             let problem =
@@ -181,11 +243,11 @@ impl<'a> Builder<'a> {
         self.scaled_rope(rotary_dim)
     }
 
-    fn rotary_dim(&self) -> Result<u64, HubError> {
+    pub(super) fn rotary_dim(&self) -> Result<u64, HubError> {
         Ok(self.reader.u64(&self.key("rope.dimension_count"))?.unwrap_or_else(|| self.known("head_dim")))
     }
 
-    fn scaled_rope(&mut self, rotary_dim: u64) -> Result<(), HubError> {
+    pub(super) fn scaled_rope(&mut self, rotary_dim: u64) -> Result<(), HubError> {
         let rope_theta = self.number("rope.freq_base")?.unwrap_or(10_000.0);
         self.set("rope_theta", rope_theta);
         let scaling = rope_scaling(self.reader, self.name, self.bytes, (rotary_dim, rope_theta))?;
@@ -193,7 +255,7 @@ impl<'a> Builder<'a> {
         Ok(())
     }
 
-    fn window(&mut self) -> Result<(), HubError> {
+    pub(super) fn window(&mut self) -> Result<(), HubError> {
         if let Some(window) = self.reader.u64(&self.key("attention.sliding_window"))?.filter(|&n| n > 0) {
             self.set("sliding_window", window);
         }
@@ -211,12 +273,13 @@ fn activation_dtype(gguf: &Gguf) -> &'static str {
     }
 }
 
-fn llama(builder: &mut Builder<'_>) -> Result<(), HubError> {
-    if builder.reader.u64("llama.expert_count")?.is_some_and(|count| count > 0) {
-        return Err(builder
-            .reader
-            .unsupported("architecture \"llama\" with experts", "llama without experts"));
-    }
+/// Llama and Mistral, and Mixtral where there are experts.
+fn llama_or_mixtral(builder: &mut Builder<'_>) -> Result<(), HubError> {
+    let has_experts = builder.integer("expert_count")?.is_some_and(|count| count > 0);
+    if has_experts { mixtures::mixtral(builder) } else { llama(builder) }
+}
+
+pub(super) fn llama(builder: &mut Builder<'_>) -> Result<(), HubError> {
     builder.rms_eps()?;
     builder.rope()?;
     builder.extend(json!({
@@ -241,8 +304,30 @@ fn granite(builder: &mut Builder<'_>) -> Result<(), HubError> {
     Ok(())
 }
 
+/// Baichuan of 7B parameters is Llama once its projections are apart. The larger ones have linear biases instead of a rotation,
+/// which no key says, and the second generation normalises the rows of its logits' matrix.
+fn baichuan(builder: &mut Builder<'_>) -> Result<(), HubError> {
+    let (layers, vocabulary) = (builder.known("num_hidden_layers"), builder.known("vocab_size"));
+    if layers >= 40 || vocabulary == 125_696 {
+        let found = format!("baichuan with {layers} layers and {vocabulary} tokens");
+        return Err(builder.reader.unsupported(&found, "the first generation's 7B models"));
+    }
+    llama(builder)
+}
+
+/// OLMo 2; the third generation goes by the same name and has windows.
+fn olmo2(builder: &mut Builder<'_>) -> Result<(), HubError> {
+    if builder.integer("attention.sliding_window")?.is_some_and(|window| window > 0) {
+        return Err(builder.reader.unsupported("olmo2 with a sliding window", "olmo2 without"));
+    }
+    builder.rms_eps()?;
+    builder.rope()?;
+    builder.extend(json!({"attention_bias": false, "hidden_act": "silu"}));
+    Ok(())
+}
+
 /// Qwen 2 and 3: windows are not kept in GGUF, and the released models do not use theirs.
-fn qwen(builder: &mut Builder<'_>) -> Result<(), HubError> {
+pub(super) fn qwen(builder: &mut Builder<'_>) -> Result<(), HubError> {
     builder.rms_eps()?;
     builder.rope()?;
     builder.extend(json!({"attention_bias": false, "hidden_act": "silu", "use_sliding_window": false}));
@@ -264,7 +349,7 @@ fn phi3(builder: &mut Builder<'_>) -> Result<(), HubError> {
 fn stablelm(builder: &mut Builder<'_>) -> Result<(), HubError> {
     builder.eps("attention.layer_norm_epsilon", "layer_norm_eps")?;
     builder.partial_rope()?;
-    let is_parallel = builder.reader.bool("stablelm.use_parallel_residual")?;
+    let is_parallel = builder.bool("use_parallel_residual")?;
     builder.extend(json!({
         "hidden_act": "silu",
         "qk_layernorm": builder.has("blk.0.attn_q_norm.weight"),

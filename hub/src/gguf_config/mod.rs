@@ -1,6 +1,8 @@
 //! GGUF metadata in the spelling of `config.json`.
 
 mod architectures;
+mod classic;
+mod mixtures;
 mod rope_scaling;
 
 use crate::config::ModelConfig;

@@ -70,7 +70,7 @@ fn unknown_architectures_name_the_supported_ones() {
     writer.text("general.architecture", "mamba");
     let error = config(&writer).unwrap_err();
     assert!(
-        error.contains("architecture \"mamba\" is not supported; supported are the architectures gemma, "),
+        error.contains("architecture \"mamba\" is not supported; supported are the architectures baichuan, "),
         "{error}"
     );
 }
@@ -86,7 +86,9 @@ fn missing_and_senseless_values_are_named() {
     assert!(changed("llama.attention.head_count_kv", Value::Unsigned(3)).contains("cannot share 3"));
     assert!(changed("llama.attention.head_count", Value::Unsigned(6)).contains("do not divide 64"));
     assert!(changed("llama.rope.dimension_count", Value::Unsigned(8)).contains("a rotation of 8"));
-    assert!(changed("llama.expert_count", Value::Unsigned(8)).contains("experts"));
+    assert!(
+        changed("llama.expert_count", Value::Unsigned(8)).contains("no metadata key llama.expert_used_count")
+    );
     assert!(changed("split.count", Value::Unsigned(3)).contains("merge the parts"));
     assert!(changed("tokenizer.ggml.eos_token_id", Value::Unsigned(4)).contains("there are 4 tokens"));
     assert!(
@@ -131,6 +133,95 @@ fn llama_3_factors_are_recognised() {
     });
     assert_eq!(factors(1.0).unwrap()["rope_scaling"], expected);
     assert!(factors(1.1).unwrap_err().contains("rope_freqs.weight is not supported"));
+}
+
+/// The sizes of `architecture`: 4 heads of 16.
+fn sizes_of(architecture: &str) -> GgufWriter {
+    let mut writer = GgufWriter::default();
+    writer.text("general.architecture", architecture);
+    for (key, value) in [
+        ("context_length", 512),
+        ("embedding_length", 64),
+        ("block_count", 2),
+        ("feed_forward_length", 128),
+        ("attention.head_count", 4),
+        ("expert_count", 8),
+        ("expert_used_count", 2),
+        ("vocab_size", 10),
+    ] {
+        writer.number(&format!("{architecture}.{key}"), value);
+    }
+    writer.set(&format!("{architecture}.attention.layer_norm_epsilon"), Value::F32(1e-5));
+    writer.set(&format!("{architecture}.attention.layer_norm_rms_epsilon"), Value::F32(1e-6));
+    writer
+}
+
+#[test]
+fn llama_with_experts_is_mixtral() {
+    let mut writer = sizes_of("llama");
+    let config = config(writer.tensor("blk.0.ffn_gate_exps.weight", &[8, 96, 64], GgmlType::F32)).unwrap();
+    assert_eq!((&config["model_type"], &config["intermediate_size"]), (&json!("mixtral"), &json!(96)));
+    assert_eq!((&config["num_local_experts"], &config["num_experts_per_tok"]), (&json!(8), &json!(2)));
+}
+
+#[test]
+fn falcons_layout_is_what_its_tensors_are() {
+    let falcon = |rows: u64, has_two_norms: bool| {
+        let mut writer = sizes_of("falcon");
+        writer.tensor("blk.0.attn_qkv.weight", &[rows, 64], GgmlType::F32);
+        if has_two_norms {
+            writer.tensor("blk.0.attn_norm_2.weight", &[64], GgmlType::F32);
+        }
+        config(&writer)
+    };
+    let seven = falcon(96, false).unwrap();
+    assert_eq!((&seven["num_kv_heads"], &seven["new_decoder_architecture"]), (&json!(1), &json!(false)));
+    let forty = falcon(128, true).unwrap();
+    assert_eq!((&forty["num_kv_heads"], &forty["num_ln_in_parallel_attn"]), (&json!(2), &json!(2)));
+    // A KV head for each query head is the layout of the models with linear biases, which no key says.
+    assert!(falcon(192, false).unwrap_err().contains("the layouts of 7B, 11B, 40B and 180B"));
+    assert!(falcon(100, false).unwrap_err().contains("100 rows for 4 heads of 16"));
+}
+
+#[test]
+fn deepseeks_generation_is_told_by_its_bias() {
+    let mut writer = sizes_of("deepseek2");
+    for (key, value) in [
+        ("attention.kv_lora_rank", 16),
+        ("attention.key_length", 24),
+        ("attention.value_length", 12),
+        ("rope.dimension_count", 8),
+        ("rope.scaling.original_context_length", 64),
+    ] {
+        writer.number(&format!("deepseek2.{key}"), value);
+    }
+    writer.text("deepseek2.rope.scaling.type", "yarn");
+    writer.set("deepseek2.rope.scaling.factor", Value::F32(40.0));
+    writer.set("deepseek2.rope.scaling.yarn_log_multiplier", Value::F32(0.0707));
+    let second = config(&writer).unwrap();
+    assert_eq!((&second["model_type"], &second["topk_method"]), (&json!("deepseek_v2"), &json!("greedy")));
+    assert_eq!((&second["qk_nope_head_dim"], &second["v_head_dim"]), (&json!(16), &json!(12)));
+    assert_eq!((&second["q_lora_rank"], &second["n_shared_experts"]), (&Json::Null, &Json::Null));
+    assert_eq!(second["rope_scaling"]["mscale_all_dim"], 0.707);
+    // Absorbed projections: a head's lengths go by other names.
+    writer
+        .number("deepseek2.attention.key_length_mla", 24)
+        .number("deepseek2.attention.value_length_mla", 12);
+    writer.number("deepseek2.attention.key_length", 24).number("deepseek2.attention.value_length", 16);
+    writer.tensor("blk.1.exp_probs_b.bias", &[8], GgmlType::F32);
+    let third = config(&writer).unwrap();
+    assert_eq!((&third["model_type"], &third["topk_method"]), (&json!("deepseek_v3"), &json!("noaux_tc")));
+    assert_eq!((&third["qk_nope_head_dim"], &third["v_head_dim"]), (&json!(16), &json!(12)));
+}
+
+#[test]
+fn what_the_keys_do_not_say_is_refused() {
+    let mut large = sizes_of("baichuan");
+    large.number("baichuan.block_count", 40);
+    assert!(config(&large).unwrap_err().contains("baichuan with 40 layers"));
+    let mut windowed = sizes_of("olmo2");
+    windowed.number("olmo2.attention.sliding_window", 4096);
+    assert!(config(&windowed).unwrap_err().contains("olmo2 with a sliding window"));
 }
 
 #[test]

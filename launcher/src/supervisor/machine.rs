@@ -46,9 +46,9 @@ impl fmt::Display for ChildId {
 pub enum Phase {
     /// The model's files are being looked for or fetched; no child lives.
     Downloading,
-    /// The shards load the model.
+    /// The shards load the model, and the router reads its tokenizer meanwhile.
     Starting,
-    /// All shards are ready; the router starts and warms them up.
+    /// All shards are ready; the router warms them up.
     Warming,
     /// `/health` has answered 200.
     Serving,
@@ -93,7 +93,7 @@ pub enum Event {
     },
     /// `/health` answered 200.
     RouterHealthy {
-        /// Of [`Action::SpawnRouter`] or [`Action::AwaitRouter`].
+        /// Of [`Action::SpawnRouter`], [`Action::ReleaseRouter`] or [`Action::AwaitRouter`].
         attempt: u32,
     },
     /// A child could not be started at all.
@@ -144,6 +144,13 @@ pub enum Grace {
 pub enum Action {
     /// Start all ranks at once and wait for their handshakes.
     SpawnShards {
+        /// For the events about it.
+        attempt: u32,
+    },
+    /// Start the router, but hold it back from the shards, which do not answer yet.
+    PrepareRouter,
+    /// Let the router that was held back go to the shards, and wait for its health.
+    ReleaseRouter {
         /// For the events about it.
         attempt: u32,
     },
@@ -283,7 +290,11 @@ pub fn transition(mut state: State, event: Event, now: Duration) -> (State, Vec<
         (Downloading, Event::Prepared { num_shard }) => {
             state.phase = Starting;
             state.num_shard = num_shard;
-            spawn_shards(&mut state)
+            let mut actions = spawn_shards(&mut state);
+            // A large vocabulary takes as long as the weights of a small model.
+            state.alive.insert(ChildId::Router);
+            actions.push(Action::PrepareRouter);
+            actions
         }
         (Downloading, Event::PrepareFailed(failure)) => {
             state.phase = Exited;
@@ -376,7 +387,11 @@ fn shard_ready(state: &mut State, rank: usize) -> Vec<Action> {
         Phase::Recovering => spawn_router(state),
         _ => {
             state.phase = Phase::Warming;
-            spawn_router(state)
+            if state.has(ChildId::Router) {
+                vec![Action::ReleaseRouter { attempt: state.next_attempt() }]
+            } else {
+                spawn_router(state)
+            }
         }
     }
 }

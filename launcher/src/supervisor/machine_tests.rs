@@ -88,18 +88,19 @@ fn table_of_phases_and_actions() {
             Downloading,
             vec![Event::Prepared { num_shard: 2 }],
             Starting,
-            vec![Action::SpawnShards { attempt: 1 }],
+            vec![Action::SpawnShards { attempt: 1 }, Action::PrepareRouter],
         ),
         (Starting, vec![ready(1, 1)], Starting, vec![]),
         (Starting, vec![ready(1, 1), ready(1, 1)], Starting, vec![]),
         (Starting, vec![ready(0, 1), ready(0, 0)], Starting, vec![]),
-        (Starting, up_to(Warming)[1..].to_vec(), Warming, vec![Action::SpawnRouter { attempt: 2 }]),
+        (Starting, up_to(Warming)[1..].to_vec(), Warming, vec![Action::ReleaseRouter { attempt: 2 }]),
         (Warming, vec![healthy(2)], Serving, vec![Action::Announce]),
         // Nothing to end.
         (Downloading, vec![stop()], Exited, vec![]),
         (Downloading, vec![Event::PrepareFailed(refused)], Exited, vec![]),
         // The way down, asked for.
-        (Starting, vec![stop()], Draining, idle(&[S0, S1])),
+        (Starting, vec![stop()], Draining, vec![requests.clone()]),
+        (Starting, vec![stop(), ended(R)], Draining, idle(&[S0, S1])),
         (Warming, vec![stop()], Draining, vec![requests.clone()]),
         (Serving, vec![stop()], Draining, vec![requests]),
         (Serving, vec![stop(), ended(R)], Draining, idle(&[S0, S1])),
@@ -109,15 +110,23 @@ fn table_of_phases_and_actions() {
         (Serving, vec![stop(), stop()], Draining, vec![Action::Kill(S0), Action::Kill(S1), Action::Kill(R)]),
         (Serving, vec![stop(), ended(R), stop()], Draining, vec![Action::Kill(S0), Action::Kill(S1)]),
         // The way down after a death.
-        (Starting, vec![ended(S1)], Draining, idle(&[S0])),
+        (Starting, vec![ended(S1)], Draining, idle(&[S0, R])),
+        (Starting, vec![ended(R)], Draining, idle(&[S0, S1])),
+        (Starting, vec![not_spawned(R)], Draining, idle(&[S0, S1])),
+        (
+            Starting,
+            vec![consequence(R), ready(1, 0), ready(1, 1)],
+            Warming,
+            vec![Action::SpawnRouter { attempt: 2 }],
+        ),
         (Warming, vec![ended(R)], Draining, idle(&[S0, S1])),
         (Serving, vec![ended(S0)], Draining, given_up(&[S1, R])),
         (Serving, vec![ended(S0), ended(R)], Draining, vec![]),
         (Serving, vec![ended(S0), ended(R), ended(S1)], Exited, vec![]),
         (Serving, vec![stop(), ended(S1)], Draining, given_up(&[S0, R])),
         (Warming, vec![stop(), ended(S1)], Draining, idle(&[S0, R])),
-        (Starting, vec![not_spawned(S0)], Draining, idle(&[S1])),
-        (Starting, vec![not_spawned(S0), not_spawned(S1)], Exited, vec![]),
+        (Starting, vec![not_spawned(S0)], Draining, idle(&[S1, R])),
+        (Starting, vec![not_spawned(S0), not_spawned(S1), ended(R)], Exited, vec![]),
         (Warming, vec![not_spawned(R)], Draining, idle(&[S0, S1])),
         (Warming, vec![stop(), not_spawned(R)], Draining, idle(&[S0, S1])),
         // The cause of an end gets a moment to show itself.
@@ -130,7 +139,7 @@ fn table_of_phases_and_actions() {
         (Serving, vec![consequence(R), Event::CauseOverdue], Draining, idle(&[S0, S1])),
         (Warming, vec![consequence(R), ended(S1)], Draining, idle(&[S0])),
         (Warming, vec![consequence(S1), consequence(R)], Warming, vec![]),
-        (Starting, vec![consequence(S1), ended(S0)], Exited, vec![]),
+        (Starting, vec![consequence(S1), ended(S0)], Draining, idle(&[R])),
         (Serving, vec![Event::CauseOverdue], Serving, vec![]),
         // A shard that stands still is a shard that died.
         (Warming, vec![stalled(1)], Draining, idle(&[S0, S1, R])),
@@ -151,15 +160,16 @@ fn table_of_outcomes() {
     use Phase::*;
     for (from, events, error) in [
         (Downloading, vec![stop()], None),
-        (Starting, vec![stop(), ended(S0), ended(S1)], None),
+        (Starting, vec![stop(), ended(R), ended(S0), ended(S1)], None),
         (Serving, vec![stop(), ended(R), ended(S0), ended(S1)], None),
         (Serving, vec![stop(), stop(), ended(R), ended(S0), ended(S1)], None),
         (Serving, vec![stop(), stop(), ended(S0), ended(R), ended(S1)], None),
-        (Starting, vec![ended(S1), ended(S0)], Some(ShardCannotStart)),
+        (Starting, vec![ended(S1), ended(S0), ended(R)], Some(ShardCannotStart)),
+        (Starting, vec![ended(R), ended(S1), ended(S0)], Some(WebserverFailed)),
         (Warming, vec![ended(S1), ended(S0), ended(R)], Some(ShardFailed)),
         (Serving, vec![ended(S1), ended(S0), ended(R)], Some(ShardFailed)),
         (Serving, vec![ended(R), ended(S0), ended(S1)], Some(WebserverFailed)),
-        (Starting, vec![not_spawned(S0), ended(S1)], Some(ShardCannotStart)),
+        (Starting, vec![not_spawned(S0), ended(S1), ended(R)], Some(ShardCannotStart)),
         (Warming, vec![not_spawned(R), ended(S0), ended(S1)], Some(WebserverCannotStart)),
         (Serving, vec![stop(), ended(S1), ended(S0), ended(R)], Some(ShardFailed)),
     ] {
@@ -170,11 +180,12 @@ fn table_of_outcomes() {
 }
 
 #[test]
-fn a_single_rank_that_dies_leaves_nothing_to_drain() {
+fn a_single_rank_that_dies_leaves_only_the_router() {
     let policy = RestartPolicy { max_restarts: 5, window: Duration::from_secs(60) };
     let (state, _) = transition(State::new(policy), Event::Prepared { num_shard: 1 }, Duration::ZERO);
     let (state, actions) = transition(state, ended(S0), Duration::ZERO);
-    assert_eq!((state.phase, actions), (Phase::Exited, vec![]));
+    assert_eq!((state.phase, actions), (Phase::Draining, idle(&[R])));
+    assert_eq!(transition(state, ended(R), Duration::ZERO).0.phase, Phase::Exited);
 }
 
 #[test]
@@ -260,7 +271,7 @@ fn a_kill_while_the_service_warms_up_is_answered_and_a_failure_is_not() {
         (Warming, vec![killed(R)], Recovering, vec![Action::SpawnRouter { attempt: 3 }]),
         (Warming, vec![ended(S1)], Draining, idle(&[S0, R])),
         (Warming, vec![ended(R)], Draining, idle(&[S0, S1])),
-        (Starting, vec![killed(S1)], Draining, idle(&[S0])),
+        (Starting, vec![killed(S1)], Draining, idle(&[S0, R])),
     ] {
         let (state, found) = run_with(5, from, &events);
         assert_eq!((state.phase, found), (phase, actions), "{from:?} {events:?}");
@@ -346,7 +357,8 @@ fn random_orders_of_events_keep_the_promises() {
                         assert!(alive.insert(R), "one router");
                         router = attempt;
                     }
-                    Action::AwaitRouter { attempt } => {
+                    Action::PrepareRouter => assert!(!was_over && alive.insert(R), "one router"),
+                    Action::AwaitRouter { attempt } | Action::ReleaseRouter { attempt } => {
                         assert!(alive.contains(&R));
                         router = attempt;
                     }

@@ -175,6 +175,8 @@ impl Supervisor {
         for action in actions {
             match action {
                 Action::SpawnShards { attempt } => self.spawn_shards(attempt),
+                Action::PrepareRouter => self.start_router(true),
+                Action::ReleaseRouter { attempt } => self.release_router(attempt),
                 Action::SpawnRouter { attempt } => self.spawn_router(attempt),
                 Action::AwaitRouter { attempt } => self.await_router(attempt),
                 Action::Announce => self.announce(),
@@ -267,17 +269,35 @@ impl Supervisor {
         if self.recovering_since.is_none() {
             self.launch.ledger.end_phase("shards", Instant::now());
         }
+        self.start_router(false);
+        self.await_router(attempt);
+    }
+
+    fn release_router(&mut self, attempt: u32) {
+        self.launch.ledger.end_phase("shards", Instant::now());
+        if let Some(router) = self.children.get_mut(&ChildId::Router) {
+            router.release();
+        }
+        self.await_router(attempt);
+    }
+
+    /// Starts the process; `is_held`: it is to wait for [`Handle::release`] before it goes to the shards.
+    fn start_router(&mut self, is_held: bool) {
         let Some(prepared) = &self.prepared else { return };
         let invocation = prepared.plan.router.command(prepared.runtime_dir.prefix());
         let program = &self.launch.router_program;
         tracing::info!("Starting router");
-        match child::spawn(ChildId::Router, program, &invocation, None, self.exits.clone()) {
+        let spawned = if is_held {
+            child::spawn_held(ChildId::Router, program, &invocation, self.exits.clone())
+        } else {
+            child::spawn(ChildId::Router, program, &invocation, None, self.exits.clone())
+        };
+        match spawned {
             Ok(handle) => {
                 self.children.insert(ChildId::Router, handle);
             }
             Err(error) => self.report_spawn_failure(ChildId::Router, program.display().to_string(), &error),
         }
-        self.await_router(attempt);
     }
 
     fn await_router(&mut self, attempt: u32) {

@@ -33,6 +33,8 @@ struct Settings {
     world_size: u32,
     #[arg(long, env = "QUARTET_INSTANCE_ID", default_value = "")]
     instance_id: String,
+    #[arg(long, env = "QUARTET_HOLD_UNTIL_INPUT_ENDS")]
+    hold_until_input_ends: bool,
     #[arg(long, env = "QUARTET_LIFELINE_FD")]
     lifeline_fd: Option<i32>,
 }
@@ -135,6 +137,14 @@ async fn router(settings: Settings, arguments: &[String]) {
     if settings.fake_router == "crash-at-start" {
         eprintln!("no tokenizer.json");
         std::process::exit(1);
+    }
+    if settings.hold_until_input_ends {
+        let input = tokio::task::spawn_blocking(|| std::io::read_to_string(std::io::stdin()));
+        tokio::select! {
+            read = input => drop(read.unwrap().unwrap()),
+            () = ended_by_signal(&settings, "router", false) => {}
+        }
+        std::fs::write(settings.fake_dir.join("released"), "").unwrap();
     }
     let listener = TcpListener::bind(format!("127.0.0.1:{}", value(arguments, "--port"))).await.unwrap();
     println!("Connected");

@@ -1,6 +1,6 @@
 //! From a configuration to a router that listens.
 //!
-//! The shards warm up while the tokenizer and the chat template are read: both take long, neither needs the other. The
+//! The shards load or warm up while the tokenizer and the chat template are read: both take long, neither needs the other. The
 //! port is claimed first, so that a port in use is found before anything is computed, but listened on last: until
 //! the router can serve, connections are refused and not left hanging.
 
@@ -9,6 +9,7 @@ mod shards;
 mod warmup;
 
 use std::future::Future;
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -72,8 +73,16 @@ pub async fn start(config: RouterConfig, scheduler_runtime: &Handle) -> Result<S
         let tokenizer_config_path = config.tokenizer_config_path.clone();
         move || model::load(&model, &hub, tokenizer_config_path.as_deref())
     });
-    let shards = scheduler_runtime
-        .spawn(warmup::connect_and_warm_up(config.master_shard_uds_path.clone(), config.batching));
+    let shards = scheduler_runtime.spawn({
+        let (path, batching, is_held) =
+            (config.master_shard_uds_path.clone(), config.batching, config.is_held);
+        async move {
+            if is_held {
+                input_ends().await?;
+            }
+            warmup::connect_and_warm_up(path, batching).await
+        }
+    });
     let (model, shards) = tokio::join!(finished(model), finished(shards));
     let assembled = assemble(&config, shards??, model??, scheduler_runtime)?;
     Ok(Started { socket, address: config.address, assembled })
@@ -132,6 +141,15 @@ async fn serve_while_batching(
         Ok(Err(error)) => Err(RouterError::Unrecoverable(error)),
         Err(error) => Err(RouterError::Internal(error.to_string())),
     }
+}
+
+/// Whoever started this router before the shards were ready says so by closing its input.
+async fn input_ends() -> Result<(), RouterError> {
+    let read = tokio::task::spawn_blocking(|| io::copy(&mut io::stdin().lock(), &mut io::sink()));
+    finished(read)
+        .await?
+        .map_err(|source| RouterError::System { step: "waiting for the input to end", source })?;
+    Ok(())
 }
 
 /// Binds without listening.

@@ -13,6 +13,8 @@ pub struct DeviceInfo {
     pub device_type: &'static str,
     /// For people: the processor and the kernels chosen for it.
     pub description: String,
+    /// Operations return before they are done; what reads a result waits.
+    pub is_asynchronous: bool,
 }
 
 /// Memory of the device, in bytes. For the CPU: of the machine, or of its control group where that is less.
@@ -188,6 +190,15 @@ pub struct HeadColumns {
     pub width: usize,
 }
 
+/// A part of a step, see [`Backend::run`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum StepPart {
+    /// From the embedding through all layers.
+    Layers,
+    /// From the hidden states to the logits.
+    Logits,
+}
+
 /// A device and the operations a model needs of it.
 ///
 /// A [`Backend::Buffer`] holds activations `[rows, width]`, row-major; `width` and the largest number of rows are fixed
@@ -218,11 +229,21 @@ pub trait Backend: Send + Sized + 'static {
     fn rank_and_world(&self) -> (usize, usize);
     /// The element type weights of type `stored` are kept in when nobody asks for another.
     fn default_dtype(&self, stored: DType) -> DType;
+    /// The element type of the KV cache of a model with weights of `dtype` when nobody asks for another.
+    fn default_kv_dtype(&self, dtype: DType) -> DType;
+    /// Whether weights that are stored quantized are run so when nobody asks for a type; else they become
+    /// [`Backend::default_dtype`].
+    fn keeps_quantized(&self) -> bool;
+    /// The number of sequences a step of one token each has to have: `num_seqs` or more, where the device has prepared steps
+    /// of some sizes only. The executor fills up with sequences whose results nobody reads.
+    fn padded_batch(&self, num_seqs: usize) -> usize {
+        num_seqs
+    }
     /// The largest number of tokens a step should have; longer prompts are cut into several.
     fn max_step_tokens(&self) -> usize;
 
-    /// Makes a buffer of at most `max_rows` rows, zeroed.
-    fn buffer(&self, max_rows: usize, width: usize) -> Result<Self::Buffer, BackendError>;
+    /// Makes a buffer of at most `max_rows` rows, zeroed. Its elements have at least the precision of `dtype`.
+    fn buffer(&self, max_rows: usize, width: usize, dtype: DType) -> Result<Self::Buffer, BackendError>;
     /// Packs the matrices `parts`, stacked along their rows (outputs), in `dtype`. All have the same number of columns.
     fn linear(&self, parts: &[HostMatrix<'_>], dtype: DType) -> Result<Self::Linear, BackendError>;
     /// Makes experts of each one's projections: gate and up as one, `[2 * width, hidden]` with the gate first, and down,
@@ -246,6 +267,17 @@ pub trait Backend: Send + Sized + 'static {
 
     /// Takes the inputs of the next forward pass.
     fn begin_step(&mut self, step: &StepInput) -> Result<(), BackendError>;
+    /// Runs `operations`, which is one `part` of a step. In a step of one token a sequence they depend on nothing but the
+    /// number of rows, the weights and the buffers, so that a device may record what they launch and replay that for a
+    /// later step with as many rows; `operations` is called in any case.
+    fn run<E: From<BackendError>>(
+        &mut self,
+        part: StepPart,
+        operations: impl FnOnce(&mut Self) -> Result<(), E>,
+    ) -> Result<(), E> {
+        let _ = part;
+        operations(self)
+    }
 
     /// `out[t] = table[input_ids[t] - first_id]`, zeros where the id is not in this rank's part
     /// (`first_id..first_id + table rows`). `out`: `[num_tokens, in_features]`.
@@ -270,6 +302,13 @@ pub trait Backend: Send + Sized + 'static {
         eps: f32,
         out: &mut Self::Buffer,
     ) -> Result<(), BackendError>;
+    /// `x = rms_norm(x)`.
+    fn rms_norm_in_place(
+        &mut self,
+        x: &mut Self::Buffer,
+        weight: &Self::Vector,
+        eps: f32,
+    ) -> Result<(), BackendError>;
     /// `residual += delta; out = rms_norm(residual)`.
     fn add_rms_norm(
         &mut self,
@@ -286,6 +325,13 @@ pub trait Backend: Send + Sized + 'static {
         weight_and_bias: (&Self::Vector, &Self::Vector),
         eps: f32,
         out: &mut Self::Buffer,
+    ) -> Result<(), BackendError>;
+    /// `x = layer_norm(x)`.
+    fn layer_norm_in_place(
+        &mut self,
+        x: &mut Self::Buffer,
+        weight_and_bias: (&Self::Vector, &Self::Vector),
+        eps: f32,
     ) -> Result<(), BackendError>;
     /// `residual += delta; out = layer_norm(residual)`.
     fn add_layer_norm(
@@ -338,6 +384,18 @@ pub trait Backend: Send + Sized + 'static {
         bias: Option<&Self::Vector>,
         out: &mut Self::Buffer,
     ) -> Result<(), BackendError>;
+    /// `out = activation(gate) * up` with `gate_up = x weight^T (+ bias)`: gate first, then up. `gate_up` is room for what is in
+    /// between and may stay as it is.
+    fn gated_matmul(
+        &mut self,
+        x: &Self::Buffer,
+        (weight, bias): (&Self::Linear, Option<&Self::Vector>),
+        activation: Activation,
+        (gate_up, out): (&mut Self::Buffer, &mut Self::Buffer),
+    ) -> Result<(), BackendError> {
+        self.matmul(x, weight, bias, gate_up)?;
+        self.gated_activation(gate_up, activation, out)
+    }
     /// Rotates the queries and keys in `qkv` (`[num_tokens, (num_heads + 2 num_kv_heads) * head_dim]`: all queries, then
     /// keys, then values) in place and stores keys and values of `layer` at the step's slots.
     fn rope_and_store_kv(

@@ -39,6 +39,17 @@ pub enum BackendError {
         /// Rank 0's description.
         expected: String,
     },
+    /// The device is of no use any more: a kernel went wrong, or does not end, or the hardware failed (the kernel log then has
+    /// an `NVRM: Xid` line).
+    #[error("{device} failed while {operation}: {reason}")]
+    DeviceLost {
+        /// Which device.
+        device: String,
+        /// What was waited for, and the kernel that was launched last.
+        operation: String,
+        /// The driver's words, or how long nothing happened.
+        reason: String,
+    },
     /// The operating system or the device refused.
     #[error("{operation}: {reason}")]
     Device {

@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use crate::DType;
+use crate::{BackendError, DType};
 
 /// A row-major matrix `[rows, cols]` in host memory, possibly a window into a larger one (a rank's slice of a mapped
 /// file). For a linear layer rows are outputs and columns are inputs, as PyTorch stores them.
@@ -22,6 +22,41 @@ pub struct HostMatrix<'a> {
 }
 
 impl HostMatrix<'_> {
+    /// The number of columns that matrices to be stacked have in common.
+    ///
+    /// # Errors
+    /// Which part does not fit or has too few bytes.
+    pub(crate) fn common_columns(parts: &[HostMatrix<'_>]) -> Result<usize, BackendError> {
+        let refuse =
+            |reason: String| BackendError::Device { operation: "packing a weight".to_owned(), reason };
+        let Some(first) = parts.first() else { return Err(refuse("no matrix was given".to_owned())) };
+        for (index, part) in parts.iter().enumerate() {
+            if part.cols != first.cols {
+                return Err(refuse(format!(
+                    "part {index} has {} columns, the first has {}",
+                    part.cols, first.cols
+                )));
+            }
+            let needed = match part.rows {
+                0 => 0,
+                rows => ((rows - 1) * part.row_stride + part.cols) * part.dtype.size_bytes(),
+            };
+            if part.row_stride < part.cols || part.bytes.len() < needed {
+                return Err(refuse(format!(
+                    "part {index} ({} x {} {}, stride {}) needs {needed} bytes, has {}",
+                    part.rows,
+                    part.cols,
+                    part.dtype,
+                    part.row_stride,
+                    part.bytes.len()
+                )));
+            }
+        }
+        if first.cols == 0 {
+            return Err(refuse("it has no columns".to_owned()));
+        }
+        Ok(first.cols)
+    }
     /// The same numbers with rows and columns exchanged.
     ///
     /// # Panics

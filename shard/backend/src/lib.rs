@@ -8,6 +8,8 @@
 mod backend;
 pub mod collectives;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod dtype;
 mod error;
 mod host_matrix;
@@ -15,11 +17,12 @@ mod kv_layout;
 mod quantized_matrix;
 mod routing;
 pub mod sampling;
+mod step_check;
 mod step_input;
 
 pub use backend::{
     Activation, Alibi, AttentionShape, Backend, DeviceInfo, HeadColumns, LongContext, LongFrequencies,
-    MemoryInfo, RopeFrequencies, RopeStyle, SplitNorm,
+    MemoryInfo, RopeFrequencies, RopeStyle, SplitNorm, StepPart,
 };
 pub use dtype::DType;
 pub use error::BackendError;

@@ -27,6 +27,30 @@ pub struct StepInput {
 }
 
 impl StepInput {
+    /// The same with sequences added up to `num_seqs`, of one token each, which lie in the reserved block 0 and see only
+    /// themselves. For steps of one token a sequence.
+    #[must_use]
+    pub fn with_idle_sequences(&self, num_seqs: usize) -> Self {
+        let mut step = self.clone();
+        step.max_blocks = step.max_blocks.max(1);
+        step.block_tables = vec![0; num_seqs * step.max_blocks];
+        for seq in 0..self.num_seqs() {
+            step.block_tables[seq * step.max_blocks..][..self.max_blocks]
+                .copy_from_slice(self.block_table(seq));
+        }
+        let mut tokens = step.num_tokens() as u32;
+        for _ in self.num_seqs()..num_seqs {
+            tokens += 1;
+            step.input_ids.push(0);
+            step.position_ids.push(0);
+            step.slot_mapping.push(0);
+            step.cu_seqlens_q.push(tokens);
+            step.context_lens.push(1);
+            step.prompt_lens.push(1);
+        }
+        step
+    }
+
     /// Number of tokens.
     pub fn num_tokens(&self) -> usize {
         self.input_ids.len()

@@ -1,7 +1,7 @@
 //! The executor: runs any [`DecoderSpec`](crate::spec::DecoderSpec) on any backend.
 
 use backend::sampling::{Sampled, SamplingRow};
-use backend::{AttentionShape, Backend, BackendError, KvLayout, MemoryInfo, StepInput};
+use backend::{AttentionShape, Backend, BackendError, KvLayout, MemoryInfo, StepInput, StepPart};
 
 use crate::layers::{
     Attention, Embedding, InputOutput, LatentAttention, LmHead, Mlp, Norm, Residual, Scratch, Stream,
@@ -75,6 +75,16 @@ impl<B: Backend> Decoder<B> {
         &self.backend
     }
 
+    /// The step with as many sequences as the device wants, where each has one token.
+    fn padded(&self, step: &StepInput) -> Option<StepInput> {
+        let num_seqs = step.num_seqs();
+        if step.num_tokens() != num_seqs {
+            return None;
+        }
+        let wanted = self.backend.padded_batch(num_seqs);
+        (wanted > num_seqs && wanted <= self.info.max_step_tokens).then(|| step.with_idle_sequences(wanted))
+    }
+
     fn check_step(&self, step: &StepInput) -> Result<(), ModelError> {
         let (tokens, max) = (step.num_tokens(), self.info.max_step_tokens);
         if tokens == 0 || tokens > max {
@@ -98,9 +108,22 @@ impl<B: Backend> Decoder<B> {
         let Some(cache) = &mut self.cache else {
             return Err(misuse("a step before the KV cache was allocated".to_owned()));
         };
-        let (backend, stream, scratch) = (&mut self.backend, &mut self.stream, &mut self.scratch);
-        self.embedding.embed(backend, stream)?;
-        for Layer { residual, mixer, mlp } in &self.layers {
+        let (stream, scratch) = (&mut self.stream, &mut self.scratch);
+        let (embedding, layers) = (&self.embedding, &self.layers);
+        self.backend.run(StepPart::Layers, |backend| {
+            Self::run_layers_on(backend, (embedding, layers), stream, scratch, cache)
+        })
+    }
+
+    fn run_layers_on(
+        backend: &mut B,
+        (embedding, layers): (&Embedding<B>, &[Layer<B>]),
+        stream: &mut Stream<B>,
+        scratch: &mut Scratch<B>,
+        cache: &mut B::KvCache,
+    ) -> Result<(), ModelError> {
+        embedding.embed(backend, stream)?;
+        for Layer { residual, mixer, mlp } in layers {
             match residual {
                 Residual::Sequential { mixer: mixer_branch, mlp: mlp_branch } => {
                     let io = stream.input(backend, mixer_branch.norm.as_ref())?;
@@ -124,10 +147,14 @@ impl<B: Backend> Decoder<B> {
 
     /// Logits of some tokens of the last step, at most `max_rows_sampled`.
     fn logits(&mut self, rows: &[u32]) -> Result<(), ModelError> {
-        self.head_stream.gather(&mut self.backend, &self.stream, rows)?;
-        let (normed, _) = self.head_stream.input(&mut self.backend, Some(&self.norm))?;
-        self.lm_head.forward(&mut self.backend, &self.embedding, normed)?;
-        Ok(())
+        let (head_stream, stream, norm) = (&mut self.head_stream, &self.stream, &self.norm);
+        let (lm_head, embedding) = (&mut self.lm_head, &self.embedding);
+        self.backend.run(StepPart::Logits, |backend| {
+            head_stream.gather(backend, stream, rows)?;
+            let (normed, _) = head_stream.input(backend, Some(norm))?;
+            lm_head.forward(backend, embedding, normed)?;
+            Ok(())
+        })
     }
 
     /// The logits of some tokens of the last step, `[rows.len() * vocab_size]`, on the host: for tests and tools.
@@ -164,7 +191,8 @@ impl<B: Backend> CausalLm for Decoder<B> {
     fn forward(&mut self, step: &StepInput) -> Result<(), ModelError> {
         self.num_tokens = 0;
         self.check_step(step)?;
-        self.backend.begin_step(step)?;
+        let padded = self.padded(step);
+        self.backend.begin_step(padded.as_ref().unwrap_or(step))?;
         self.run_layers()?;
         self.num_tokens = step.num_tokens();
         self.logits_rows.clone_from(&step.logits_rows);

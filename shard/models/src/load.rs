@@ -17,7 +17,7 @@ use crate::{ModelError, ModelInfo};
 pub struct LoadOptions {
     /// Type of the weights; none: what the backend makes of the stored one, and quantized ones stay as they are.
     pub dtype: Option<DType>,
-    /// Type of the KV cache; none: float32 for float32 weights, else float16.
+    /// Type of the KV cache; none: what the backend makes of the weights' type.
     pub kv_dtype: Option<DType>,
     /// Tokens of a KV block.
     pub block_size: usize,
@@ -71,7 +71,7 @@ pub(crate) fn assemble<B: Backend>(
 ) -> Result<Decoder<B>, ModelError> {
     let dtype = options.dtype.unwrap_or_else(|| backend.default_dtype(prevailing_dtype(spec, source)));
     let (_, world_size) = backend.rank_and_world();
-    let keeps_quantized = options.dtype.is_none();
+    let keeps_quantized = options.dtype.is_none() && backend.keeps_quantized();
     check_memory(
         weight_bytes(spec, source, (dtype, keeps_quantized)) / world_size,
         backend.memory()?.available_bytes,
@@ -86,11 +86,11 @@ pub(crate) fn assemble<B: Backend>(
     let lm_head = LmHead::new(&loader, spec, max_rows_sampled)?;
     let is_parallel = |layer: &LayerSpec| matches!(layer.residual, ResidualSpec::Parallel { .. });
     let has_parallel = spec.layers.iter().any(is_parallel);
-    let stream = Stream::new(&backend, max_step_tokens, spec.hidden_size, has_parallel)?;
-    let head_stream = Stream::new(&backend, max_rows_sampled, spec.hidden_size, false)?;
+    let stream = Stream::new(&backend, (max_step_tokens, spec.hidden_size), dtype, has_parallel)?;
+    let head_stream = Stream::new(&backend, (max_rows_sampled, spec.hidden_size), dtype, false)?;
     let (weight_bytes, scratch) = (loader.weight_bytes, loader.scratch);
 
-    let kv_layout = kv_layout(&layers, options, dtype)?;
+    let kv_layout = kv_layout(&backend, &layers, options, dtype)?;
     let workspace_bytes = scratch.bytes
         + Stream::<B>::bytes(max_step_tokens, spec.hidden_size, has_parallel)
         + Stream::<B>::bytes(max_rows_sampled, spec.hidden_size, false);
@@ -183,6 +183,7 @@ fn load_layers<B: Backend>(
 
 /// One layout for all layers, since blocks are handed out for all of them at once.
 fn kv_layout<B: Backend>(
+    backend: &B,
     layers: &[Layer<B>],
     options: &LoadOptions,
     dtype: DType,
@@ -195,13 +196,12 @@ fn kv_layout<B: Backend>(
             "layers with {first:?} and {other:?} KV heads and elements a head, expected the same in all"
         )]));
     }
-    let kv_default = if dtype == DType::F32 { DType::F32 } else { DType::F16 };
     Ok(KvLayout {
         num_layers: layers.len(),
         num_kv_heads: first.0,
         head_dim: first.1,
         block_size: options.block_size,
-        dtype: options.kv_dtype.unwrap_or(kv_default),
+        dtype: options.kv_dtype.unwrap_or_else(|| backend.default_kv_dtype(dtype)),
     })
 }
 

@@ -97,23 +97,33 @@ impl Batch {
         }
     }
 
-    /// Takes the pending results of all requests into them, then plans the next step. `is_reported` says of a request id
+    /// Takes the pending results of all requests into them and plans the next step. Their texts are made by
+    /// [`Batch::report`]: the next step can be on its way meanwhile.
+    pub(super) fn advance(&mut self, max_prefill_tokens: usize) {
+        self.sequences.iter_mut().for_each(Sequence::advance);
+        self.plan_next_step(max_prefill_tokens);
+    }
+
+    /// What the next step computes of the requests that may go on, as far as that is known before [`Batch::report`].
+    pub(super) fn rows_before_report(&self, vocabulary: &Vocabulary) -> Vec<Row> {
+        self.rows_with_slots().filter(|row| self.sequences[row.sequence].may_go_on(vocabulary)).collect()
+    }
+
+    /// Makes the texts of what [`Batch::advance`] took and finds out who has ended. `is_reported` says of a request id
     /// whether this rank reports it.
     ///
     /// # Errors
     /// The tokenizer's own words; the batch is of no use then.
-    pub(super) fn take_step(
+    pub(super) fn report(
         &mut self,
         vocabulary: &Vocabulary,
-        max_prefill_tokens: usize,
         is_reported: impl Fn(u64) -> bool,
     ) -> Result<Vec<Generation>, String> {
         let mut generations = Vec::with_capacity(self.sequences.len());
         for sequence in &mut self.sequences {
             let is_reported = is_reported(sequence.request_id);
-            generations.extend(sequence.take_step(vocabulary, is_reported)?);
+            generations.extend(sequence.report(vocabulary, is_reported)?);
         }
-        self.plan_next_step(max_prefill_tokens);
         Ok(generations)
     }
 

@@ -34,6 +34,7 @@ use batch::Batch;
 use batch_store::BatchStore;
 use block_pool::BlockPool;
 use sequence::SequenceContext;
+use step::Launched;
 use warmup::CacheBudget;
 
 pub use command::{Command, Reply};
@@ -103,6 +104,8 @@ pub struct Engine {
     max_prefill_tokens: usize,
     /// A step that ran ahead failed; the next call is told.
     failure: Option<ModelError>,
+    /// The next step of the batch that is being answered.
+    launched: Option<Launched>,
 }
 
 impl Engine {
@@ -119,6 +122,7 @@ impl Engine {
             liveness: Arc::new(Liveness::new(memory)),
             max_prefill_tokens: usize::MAX,
             failure: None,
+            launched: None,
         }
     }
 
@@ -196,18 +200,30 @@ impl Engine {
         result: Result<StepReply, StepError>,
     ) -> Result<(), ModelError> {
         let next = result.as_ref().ok().and_then(|step| step.batch.as_ref()).map(|batch| batch.id);
+        let launched = self.launched.take();
         self.answer(reply, result)?;
-        if let Some(id) = next.filter(|_| self.options.run_ahead) {
-            self.run_ahead(id);
+        match next.filter(|_| self.options.run_ahead) {
+            Some(id) => self.run_ahead(id, launched),
+            // All texts ended, as only their texts could tell.
+            None if launched.is_some() => self.liveness.step_finished(),
+            None => {}
         }
         Ok(())
     }
 
-    /// Computes the next step of a batch that nobody has asked for yet. An error is kept for the next call.
-    fn run_ahead(&mut self, id: u64) {
+    /// Computes the next step of a batch that nobody has asked for yet, or what is left of it when it was launched before the
+    /// answer. An error is kept for the next call.
+    fn run_ahead(&mut self, id: u64, launched: Option<Launched>) {
         let Ok(mut batch) = self.store.take(id) else { return };
+        let model = &mut *self.model;
+        let collected = match launched {
+            Some(launched) => step::collect(model, &mut batch, launched, &self.liveness),
+            None => Ok(()),
+        };
         let rows = batch.rows_with_slots().collect();
-        match step::compute(&mut *self.model, &mut self.step, &mut batch, rows, &self.liveness) {
+        let computed =
+            collected.and_then(|()| step::compute(model, &mut self.step, &mut batch, rows, &self.liveness));
+        match computed {
             Ok(()) => self.store.put(batch),
             Err(error) => self.failure = Some(error),
         }
@@ -259,9 +275,9 @@ impl Engine {
         }
         let forward = received.elapsed();
         let (rank, world_size) = (self.options.rank as u64, self.options.world_size as u64);
-        let generations = batch.take_step(&self.vocabulary, self.max_prefill_tokens, |request_id| {
-            request_id % world_size == rank
-        })?;
+        batch.advance(self.max_prefill_tokens);
+        self.launched = self.launch_ahead(&batch)?;
+        let generations = batch.report(&self.vocabulary, |request_id| request_id % world_size == rank)?;
         let next_batch = (!batch.is_finished()).then(|| batch.describe(self.model.info().block_size));
         if next_batch.is_some() {
             self.store.put(batch);
@@ -271,6 +287,16 @@ impl Engine {
         let total = received.elapsed();
         let timings = StepTimings { forward, decode: total.saturating_sub(forward), total, concat };
         Ok(StepReply { generations, batch: next_batch, timings })
+    }
+
+    /// Hands the next step of a batch to a device that works by itself, before texts are made and the answer is out: it is never
+    /// without work. On other devices the answer would have to wait.
+    fn launch_ahead(&mut self, batch: &Batch) -> Result<Option<Launched>, ModelError> {
+        if !self.options.run_ahead || !self.model.info().device.is_asynchronous {
+            return Ok(None);
+        }
+        let rows = batch.rows_before_report(&self.vocabulary);
+        step::launch(&mut *self.model, &mut self.step, batch, rows, &self.liveness)
     }
 
     fn filter_batch(&mut self, batch_id: u64, request_ids: &[u64]) -> Result<CachedBatch, String> {
@@ -327,7 +353,8 @@ impl Engine {
         while !batch.is_finished() {
             let rows = batch.rows().collect();
             step::compute(&mut *self.model, &mut self.step, &mut batch, rows, &self.liveness)?;
-            batch.take_step(&self.vocabulary, usize::MAX, |_| true)?;
+            batch.advance(usize::MAX);
+            batch.report(&self.vocabulary, |_| true)?;
         }
         Ok(())
     }

@@ -58,6 +58,8 @@ pub(super) struct Sequence {
     pub prompt_logprobs: Option<Vec<f32>>,
     /// The result of a step that ran ahead.
     pub pending: Option<Pending>,
+    /// The last of `ids`, of which nobody has been told.
+    unreported: Option<Sampled>,
     stopping: Stopping,
     detokenizer: Detokenizer,
     is_finished: bool,
@@ -115,6 +117,7 @@ impl Sequence {
             top_n: request.top_n,
             prompt_logprobs,
             pending: None,
+            unreported: None,
             stopping,
             detokenizer,
             is_finished: false,
@@ -131,19 +134,33 @@ impl Sequence {
         self.computed_len + self.next_len <= self.num_slots
     }
 
-    /// Takes what a step has computed into the sequence. `is_reported`: whether this rank reports it.
+    /// Takes what a step has computed into the sequence, as far as the next step needs it.
+    pub(super) fn advance(&mut self) {
+        let Some(pending) = self.pending.take() else { return };
+        self.computed_len += self.next_len;
+        if let Pending::Token(sampled) = pending {
+            self.ids.push(sampled.id);
+            self.unreported = Some(sampled);
+        }
+    }
+
+    /// Whether another token may follow, as far as that can be told without the text of the last one.
+    pub(super) fn may_go_on(&self, vocabulary: &Vocabulary) -> bool {
+        let ends = |token: &Sampled| self.stopping.ends_with(token.id, vocabulary.eos_token_ids());
+        !self.is_finished && !self.unreported.as_ref().is_some_and(ends)
+    }
+
+    /// Makes the text of the token that [`Sequence::advance`] took, and finds out whether it is the last. `is_reported`: whether
+    /// this rank reports it.
     ///
     /// # Errors
     /// The tokenizer's own words.
-    pub(super) fn take_step(
+    pub(super) fn report(
         &mut self,
         vocabulary: &Vocabulary,
         is_reported: bool,
     ) -> Result<Option<Generation>, String> {
-        let Some(pending) = self.pending.take() else { return Ok(None) };
-        self.computed_len += self.next_len;
-        let Pending::Token(sampled) = pending else { return Ok(None) };
-        self.ids.push(sampled.id);
+        let Some(sampled) = self.unreported.take() else { return Ok(None) };
         // Text costs time: where nobody is told and nothing depends on it, it is not made.
         let text = if is_reported || self.stopping.needs_text() {
             self.detokenizer.next_text(&self.ids, vocabulary)?

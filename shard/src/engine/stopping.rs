@@ -50,14 +50,19 @@ impl Stopping {
         !self.params.stop_sequences.is_empty()
     }
 
+    /// Whether the next token, should it be `id`, is the last whatever its text.
+    pub(super) fn ends_with(&self, id: u32, eos_token_ids: &[u32]) -> bool {
+        self.generated + 1 >= self.params.max_new_tokens
+            || (!self.params.ignore_eos && eos_token_ids.contains(&id))
+    }
+
     /// Takes the next token and the text it completed; says whether and why the request ends with it.
     pub(super) fn push(&mut self, id: u32, text: &str, eos_token_ids: &[u32]) -> Option<FinishReason> {
+        let is_end = self.ends_with(id, eos_token_ids);
         self.generated += 1;
-        if self.generated >= self.params.max_new_tokens {
-            return Some(FinishReason::Length);
-        }
-        if !self.params.ignore_eos && eos_token_ids.contains(&id) {
-            return Some(FinishReason::EosToken);
+        if is_end {
+            let is_full = self.generated >= self.params.max_new_tokens;
+            return Some(if is_full { FinishReason::Length } else { FinishReason::EosToken });
         }
         if !self.needs_text() {
             return None;

@@ -8,11 +8,12 @@ use super::text::word_positions;
 
 /// Which of our crates each crate may depend on. `launcher`, `shard`, `router` and `benchmark` never import one
 /// another: they meet through argv, environment, gRPC and HTTP.
-const ALLOWED_IMPORTS: [(&str, &[&str]); 11] = [
+const ALLOWED_IMPORTS: [(&str, &[&str]); 12] = [
     ("proto", &[]),
     ("hub", &[]),
     ("process", &[]),
-    ("backend", &[]),
+    ("kernels", &[]),
+    ("backend", &["kernels"]),
     ("models", &["backend", "hub"]),
     ("shard", &["models", "backend", "proto", "hub", "process"]),
     ("router", &["proto", "hub", "process"]),

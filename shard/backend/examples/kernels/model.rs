@@ -124,7 +124,7 @@ impl Model {
             backend.rope(RopeFrequencies { inv_freq, scale: 1.0, style: RopeStyle::Half, beyond: None })?;
         let layout = KvLayout { num_layers: LAYERS, num_kv_heads: 3, head_dim: 64, block_size: 16, dtype };
         let cache = backend.kv_cache(layout, MAX_CONTEXT / 16 + 1)?;
-        let buffer = |width| backend.buffer(MAX_TOKENS, width);
+        let buffer = |width| backend.buffer(MAX_TOKENS, width, DType::F32);
         let buffers = Buffers {
             hidden: buffer(HIDDEN)?,
             normed: buffer(HIDDEN)?,
@@ -132,8 +132,8 @@ impl Model {
             attended: buffer(HIDDEN)?,
             gate_up: buffer(2 * INTERMEDIATE)?,
             activated: buffer(INTERMEDIATE)?,
-            last: backend.buffer(16, HIDDEN)?,
-            logits: backend.buffer(16, VOCAB)?,
+            last: backend.buffer(16, HIDDEN, DType::F32)?,
+            logits: backend.buffer(16, VOCAB, DType::F32)?,
         };
         let norm = backend.vector(vec![1.0; HIDDEN])?;
         Ok(Model { backend, layers, head, norm, rope, cache, buffers, last_token: 0 })

@@ -28,8 +28,8 @@ mod quantized_linear;
 mod rope;
 mod router;
 mod rows;
-mod sampling;
-mod step_check;
+pub(crate) mod sampling;
+
 mod threads;
 
 use std::cell::{Cell, RefCell};

@@ -32,6 +32,20 @@ impl RowNorm<'_> {
         });
     }
 
+    /// `x = norm(x)`.
+    pub(super) fn apply_in_place(&self, (kernels, threads): (&Kernels, &mut Threads), x: &mut CpuBuffer) {
+        self.check(x.width(), x);
+        // SAFETY: the processor has the instruction set.
+        for_each_row(threads, x, &|_, row| unsafe {
+            match *self {
+                RowNorm::Rms { weight, eps } => (kernels.rms_norm_in_place)(row, weight, eps),
+                RowNorm::Layer { weight, bias, eps } => {
+                    (kernels.layer_norm_in_place)(row, (weight, bias), eps);
+                }
+            }
+        });
+    }
+
     /// `residual += delta; out = norm(residual)`.
     pub(super) fn add_and_apply(
         &self,

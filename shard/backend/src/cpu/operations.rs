@@ -10,7 +10,7 @@ use super::rows::{SMALL, for_each_row, for_rows};
 use super::threads::{SharedMut, part};
 use super::{
     CpuBackend, CpuBuffer, CpuExperts, CpuKvCache, CpuRope, CpuVector, PackedLinear, heads, matmul, memory,
-    norm, rope, step_check,
+    norm, rope,
 };
 use crate::sampling::{Sampled, SamplingRow};
 use crate::{
@@ -27,7 +27,7 @@ impl Backend for CpuBackend {
     type KvCache = CpuKvCache;
 
     fn device(&self) -> DeviceInfo {
-        DeviceInfo { device_type: "cpu", description: self.description.clone() }
+        DeviceInfo { device_type: "cpu", description: self.description.clone(), is_asynchronous: false }
     }
 
     fn memory(&self) -> Result<MemoryInfo, BackendError> {
@@ -47,7 +47,16 @@ impl Backend for CpuBackend {
         512
     }
 
-    fn buffer(&self, max_rows: usize, width: usize) -> Result<CpuBuffer, BackendError> {
+    fn keeps_quantized(&self) -> bool {
+        true
+    }
+
+    fn default_kv_dtype(&self, dtype: DType) -> DType {
+        // float16 keeps three bits more than bfloat16, and keys and values are far from its limits.
+        if dtype == DType::F32 { DType::F32 } else { DType::F16 }
+    }
+
+    fn buffer(&self, max_rows: usize, width: usize, _dtype: DType) -> Result<CpuBuffer, BackendError> {
         CpuBuffer::new(max_rows, width)
     }
 
@@ -89,7 +98,7 @@ impl Backend for CpuBackend {
     }
 
     fn begin_step(&mut self, step: &StepInput) -> Result<(), BackendError> {
-        step_check::check(step)?;
+        crate::step_check::check(step)?;
         self.step.clone_from(step);
         self.step_number += 1;
         Ok(())
@@ -156,6 +165,17 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
+    fn rms_norm_in_place(
+        &mut self,
+        x: &mut CpuBuffer,
+        weight: &CpuVector,
+        eps: f32,
+    ) -> Result<(), BackendError> {
+        let tools = (self.kernels, self.threads.get_mut());
+        RowNorm::Rms { weight: &weight.0, eps }.apply_in_place(tools, x);
+        Ok(())
+    }
+
     fn add_rms_norm(
         &mut self,
         residual: &mut CpuBuffer,
@@ -177,6 +197,17 @@ impl Backend for CpuBackend {
     ) -> Result<(), BackendError> {
         let tools = (self.kernels, self.threads.get_mut());
         RowNorm::Layer { weight: &weight.0, bias: &bias.0, eps }.apply(tools, x, out);
+        Ok(())
+    }
+
+    fn layer_norm_in_place(
+        &mut self,
+        x: &mut CpuBuffer,
+        (weight, bias): (&CpuVector, &CpuVector),
+        eps: f32,
+    ) -> Result<(), BackendError> {
+        let tools = (self.kernels, self.threads.get_mut());
+        RowNorm::Layer { weight: &weight.0, bias: &bias.0, eps }.apply_in_place(tools, x);
         Ok(())
     }
 
@@ -507,7 +538,7 @@ impl CpuBackend {
         );
         let fits = (self.step_number, cache.num_blocks(), layout.block_size);
         if self.checked.get() != fits {
-            step_check::check_cache(&self.step, cache.num_blocks(), layout.block_size)?;
+            crate::step_check::check_cache(&self.step, cache.num_blocks(), layout.block_size)?;
             self.checked.set(fits);
         }
         Ok(())

@@ -28,7 +28,7 @@ impl PlainLinear {
         kernels: &TypedKernels,
         (threads, arena): (&mut Threads, &mut Arena),
     ) -> Result<Self, BackendError> {
-        let in_features = check(parts)?;
+        let in_features = HostMatrix::common_columns(parts)?;
         let out_features = parts.iter().map(|part| part.rows).sum::<usize>();
         let steps = in_features.div_ceil(kernels.step_inputs);
         let panels = out_features.div_ceil(LANES);
@@ -78,38 +78,6 @@ impl PlainLinear {
             }
         }
     }
-}
-
-/// The common number of columns; an error says which part does not fit.
-fn check(parts: &[HostMatrix<'_>]) -> Result<usize, BackendError> {
-    let refuse = |reason: String| BackendError::Device { operation: "packing a weight".to_owned(), reason };
-    let Some(first) = parts.first() else { return Err(refuse("no matrix was given".to_owned())) };
-    for (index, part) in parts.iter().enumerate() {
-        if part.cols != first.cols {
-            return Err(refuse(format!(
-                "part {index} has {} columns, the first has {}",
-                part.cols, first.cols
-            )));
-        }
-        let needed = match part.rows {
-            0 => 0,
-            rows => ((rows - 1) * part.row_stride + part.cols) * part.dtype.size_bytes(),
-        };
-        if part.row_stride < part.cols || part.bytes.len() < needed {
-            return Err(refuse(format!(
-                "part {index} ({} x {} {}, stride {}) needs {needed} bytes, has {}",
-                part.rows,
-                part.cols,
-                part.dtype,
-                part.row_stride,
-                part.bytes.len()
-            )));
-        }
-    }
-    if first.cols == 0 {
-        return Err(refuse("it has no columns".to_owned()));
-    }
-    Ok(first.cols)
 }
 
 /// Row `row` of the stacked parts.

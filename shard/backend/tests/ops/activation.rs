@@ -1,8 +1,8 @@
 //! Gated activations, factors and soft caps.
 
-use backend::{Activation, Backend};
+use backend::{Activation, Backend, DType};
 
-use crate::cases::{Random, on_every_backend, upload};
+use crate::cases::{Random, activation_types, on_every_backend, random_as, rounded, upload_as};
 use crate::tolerances::{ACTIVATION, assert_close};
 
 /// The error function by its Taylor series, and 1 where that is within 1e-15.
@@ -31,16 +31,24 @@ fn reference(x: f64, activation: Activation) -> f64 {
     }
 }
 
+/// Every activation with every type that values may have.
+fn activations<B: Backend>(backend: &B) -> Vec<(Activation, DType)> {
+    let all = [Activation::Silu, Activation::GeluTanh, Activation::Gelu, Activation::Relu];
+    let pairs = |&dtype: &DType| all.map(|activation| (activation, dtype));
+    activation_types(backend).iter().flat_map(pairs).collect()
+}
+
 fn agrees<B: Backend>(backend: &mut B) {
     let mut random = Random(5);
-    for activation in [Activation::Silu, Activation::GeluTanh, Activation::Gelu, Activation::Relu] {
+    for (activation, dtype) in activations(backend) {
         for (rows, width) in [(1, 1536), (3, 17), (65, 130)] {
-            let mut x: Vec<f32> = random.vector(rows * 2 * width).iter().map(|x| x * 2.0).collect();
+            let values = random.vector(rows * 2 * width);
+            let mut x: Vec<f32> = values.iter().map(|x| rounded(x * 2.0, dtype)).collect();
             // Far out, where exponentials overflow.
             x[0] = 120.0;
             x[1] = -120.0;
-            let input = upload(backend, &x, 2 * width);
-            let mut out = backend.buffer(rows, width).unwrap();
+            let input = upload_as(backend, &x, 2 * width, dtype);
+            let mut out = backend.buffer(rows, width, dtype).unwrap();
             backend.gated_activation(&input, activation, &mut out).unwrap();
             let mut expected = Vec::new();
             let mut magnitude = Vec::new();
@@ -52,11 +60,11 @@ fn agrees<B: Backend>(backend: &mut B) {
                 }
             }
             assert_close(
-                &format!("{activation:?}"),
+                &format!("{activation:?} of {dtype}"),
                 &backend.read(&out).unwrap(),
                 &expected,
                 &magnitude,
-                ACTIVATION,
+                ACTIVATION.stored_as(dtype),
             );
         }
     }
@@ -64,45 +72,55 @@ fn agrees<B: Backend>(backend: &mut B) {
 
 fn elementwise_agrees<B: Backend>(backend: &mut B) {
     let mut random = Random(15);
-    for (rows, width) in [(1, 17), (3, 130), (65, 300)] {
-        let x: Vec<f32> = random.vector(rows * width).iter().map(|x| x * 40.0).collect();
-        let mut scaled = upload(backend, &x, width);
+    let sizes = [(1, 17), (3, 130), (65, 300)];
+    let cases = activation_types(backend).iter().flat_map(|&dtype| sizes.map(|size| (dtype, size)));
+    for (dtype, (rows, width)) in cases {
+        let x: Vec<f32> = random.vector(rows * width).iter().map(|x| rounded(x * 40.0, dtype)).collect();
+        let mut scaled = upload_as(backend, &x, width, dtype);
         backend.scale(&mut scaled, 0.6).unwrap();
-        let expected: Vec<f32> = x.iter().map(|x| x * 0.6).collect();
+        let expected: Vec<f32> = x.iter().map(|x| rounded(x * 0.6, dtype)).collect();
         assert_eq!(backend.read(&scaled).unwrap(), expected, "one rounding");
 
-        let mut capped = upload(backend, &x, width);
+        let mut capped = upload_as(backend, &x, width, dtype);
         backend.soft_cap(&mut capped, 30.0).unwrap();
         let expected: Vec<f64> = x.iter().map(|&x| 30.0 * (f64::from(x) / 30.0).tanh()).collect();
         let magnitude = vec![30.0; expected.len()];
-        assert_close("soft_cap", &backend.read(&capped).unwrap(), &expected, &magnitude, ACTIVATION);
+        let found = backend.read(&capped).unwrap();
+        assert_close("soft_cap", &found, &expected, &magnitude, ACTIVATION.stored_as(dtype));
     }
 }
 
 fn activations_alone_agree<B: Backend>(backend: &mut B) {
     let mut random = Random(33);
-    for activation in [Activation::Silu, Activation::GeluTanh, Activation::Gelu, Activation::Relu] {
+    for (activation, dtype) in activations(backend) {
         for (rows, width) in [(1, 1536), (3, 17), (65, 130)] {
-            let x: Vec<f32> = random.vector(rows * width).iter().map(|x| x * 2.0).collect();
-            let mut buffer = upload(backend, &x, width);
+            let x: Vec<f32> = random.vector(rows * width).iter().map(|x| rounded(x * 2.0, dtype)).collect();
+            let mut buffer = upload_as(backend, &x, width, dtype);
             backend.activate(&mut buffer, activation).unwrap();
             let magnitude: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
             let expected: Vec<f64> = magnitude.iter().map(|&x| reference(x, activation)).collect();
             let found = backend.read(&buffer).unwrap();
-            assert_close(&format!("{activation:?} alone"), &found, &expected, &magnitude, ACTIVATION);
+            let what = format!("{activation:?} of {dtype} alone");
+            assert_close(&what, &found, &expected, &magnitude, ACTIVATION.stored_as(dtype));
         }
     }
 }
 
 fn sums_and_limits_are_exact<B: Backend>(backend: &mut B) {
     let mut random = Random(34);
-    for (rows, width) in [(1, 33), (70, 130)] {
-        let (x, y) = (random.vector(rows * width), random.vector(rows * width));
-        let mut buffer = upload(backend, &x, width);
-        let addend = upload(backend, &y, width);
+    let types = activation_types(backend);
+    // The residual stream is f32, whatever is added.
+    let pairs = types.iter().flat_map(|&dtype| [(dtype, dtype), (DType::F32, dtype)]);
+    for ((dtype, added), (rows, width)) in
+        pairs.flat_map(|pair| [(1, 33), (70, 130)].map(|size| (pair, size)))
+    {
+        let x = random_as(&mut random, rows * width, dtype);
+        let y = random_as(&mut random, rows * width, added);
+        let mut buffer = upload_as(backend, &x, width, dtype);
+        let addend = upload_as(backend, &y, width, added);
         backend.add(&mut buffer, &addend).unwrap();
-        let sum: Vec<f32> = x.iter().zip(&y).map(|(x, y)| x + y).collect();
-        assert_eq!(backend.read(&buffer).unwrap(), sum);
+        let sum: Vec<f32> = x.iter().zip(&y).map(|(x, y)| rounded(x + y, dtype)).collect();
+        assert_eq!(backend.read(&buffer).unwrap(), sum, "{added} added to {dtype}");
         backend.clamp(&mut buffer, 0.75).unwrap();
         let clamped: Vec<f32> = sum.iter().map(|x| x.clamp(-0.75, 0.75)).collect();
         assert_eq!(backend.read(&buffer).unwrap(), clamped);

@@ -113,7 +113,7 @@ fn check<B: Backend>(
     let mut qkv = upload(backend, &rows, width);
     let step = step_of(parts);
     backend.begin_step(&step).unwrap();
-    let mut out = backend.buffer(step.num_tokens(), shape.num_heads * shape.head_dim).unwrap();
+    let mut out = backend.buffer(step.num_tokens(), shape.num_heads * shape.head_dim, DType::F32).unwrap();
     backend.rope_and_store_kv(&mut qkv, None, shape, 1, cache).unwrap();
     backend.attention(&qkv, shape, 1, cache, &mut out).unwrap();
     let expected: Vec<f64> = parts
@@ -224,7 +224,7 @@ fn rounding_of_the_cache_stays_within_its_tolerance() {
         let mut cache = backend.kv_cache(layout, blocks).unwrap();
         let mut qkv = upload(&mut backend, &found[0].qkv, shape.qkv_width());
         backend.begin_step(&step_of(&[(&found[0], 0, 200)])).unwrap();
-        let mut out = backend.buffer(200, 576).unwrap();
+        let mut out = backend.buffer(200, 576, DType::F32).unwrap();
         backend.rope_and_store_kv(&mut qkv, None, &shape, 0, &mut cache).unwrap();
         backend.attention(&qkv, &shape, 0, &cache, &mut out).unwrap();
         let expected: Vec<f64> =

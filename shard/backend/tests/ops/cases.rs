@@ -13,6 +13,11 @@ macro_rules! on_every_backend {
             eprintln!("on {name}");
             $body(&mut backend);
         }
+        #[cfg(feature = "cuda")]
+        if let Some(mut backend) = crate::cases::cuda() {
+            eprintln!("on CUDA");
+            $body(&mut backend);
+        }
     };
 }
 pub(crate) use on_every_backend;
@@ -23,6 +28,17 @@ pub(crate) fn cpu_backends() -> Vec<(String, CpuBackend)> {
     isas.zip([1, 3, 1, 2, 2])
         .map(|(isa, threads)| (format!("{isa}, {threads} threads"), cpu(isa, threads)))
         .collect()
+}
+
+/// The CUDA backend, where there is a device. Where there is one it has to work.
+#[cfg(feature = "cuda")]
+pub(crate) fn cuda() -> Option<backend::cuda::CudaBackend> {
+    use backend::cuda::{CudaBackend, CudaOptions};
+    if let Err(error) = CudaBackend::find_device(0) {
+        eprintln!("not on CUDA: {error}");
+        return None;
+    }
+    Some(CudaBackend::new(CudaOptions::default(), Box::new(Single)).unwrap())
 }
 
 /// One CPU backend.
@@ -102,12 +118,38 @@ pub(crate) fn prompt(tokens: usize) -> StepInput {
     }
 }
 
-/// A buffer with `values` `[rows, width]`: rows of an embedding table are the only way in that every backend has. It
-/// begins a step of its own.
+/// A buffer of f32 with `values` `[rows, width]`, see [`upload_as`].
 pub(crate) fn upload<B: Backend>(backend: &mut B, values: &[f32], width: usize) -> B::Buffer {
+    upload_as(backend, values, width, DType::F32)
+}
+
+/// Types that activations may have: the CPU has only one.
+pub(crate) fn activation_types<B: Backend>(backend: &B) -> &'static [DType] {
+    let all = &[DType::F32, DType::BF16, DType::F16];
+    if backend.device().device_type == "cpu" { &all[..1] } else { all }
+}
+
+/// The type of activations that are multiplied with weights of `dtype`.
+pub(crate) fn activations_beside<B: Backend>(backend: &B, dtype: DType) -> DType {
+    if backend.device().device_type == "cpu" { DType::F32 } else { dtype }
+}
+
+/// Random values that `dtype` can have.
+pub(crate) fn random_as(random: &mut Random, len: usize, dtype: DType) -> Vec<f32> {
+    random.vector(len).into_iter().map(|value| rounded(value, dtype)).collect()
+}
+
+/// A buffer of `dtype` with `values` `[rows, width]`: rows of an embedding table are the only way in that every backend has. It
+/// begins a step of its own.
+pub(crate) fn upload_as<B: Backend>(
+    backend: &mut B,
+    values: &[f32],
+    width: usize,
+    dtype: DType,
+) -> B::Buffer {
     let rows = values.len() / width;
     let table = backend.linear(&[matrix(values, rows, width, DType::F32)], DType::F32).unwrap();
-    let mut buffer = backend.buffer(rows, width).unwrap();
+    let mut buffer = backend.buffer(rows, width, dtype).unwrap();
     backend.begin_step(&prompt(rows)).unwrap();
     backend.embed(&table, 0, &mut buffer).unwrap();
     buffer

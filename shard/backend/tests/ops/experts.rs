@@ -5,7 +5,9 @@ use backend::{
     WeightNormalization,
 };
 
-use crate::cases::{Random, matrix, on_every_backend, rounded, upload};
+use crate::cases::{
+    Random, activations_beside, matrix, on_every_backend, random_as, rounded, upload, upload_as,
+};
 use crate::tolerances::{self, assert_close};
 
 const PLAIN: Routing = Routing {
@@ -148,13 +150,14 @@ fn agrees<B: Backend>(backend: &mut B, sizes: Sizes, routing: &Routing, has_corr
     {
         let mut random = Random(rows as u64 + 31);
         let mixture = Mixture::random(backend, &mut random, sizes, activation, dtype);
-        let x = random.vector(rows * hidden);
+        let activations = activations_beside(backend, dtype);
+        let x = random_as(&mut random, rows * hidden, activations);
         let logits = random.vector(rows * experts);
         let correction = has_correction.then(|| random.vector(experts));
         let correction_vector = correction.clone().map(|correction| backend.vector(correction).unwrap());
         let logits_buffer = upload(backend, &logits, experts);
-        let input = upload(backend, &x, hidden);
-        let mut out = backend.buffer(rows, hidden).unwrap();
+        let input = upload_as(backend, &x, hidden, activations);
+        let mut out = backend.buffer(rows, hidden, activations).unwrap();
         backend
             .mixture_of_experts(
                 &input,
@@ -177,15 +180,23 @@ fn agrees<B: Backend>(backend: &mut B, sizes: Sizes, routing: &Routing, has_corr
             &backend.read(&out).unwrap(),
             &expected,
             &magnitudes,
-            tolerances::experts(dtype),
+            tolerances::experts(dtype).stored_as(activations),
         );
     }
 }
 
 fn sizes_agree<B: Backend>(backend: &mut B) {
-    for (rows, hidden, width, experts) in
-        [(1, 33, 17, 4), (1, 64, 48, 7), (3, 16, 5, 2), (29, 40, 65, 5), (130, 47, 31, 3), (70, 80, 16, 33)]
-    {
+    for (rows, hidden, width, experts) in [
+        (1, 33, 17, 4),
+        (1, 64, 48, 7),
+        (3, 16, 5, 2),
+        (8, 264, 136, 9),
+        (29, 40, 65, 5),
+        (130, 47, 31, 3),
+        (70, 80, 16, 33),
+        (40, 136, 72, 5),
+        (300, 64, 144, 4),
+    ] {
         agrees(backend, Sizes { rows, hidden, width, experts }, &PLAIN, false);
     }
 }
@@ -235,7 +246,7 @@ fn first_of_equals<B: Backend>(backend: &mut B) {
     let x = random.vector(16);
     let input = upload(backend, &x, 16);
     let logits = upload(backend, &[0.5, 1.0, 1.0, 0.0, 1.0, 1.0], 6);
-    let mut out = backend.buffer(1, 16).unwrap();
+    let mut out = backend.buffer(1, 16, DType::F32).unwrap();
     let routing = Routing { normalization: WeightNormalization::Sum, ..PLAIN };
     backend.mixture_of_experts(&input, &logits, (&routing, None), &mixture.experts, &mut out).unwrap();
     let (expected, magnitude) = mixture.reference(&x, &[(1, 0.5), (2, 0.5)], Activation::Silu);
@@ -284,10 +295,13 @@ fn quantized_agree<B: Backend>(backend: &mut B) {
         }
         let experts = backend.experts(linears, Activation::Silu).unwrap();
         let mixture = Mixture::<B> { experts, gate_up, down };
-        let (x, logits) = (random.vector(rows * hidden), random.vector(rows * num_experts));
+        // Where quantized weights are not kept they become float16.
+        let activations = activations_beside(backend, DType::F16);
+        let x = random_as(&mut random, rows * hidden, activations);
+        let logits = random.vector(rows * num_experts);
         let logits_buffer = upload(backend, &logits, num_experts);
-        let input = upload(backend, &x, hidden);
-        let mut out = backend.buffer(rows, hidden).unwrap();
+        let input = upload_as(backend, &x, hidden, activations);
+        let mut out = backend.buffer(rows, hidden, activations).unwrap();
         let routing = (&PLAIN, None);
         backend.mixture_of_experts(&input, &logits_buffer, routing, &mixture.experts, &mut out).unwrap();
         let (mut expected, mut magnitudes) = (Vec::new(), Vec::new());
@@ -299,7 +313,8 @@ fn quantized_agree<B: Backend>(backend: &mut B) {
         }
         let what = format!("{rows} rows, quantized");
         let found = backend.read(&out).unwrap();
-        assert_close(&what, &found, &expected, &magnitudes, tolerances::QUANTIZED_EXPERTS);
+        let tolerance = tolerances::QUANTIZED_EXPERTS.stored_as(activations);
+        assert_close(&what, &found, &expected, &magnitudes, tolerance);
     }
 }
 

@@ -29,7 +29,7 @@ fn check<B: Backend>(backend: &mut B, what: &str, x: &[f32], values: &[f32], inp
     let weight: Vec<f32> = values.iter().map(|&x| rounded(x, DType::BF16)).collect();
     let input = upload(backend, x, inputs);
     let packed = backend.linear(&[matrix(values, outputs, inputs, DType::BF16)], DType::BF16).unwrap();
-    let mut out = backend.buffer(rows, outputs).unwrap();
+    let mut out = backend.buffer(rows, outputs, DType::F32).unwrap();
     backend.matmul(&input, &packed, None, &mut out).unwrap();
     let (expected, magnitudes) = reference(x, &weight, inputs);
     let found = backend.read(&out).unwrap();
@@ -119,7 +119,7 @@ fn not_a_number<B: Backend>(backend: &mut B) {
         values[11 * inputs + 100] = bad;
         let input = upload(backend, &x, inputs);
         let packed = backend.linear(&[matrix(&values, outputs, inputs, DType::BF16)], DType::BF16).unwrap();
-        let mut out = backend.buffer(rows, outputs).unwrap();
+        let mut out = backend.buffer(rows, outputs, DType::F32).unwrap();
         backend.matmul(&input, &packed, None, &mut out).unwrap();
         for (index, found) in backend.read(&out).unwrap().into_iter().enumerate() {
             let is_bad = index / outputs == 7 || index % outputs == 11;

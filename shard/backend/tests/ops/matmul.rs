@@ -50,7 +50,7 @@ fn agrees_with_plain_sums<B: Backend>(backend: &mut B) {
             let input = upload(backend, &x, inputs);
             let packed = backend.linear(&[matrix(&values, outputs, inputs, stored)], dtype).unwrap();
             let bias_vector = bias.clone().map(|bias| backend.vector(bias).unwrap());
-            let mut out = backend.buffer(rows, outputs).unwrap();
+            let mut out = backend.buffer(rows, outputs, DType::F32).unwrap();
             backend.matmul(&input, &packed, bias_vector.as_ref(), &mut out).unwrap();
             let (expected, magnitudes) = reference(&x, &weight, bias.as_deref(), inputs);
             let what = format!("{rows} x {inputs} -> {outputs}, {stored} as {dtype}");
@@ -88,7 +88,7 @@ fn stacks_windows<B: Backend>(backend: &mut B) {
         weight.extend(second.iter().map(|&x| rounded(rounded(x, DType::F16), dtype)));
         let x = random.vector(3 * cols);
         let input = upload(backend, &x, cols);
-        let mut out = backend.buffer(3, 33).unwrap();
+        let mut out = backend.buffer(3, 33, DType::F32).unwrap();
         backend.matmul(&input, &packed, None, &mut out).unwrap();
         let (expected, magnitudes) = reference(&x, &weight, None, cols);
         let what = format!("stacked as {dtype}");
@@ -128,7 +128,7 @@ fn row_alone_equals_row_in_batch<B: Backend>(backend: &mut B) {
         .linear(&[matrix(&random.vector(inputs * outputs), outputs, inputs, DType::BF16)], DType::BF16)
         .unwrap();
     let x = random.vector(rows * inputs);
-    let mut out = backend.buffer(rows, outputs).unwrap();
+    let mut out = backend.buffer(rows, outputs, DType::F32).unwrap();
     let input = upload(backend, &x, inputs);
     backend.matmul(&input, &packed, None, &mut out).unwrap();
     let together = backend.read(&out).unwrap();

@@ -1,8 +1,8 @@
 //! RMSNorm and LayerNorm, alone and with the residual.
 
-use backend::{Backend, SplitNorm};
+use backend::{Backend, DType, SplitNorm};
 
-use crate::cases::{Random, on_every_backend, upload};
+use crate::cases::{Random, activation_types, on_every_backend, random_as, rounded, upload, upload_as};
 use crate::tolerances::{NORM, assert_close};
 
 fn reference(x: &[f32], weight: &[f32], eps: f64) -> Vec<f64> {
@@ -11,24 +11,44 @@ fn reference(x: &[f32], weight: &[f32], eps: f64) -> Vec<f64> {
     x.iter().zip(weight).map(|(&x, &w)| f64::from(x) * factor * f64::from(w)).collect()
 }
 
+/// Sizes of rows: also some that no vector divides, and one that is too wide to be kept in registers.
+const SIZES: [(usize, usize); 9] =
+    [(1, 576), (3, 17), (17, 63), (65, 128), (1, 1), (2, 4096), (129, 264), (1, 16_384), (2, 20_000)];
+
 fn agrees<B: Backend>(backend: &mut B) {
     let mut random = Random(4);
-    for (rows, width) in [(1, 576), (3, 17), (17, 63), (65, 128), (1, 1)] {
-        let (x, delta, weight) =
-            (random.vector(rows * width), random.vector(rows * width), random.vector(width));
-        let norm = backend.vector(weight.clone()).unwrap();
-        let mut out = backend.buffer(rows, width).unwrap();
-        let mut residual = upload(backend, &x, width);
-        backend.rms_norm(&residual, &norm, 1e-5, &mut out).unwrap();
-        let expected: Vec<f64> = x.chunks(width).flat_map(|row| reference(row, &weight, 1e-5)).collect();
-        assert_close("rms_norm", &backend.read(&out).unwrap(), &expected, &expected, NORM);
+    for &dtype in activation_types(backend) {
+        for (rows, width) in SIZES {
+            let x = random.vector(rows * width);
+            let (delta, weight) = (random_as(&mut random, rows * width, dtype), random.vector(width));
+            let norm = backend.vector(weight.clone()).unwrap();
+            let expected = |x: &[f32]| -> Vec<f64> {
+                x.chunks(width).flat_map(|row| reference(row, &weight, 1e-5)).collect()
+            };
+            let tolerance = NORM.stored_as(dtype);
+            let mut out = backend.buffer(rows, width, dtype).unwrap();
+            let mut residual = upload(backend, &x, width);
+            backend.rms_norm(&residual, &norm, 1e-5, &mut out).unwrap();
+            let normed = expected(&x);
+            let what = format!("rms_norm {rows} x {width} into {dtype}");
+            assert_close(&what, &backend.read(&out).unwrap(), &normed, &normed, tolerance);
 
-        let addend = upload(backend, &delta, width);
-        backend.add_rms_norm(&mut residual, &addend, (&norm, 1e-5), &mut out).unwrap();
-        let sum: Vec<f32> = x.iter().zip(&delta).map(|(a, b)| a + b).collect();
-        assert_eq!(backend.read(&residual).unwrap(), sum, "the residual is the sum");
-        let expected: Vec<f64> = sum.chunks(width).flat_map(|row| reference(row, &weight, 1e-5)).collect();
-        assert_close("add_rms_norm", &backend.read(&out).unwrap(), &expected, &expected, NORM);
+            let mut addend = upload_as(backend, &delta, width, dtype);
+            backend.add_rms_norm(&mut residual, &addend, (&norm, 1e-5), &mut out).unwrap();
+            let sum: Vec<f32> = x.iter().zip(&delta).map(|(a, b)| a + b).collect();
+            assert_eq!(backend.read(&residual).unwrap(), sum, "the residual is the sum");
+            let normed = expected(&sum);
+            assert_close("add_rms_norm", &backend.read(&out).unwrap(), &normed, &normed, tolerance);
+
+            let normed = expected(&delta);
+            let mut wide = backend.buffer(rows, width, DType::F32).unwrap();
+            backend.rms_norm(&addend, &norm, 1e-5, &mut wide).unwrap();
+            let what = format!("rms_norm of {dtype}");
+            assert_close(&what, &backend.read(&wide).unwrap(), &normed, &normed, NORM);
+            backend.rms_norm_in_place(&mut addend, &norm, 1e-5).unwrap();
+            let what = format!("rms_norm of {dtype} in place");
+            assert_close(&what, &backend.read(&addend).unwrap(), &normed, &normed, tolerance);
+        }
     }
 }
 
@@ -45,25 +65,36 @@ fn layer_reference(x: &[f32], (weight, bias): (&[f32], &[f32]), eps: f64) -> Vec
 
 fn layers_agree<B: Backend>(backend: &mut B) {
     let mut random = Random(24);
-    for (rows, width) in [(1, 576), (3, 17), (17, 63), (65, 128)] {
-        // A mean of its own, which has to go.
-        let x: Vec<f32> = random.vector(rows * width).iter().map(|x| x + 2.0).collect();
-        let (delta, weight, bias) = (random.vector(rows * width), random.vector(width), random.vector(width));
-        let (w, b) = (backend.vector(weight.clone()).unwrap(), backend.vector(bias.clone()).unwrap());
-        let expected = |x: &[f32]| -> Vec<f64> {
-            x.chunks(width).flat_map(|row| layer_reference(row, (&weight, &bias), 1e-5)).collect()
-        };
-        let magnitude = vec![4.0; rows * width];
-        let mut out = backend.buffer(rows, width).unwrap();
-        let mut residual = upload(backend, &x, width);
-        backend.layer_norm(&residual, (&w, &b), 1e-5, &mut out).unwrap();
-        assert_close("layer_norm", &backend.read(&out).unwrap(), &expected(&x), &magnitude, NORM);
+    for &dtype in activation_types(backend) {
+        for (rows, width) in SIZES.into_iter().filter(|&(_, width)| width > 1) {
+            // A mean of its own, which has to go.
+            let x: Vec<f32> = random.vector(rows * width).iter().map(|x| x + 2.0).collect();
+            let delta = random_as(&mut random, rows * width, dtype);
+            let (weight, bias) = (random.vector(width), random.vector(width));
+            let (w, b) = (backend.vector(weight.clone()).unwrap(), backend.vector(bias.clone()).unwrap());
+            let expected = |x: &[f32]| -> Vec<f64> {
+                x.chunks(width).flat_map(|row| layer_reference(row, (&weight, &bias), 1e-5)).collect()
+            };
+            let magnitude = vec![4.0; rows * width];
+            let tolerance = NORM.stored_as(dtype);
+            let mut out = backend.buffer(rows, width, dtype).unwrap();
+            let mut residual = upload(backend, &x, width);
+            backend.layer_norm(&residual, (&w, &b), 1e-5, &mut out).unwrap();
+            let what = format!("layer_norm {rows} x {width} into {dtype}");
+            assert_close(&what, &backend.read(&out).unwrap(), &expected(&x), &magnitude, tolerance);
 
-        let addend = upload(backend, &delta, width);
-        backend.add_layer_norm(&mut residual, &addend, (&w, &b, 1e-5), &mut out).unwrap();
-        let sum: Vec<f32> = x.iter().zip(&delta).map(|(a, b)| a + b).collect();
-        assert_eq!(backend.read(&residual).unwrap(), sum, "the residual is the sum");
-        assert_close("add_layer_norm", &backend.read(&out).unwrap(), &expected(&sum), &magnitude, NORM);
+            let mut addend = upload_as(backend, &delta, width, dtype);
+            backend.add_layer_norm(&mut residual, &addend, (&w, &b, 1e-5), &mut out).unwrap();
+            let sum: Vec<f32> = x.iter().zip(&delta).map(|(a, b)| a + b).collect();
+            assert_eq!(backend.read(&residual).unwrap(), sum, "the residual is the sum");
+            let found = backend.read(&out).unwrap();
+            assert_close("add_layer_norm", &found, &expected(&sum), &magnitude, tolerance);
+
+            let normed = expected(&delta);
+            backend.layer_norm_in_place(&mut addend, (&w, &b), 1e-5).unwrap();
+            let what = format!("layer_norm of {dtype} in place");
+            assert_close(&what, &backend.read(&addend).unwrap(), &normed, &magnitude, tolerance);
+        }
     }
 }
 
@@ -74,21 +105,29 @@ fn layer_norms_agree_with_plain_sums() {
 
 fn heads_agree<B: Backend>(backend: &mut B) {
     let mut random = Random(14);
-    for (rows, head_dim, width, columns) in
-        [(1, 64, 320, 0..192), (17, 20, 100, 60..100), (65, 128, 640, 128..512), (3, 6, 20, 2..14)]
-    {
-        let (x, weight) = (random.vector(rows * width), random.vector(head_dim));
-        let norm = backend.vector(weight.clone()).unwrap();
-        let mut found = upload(backend, &x, width);
-        backend.rms_norm_heads(&mut found, columns.clone(), &norm, 1e-6).unwrap();
-        let mut expected: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
-        for (row, x) in expected.chunks_mut(width).zip(x.chunks(width)) {
-            let heads = x[columns.clone()].chunks(head_dim);
-            for (out, head) in row[columns.clone()].chunks_mut(head_dim).zip(heads) {
-                out.copy_from_slice(&reference(head, &weight, 1e-6));
+    for &dtype in activation_types(backend) {
+        for (rows, head_dim, width, columns) in [
+            (1, 64, 320, 0..192),
+            (17, 20, 100, 60..100),
+            (65, 128, 640, 128..512),
+            (3, 6, 20, 2..14),
+            (2, 256, 1024, 0..768),
+            (1, 600, 1200, 0..1200),
+        ] {
+            let (x, weight) = (random_as(&mut random, rows * width, dtype), random.vector(head_dim));
+            let norm = backend.vector(weight.clone()).unwrap();
+            let mut found = upload_as(backend, &x, width, dtype);
+            backend.rms_norm_heads(&mut found, columns.clone(), &norm, 1e-6).unwrap();
+            let mut expected: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
+            for (row, x) in expected.chunks_mut(width).zip(x.chunks(width)) {
+                let heads = x[columns.clone()].chunks(head_dim);
+                for (out, head) in row[columns.clone()].chunks_mut(head_dim).zip(heads) {
+                    out.copy_from_slice(&reference(head, &weight, 1e-6));
+                }
             }
+            let found = backend.read(&found).unwrap();
+            assert_close("rms_norm_heads", &found, &expected, &expected, NORM.stored_as(dtype));
         }
-        assert_close("rms_norm_heads", &backend.read(&found).unwrap(), &expected, &expected, NORM);
     }
 }
 
@@ -104,12 +143,14 @@ fn norms_agree_with_plain_sums() {
 
 fn heads_with_own_weights_agree<B: Backend>(backend: &mut B) {
     let mut random = Random(31);
-    for (rows, heads, head_dim) in [(1, 3, 64), (5, 2, 17), (40, 9, 32)] {
+    let sizes = [(1, 3, 64), (5, 2, 17), (40, 9, 32)];
+    let cases = activation_types(backend).iter().flat_map(|&dtype| sizes.map(|size| (dtype, size)));
+    for (dtype, (rows, heads, head_dim)) in cases {
         let (before, width) = (4, 4 + heads * head_dim + 3);
-        let x: Vec<f32> = random.vector(rows * width).iter().map(|x| x + 1.0).collect();
+        let x: Vec<f32> = random.vector(rows * width).iter().map(|x| rounded(x + 1.0, dtype)).collect();
         let weight = random.vector(heads * head_dim);
         let norm = backend.vector(weight.clone()).unwrap();
-        let mut buffer = upload(backend, &x, width);
+        let mut buffer = upload_as(backend, &x, width, dtype);
         let columns = before..before + heads * head_dim;
         backend.layer_norm_heads(&mut buffer, columns.clone(), head_dim, (&norm, 1e-5)).unwrap();
         let mut expected: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
@@ -120,18 +161,21 @@ fn heads_with_own_weights_agree<B: Backend>(backend: &mut B) {
             expected[columns.clone()].iter_mut().zip(normed).for_each(|(place, value)| *place = value);
         }
         let magnitude = vec![4.0; expected.len()];
-        assert_close("layer_norm_heads", &backend.read(&buffer).unwrap(), &expected, &magnitude, NORM);
+        let found = backend.read(&buffer).unwrap();
+        assert_close("layer_norm_heads", &found, &expected, &magnitude, NORM.stored_as(dtype));
     }
 }
 
 /// On one rank; several are tested with whole models.
 fn all_heads_together_agree<B: Backend>(backend: &mut B) {
     let mut random = Random(32);
-    for (rows, width, columns) in [(1, 96, 0..64), (33, 70, 5..70)] {
-        let (x, weight) = (random.vector(rows * width), random.vector(columns.len()));
+    let sizes = [(1, 96, 0..64), (33, 70, 5..70)];
+    let cases = activation_types(backend).iter().flat_map(|&dtype| sizes.clone().map(|size| (dtype, size)));
+    for (dtype, (rows, width, columns)) in cases {
+        let (x, weight) = (random_as(&mut random, rows * width, dtype), random.vector(columns.len()));
         let norm = backend.vector(weight.clone()).unwrap();
-        let mut buffer = upload(backend, &x, width);
-        let mut squares = backend.buffer(rows, 1).unwrap();
+        let mut buffer = upload_as(backend, &x, width, dtype);
+        let mut squares = backend.buffer(rows, 1, DType::F32).unwrap();
         // Two ranks with the same columns would bring half each; here half is missing.
         for copies in [1, 2] {
             let split = SplitNorm { weight: &norm, eps: 1e-5, total_width: columns.len(), copies };
@@ -146,7 +190,7 @@ fn all_heads_together_agree<B: Backend>(backend: &mut B) {
                 expected[columns.clone()].iter_mut().zip(normed).for_each(|(place, value)| *place = value);
             }
             let found = backend.read(&buffer).unwrap();
-            assert_close("rms_norm_across_ranks", &found, &expected, &expected, NORM);
+            assert_close("rms_norm_across_ranks", &found, &expected, &expected, NORM.stored_as(dtype));
         }
     }
 }

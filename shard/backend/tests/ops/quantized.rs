@@ -1,6 +1,6 @@
 //! Products with quantized weights, packing and reading back.
 
-use backend::{Backend, QuantizedMatrix};
+use backend::{Backend, DType, QuantizedMatrix};
 
 use crate::cases::{Random, on_every_backend, prompt, upload};
 use crate::tolerances::{self, assert_close};
@@ -108,7 +108,7 @@ fn check<B: Backend>(
     assert!(backend.linear_bytes(&packed) > 0);
     let input = upload(backend, x, inputs);
     let bias_vector = bias.map(|bias| backend.vector(bias.to_vec()).unwrap());
-    let mut out = backend.buffer(x.len() / inputs, outputs).unwrap();
+    let mut out = backend.buffer(x.len() / inputs, outputs, DType::F32).unwrap();
     backend.matmul(&input, &packed, bias_vector.as_ref(), &mut out).unwrap();
     let weight: Vec<f64> = parts.iter().flat_map(plain).collect();
     let (mut expected, mut magnitudes) = (Vec::new(), Vec::new());
@@ -168,7 +168,7 @@ fn embeds<B: Backend>(backend: &mut B) {
         let mut step = prompt(4);
         step.input_ids = vec![100, 136, 99, 137];
         backend.begin_step(&step).unwrap();
-        let mut out = backend.buffer(4, 128).unwrap();
+        let mut out = backend.buffer(4, 128, DType::F32).unwrap();
         backend.embed(&packed, 100, &mut out).unwrap();
         let mut expected = vec![0.0; 4 * 128];
         table.read_row(0, &mut expected[..128]);
@@ -197,7 +197,7 @@ fn extreme_activations<B: Backend>(backend: &mut B) {
     let mut x = random.vector(64);
     x[40] = f32::NAN;
     let input = upload(backend, &x, 64);
-    let mut out = backend.buffer(1, 16).unwrap();
+    let mut out = backend.buffer(1, 16, DType::F32).unwrap();
     backend.matmul(&input, &packed, None, &mut out).unwrap();
     assert!(backend.read(&out).unwrap().iter().any(|x| x.is_nan()));
 }

@@ -1,7 +1,7 @@
 //! Random choice: its distribution over many draws, what it never draws, and what decides it.
 
-use backend::Backend;
-use backend::sampling::{SamplingParams, SamplingRow};
+use backend::sampling::{Sampled, SamplingParams, SamplingRow};
+use backend::{Backend, DType};
 
 use crate::cases::{Random, best_cpu, matrix, on_every_backend, prompt, upload};
 use crate::sampling::{log_softmax, one, plain, wide};
@@ -107,9 +107,7 @@ fn draws_follow_the_warped_distribution() {
 }
 
 /// Beyond the first look of the warpers (256 tokens) and over several parts of the search.
-#[test]
-fn large_vocabularies_keep_the_same_tokens() {
-    let mut backend = best_cpu();
+fn keep_the_same_tokens<B: Backend>(backend: &mut B) {
     let mut random = Random(13);
     let vocab = 5000;
     let logits: Vec<f32> = random.vector(vocab).iter().map(|x| x * 0.3).collect();
@@ -120,8 +118,7 @@ fn large_vocabularies_keep_the_same_tokens() {
         SamplingParams { top_k: 1000, top_p: 0.95, ..on },
     ] {
         let expected = reference(&logits, &params);
-        let found =
-            one(&mut backend, &logits, SamplingRow { params: &params, history: &[], top_n: vocab as u32 });
+        let found = one(backend, &logits, SamplingRow { params: &params, history: &[], top_n: vocab as u32 });
         let kept = expected.iter().filter(|&&p| p > 0.0).count();
         // The last token is at the edge, where f32 and f64 may differ.
         assert!(
@@ -132,6 +129,74 @@ fn large_vocabularies_keep_the_same_tokens() {
         let total: f64 = found.top.iter().map(|top| f64::from(top.1).exp()).sum();
         assert!((total - 1.0).abs() < 1e-4, "{params:?}: the reported tokens have mass {total}");
     }
+}
+
+#[test]
+fn large_vocabularies_keep_the_same_tokens() {
+    on_every_backend!(keep_the_same_tokens);
+}
+
+/// Parameters that shape the distribution of a whole vocabulary, and histories for them.
+fn shapes(random: &mut Random, vocab: usize) -> Vec<(SamplingParams, Vec<u32>)> {
+    let on = SamplingParams { do_sample: true, ..plain() };
+    let shapes = [
+        on.clone(),
+        SamplingParams { temperature: 0.6, ..on.clone() },
+        SamplingParams { top_k: 40, ..on.clone() },
+        SamplingParams { top_k: 3000, temperature: 1.7, ..on.clone() },
+        SamplingParams { top_p: 0.95, temperature: 0.8, ..on.clone() },
+        SamplingParams { top_p: 0.3, ..on.clone() },
+        SamplingParams { top_k: 50, top_p: 0.9, temperature: 0.7, repetition_penalty: 1.2, ..on.clone() },
+        SamplingParams { top_p: 0.99, repetition_penalty: 0.8, frequency_penalty: 2.0, ..on.clone() },
+        SamplingParams { typical_p: 0.7, ..on },
+        plain(),
+        SamplingParams { repetition_penalty: 1.4, frequency_penalty: 0.3, ..plain() },
+    ];
+    let mut rows = Vec::new();
+    for seed in 0..8 {
+        for params in &shapes {
+            let length = 1 + random.below(700);
+            let history = (0..length).map(|_| random.below(vocab.min(900)) as u32).collect();
+            rows.push((SamplingParams { seed, ..params.clone() }, history));
+        }
+    }
+    rows
+}
+
+/// Every backend chooses what the CPU chooses, except where rounding decides.
+fn chooses_as_the_cpu<B: Backend>(backend: &mut B) {
+    for (vocab, spread) in [(128_256, 2.5), (50_257, 1.0), (1000, 4.0)] {
+        let mut random = Random(vocab as u64);
+        let rows = shapes(&mut random, vocab);
+        let logits: Vec<f32> = random.vector(rows.len() * vocab).iter().map(|x| x * spread).collect();
+        let inputs: Vec<_> = rows
+            .iter()
+            .enumerate()
+            .map(|(index, (params, history))| SamplingRow { params, history, top_n: index as u32 % 7 })
+            .collect();
+        let mut buffer = upload(backend, &logits, vocab);
+        let found = backend.sample(&mut buffer, &inputs).unwrap();
+        let mut cpu = best_cpu();
+        let mut buffer = upload(&mut cpu, &logits, vocab);
+        let expected = cpu.sample(&mut buffer, &inputs).unwrap();
+        let mut different = 0;
+        for ((found, expected), (params, _)) in found.iter().zip(&expected).zip(&rows) {
+            let ids = |sampled: &Sampled| sampled.top.iter().map(|top| top.0).collect::<Vec<_>>();
+            if found.id != expected.id || ids(found) != ids(expected) {
+                different += 1;
+                continue;
+            }
+            // The set that is kept may differ by its last token, of which the others share the mass.
+            let near = (found.logprob - expected.logprob).abs() < 2e-4;
+            assert!(near, "{params:?}: {} and {}", found.logprob, expected.logprob);
+        }
+        assert!(different <= rows.len() / 40, "{different} of {} rows of {vocab} differ", rows.len());
+    }
+}
+
+#[test]
+fn backends_choose_alike() {
+    on_every_backend!(chooses_as_the_cpu);
 }
 
 fn decided_by_seed_and_position<B: Backend>(backend: &mut B) {
@@ -167,9 +232,7 @@ fn every_instruction_set_draws_the_same() {
     }
 }
 
-#[test]
-fn logits_that_are_no_numbers_do_no_harm() {
-    let mut backend = best_cpu();
+fn survives_what_is_no_number<B: Backend>(backend: &mut B) {
     let params =
         [plain(), SamplingParams { do_sample: true, top_p: 0.9, top_k: 3, typical_p: 0.9, ..plain() }];
     for params in &params {
@@ -179,11 +242,16 @@ fn logits_that_are_no_numbers_do_no_harm() {
             let table =
                 backend.linear(&[matrix(&logits, 1, 40, backend::DType::F32)], backend::DType::F32).unwrap();
             backend.begin_step(&prompt(1)).unwrap();
-            let mut buffer = backend.buffer(1, 40).unwrap();
+            let mut buffer = backend.buffer(1, 40, DType::F32).unwrap();
             backend.embed(&table, 0, &mut buffer).unwrap();
             let sampled =
                 backend.sample(&mut buffer, &[SamplingRow { params, history: &[], top_n: 2 }]).unwrap();
             assert!(sampled[0].id < 40);
         }
     }
+}
+
+#[test]
+fn logits_that_are_no_numbers_do_no_harm() {
+    on_every_backend!(survives_what_is_no_number);
 }

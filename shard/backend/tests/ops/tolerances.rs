@@ -14,6 +14,19 @@ const fn tolerance(absolute: f64, relative: f64) -> Tolerance {
     Tolerance { absolute, relative }
 }
 
+impl Tolerance {
+    /// The same for results that are stored as `dtype`: half a unit in the last place, doubled.
+    pub(crate) const fn stored_as(self, dtype: DType) -> Self {
+        let (absolute, relative) = match dtype {
+            DType::F32 => (0.0, 0.0),
+            // What is below the smallest normal number is rounded to a multiple of 2^-24.
+            DType::F16 => (1.2e-7, 1.0 / 1024.0),
+            DType::BF16 => (0.0, 1.0 / 128.0),
+        };
+        tolerance(self.absolute + absolute, self.relative + relative)
+    }
+}
+
 /// Matrix product with weights of `dtype`; the magnitude is the sum of the products' absolute values. With bf16 weights
 /// activations keep 16 bits.
 pub(crate) const fn matmul(dtype: DType) -> Tolerance {

@@ -2,16 +2,15 @@
 
 use std::ops::Range;
 
-use backend::StepInput;
-use backend::cpu::CpuBackend;
 use backend::sampling::{SamplingParams, SamplingRow};
+use backend::{Backend, StepInput};
 use models::{CausalLm, Decoder};
 
 use crate::Failure;
 use crate::golden::Case;
 
-/// Below this gap the reference itself could have chosen otherwise.
-const NEAR_TIE: f64 = 0.02;
+/// Below this gap the reference itself could have chosen otherwise, unless `--near-tie` says another.
+pub(crate) const NEAR_TIE: f64 = 0.02;
 /// Tokens of a KV block.
 pub(crate) const BLOCK_SIZE: usize = 16;
 
@@ -45,11 +44,12 @@ pub(crate) fn num_blocks(case: &Case) -> usize {
     (case.input_ids.len() + case.generated_ids.len()).div_ceil(BLOCK_SIZE)
 }
 
-/// Computes all `cases` in the same steps, at most `chunk` tokens of a prompt at a time.
-pub(crate) fn check(
-    decoder: &mut Decoder<CpuBackend>,
+/// Computes all `cases` in the same steps, at most `chunk` tokens of a prompt at a time; ids are compared up to the first gap
+/// below `near_tie`.
+pub(crate) fn check<B: Backend>(
+    decoder: &mut Decoder<B>,
     cases: &[&Case],
-    chunk: usize,
+    (chunk, near_tie): (usize, f64),
 ) -> Result<Vec<Outcome>, Failure> {
     let mut next_block = 1;
     let mut sequences: Vec<Sequence<'_>> = cases
@@ -57,7 +57,7 @@ pub(crate) fn check(
         .map(|case| {
             let blocks = next_block..next_block + num_blocks(case) as u32;
             next_block = blocks.end;
-            let comparable = case.gaps.iter().position(|&gap| gap < NEAR_TIE).unwrap_or(case.gaps.len());
+            let comparable = case.gaps.iter().position(|&gap| gap < near_tie).unwrap_or(case.gaps.len());
             let outcome = Outcome { comparable, ..Outcome::default() };
             let ids = case.input_ids.clone();
             Sequence { case, ids, cached: 0, blocks, is_done: false, outcome }
@@ -82,7 +82,10 @@ pub(crate) fn check(
 }
 
 /// Compares what a step gave, and appends the generated tokens.
-fn compare(decoder: &mut Decoder<CpuBackend>, parts: Vec<(&mut Sequence<'_>, usize)>) -> Result<(), Failure> {
+fn compare<B: Backend>(
+    decoder: &mut Decoder<B>,
+    parts: Vec<(&mut Sequence<'_>, usize)>,
+) -> Result<(), Failure> {
     let worst = |worst: &mut f64, found: f64, expected: f64| *worst = worst.max((found - expected).abs());
     let mut first_row = 0;
     let mut sampled = Vec::new();

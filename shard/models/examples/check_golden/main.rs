@@ -1,6 +1,7 @@
 //! Compares a model with reference outputs: tokens, and log-probabilities.
 //!
 //!     cargo run --release -p models --example check_golden -- MODEL GOLDEN [--ranks N] [--threads N] [--dtype D] [--chunk N] [--batch N]
+//!         [--device cpu|cuda]
 //!
 //! MODEL is a directory or a .gguf file. GOLDEN is JSON: either an object with a list `prompts`, or one object a line. Read
 //! are, of each prompt: `input_ids`, `generated_ids` (greedy), `logprobs` and `gaps` of the generated ids (gap: best minus
@@ -18,10 +19,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use backend::DType;
+use backend::collectives::Communicator;
 use backend::collectives::shm::{Rendezvous, join};
 use backend::cpu::{CpuBackend, CpuOptions};
-use batch::{BLOCK_SIZE, Outcome, check, num_blocks};
+use backend::{Backend, DType};
+use batch::{BLOCK_SIZE, NEAR_TIE, Outcome, check, num_blocks};
 use golden::{Case, read_cases};
 use models::{CausalLm, LoadOptions, load};
 
@@ -36,6 +38,9 @@ struct Arguments {
     dtype: Option<DType>,
     chunk: usize,
     batch: usize,
+    is_cuda: bool,
+    /// Gaps below this count as near-ties.
+    near_tie: f64,
 }
 
 fn main() -> ExitCode {
@@ -91,9 +96,38 @@ fn run_rank(
         timeout: Duration::from_secs(60),
     };
     let communicator = Box::new(join(&rendezvous)?);
-    let begin = Instant::now();
+    if arguments.is_cuda {
+        return run_on_cuda(arguments, cases, communicator);
+    }
     let options = CpuOptions { threads: arguments.threads, isa: None };
-    let backend = CpuBackend::new(options, communicator)?;
+    run_on(CpuBackend::new(options, communicator)?, arguments, cases)
+}
+
+#[cfg(feature = "cuda")]
+fn run_on_cuda(
+    arguments: &Arguments,
+    cases: &[Case],
+    communicator: Box<dyn Communicator>,
+) -> Result<(String, Vec<Outcome>), Failure> {
+    use backend::cuda::{CudaBackend, CudaOptions};
+    run_on(CudaBackend::new(CudaOptions::default(), communicator)?, arguments, cases)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn run_on_cuda(
+    _arguments: &Arguments,
+    _cases: &[Case],
+    _communicator: Box<dyn Communicator>,
+) -> Result<(String, Vec<Outcome>), Failure> {
+    Err("--device cuda needs --features cuda when this example is built".into())
+}
+
+fn run_on<B: Backend>(
+    backend: B,
+    arguments: &Arguments,
+    cases: &[Case],
+) -> Result<(String, Vec<Outcome>), Failure> {
+    let begin = Instant::now();
     let model = hub::ModelRef { model_id: arguments.model.clone(), revision: None };
     let files = hub::locate(&model, &hub::HubOptions::default())?;
     let options = LoadOptions {
@@ -114,7 +148,7 @@ fn run_rank(
     let begin = Instant::now();
     let mut outcomes = Vec::new();
     for batch in &batches {
-        outcomes.extend(check(&mut decoder, batch, arguments.chunk)?);
+        outcomes.extend(check(&mut decoder, batch, (arguments.chunk, arguments.near_tie))?);
     }
     let info = decoder.info();
     let header = format!(
@@ -157,7 +191,7 @@ fn print_table(cases: &[Case], outcomes: &[Outcome]) {
 }
 
 fn parse_arguments() -> Result<Arguments, Failure> {
-    const USAGE: &str = "usage: check_golden MODEL GOLDEN [--ranks N] [--threads N] [--dtype float32|bfloat16|float16] [--chunk N] [--batch N]";
+    const USAGE: &str = "usage: check_golden MODEL GOLDEN [--ranks N] [--threads N] [--dtype float32|bfloat16|float16] [--chunk N] [--batch N] [--device cpu|cuda] [--near-tie GAP]";
     let mut positional = Vec::new();
     let mut arguments = Arguments {
         model: String::new(),
@@ -167,6 +201,8 @@ fn parse_arguments() -> Result<Arguments, Failure> {
         dtype: None,
         chunk: usize::MAX,
         batch: 1,
+        is_cuda: false,
+        near_tie: NEAR_TIE,
     };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
@@ -180,6 +216,8 @@ fn parse_arguments() -> Result<Arguments, Failure> {
             "--threads" => arguments.threads = value.parse()?,
             "--chunk" => arguments.chunk = value.parse::<usize>()?.max(1),
             "--batch" => arguments.batch = value.parse::<usize>()?.max(1),
+            "--device" if matches!(value.as_str(), "cpu" | "cuda") => arguments.is_cuda = value == "cuda",
+            "--near-tie" => arguments.near_tie = value.parse()?,
             "--dtype" => arguments.dtype = Some(DType::from_name(&value).ok_or(USAGE)?),
             _ => return Err(USAGE.into()),
         }

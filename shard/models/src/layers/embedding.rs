@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use backend::Backend;
+use backend::{Backend, DType};
 
 use super::linear::{ColumnPart, Linear};
 use super::{Loader, Norm, Stream};
@@ -65,7 +65,7 @@ impl<B: Backend> Embedding<B> {
             backend.add_positions(table.weight(), *offset, out)?;
         }
         match &self.norm {
-            Some(norm) => stream.norm_in_place(backend, norm),
+            Some(norm) => norm.forward_in_place(backend, out),
             None => Ok(()),
         }
     }
@@ -101,8 +101,10 @@ impl<B: Backend> LmHead<B> {
             .collect::<Result<Vec<_>, ModelError>>()?;
         let local_width = if loader.world_size > 1 { widths[loader.rank] } else { 0 };
         Ok(Self {
-            local: (local_width > 0).then(|| loader.backend.buffer(max_rows, local_width)).transpose()?,
-            logits: loader.backend.buffer(max_rows, vocab_size)?,
+            local: (local_width > 0)
+                .then(|| loader.backend.buffer(max_rows, local_width, DType::F32))
+                .transpose()?,
+            logits: loader.backend.buffer(max_rows, vocab_size, DType::F32)?,
             bytes: max_rows * (vocab_size + local_width) * size_of::<f32>(),
             widths,
             multiplier: spec.logits_multiplier,

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use backend::{Backend, DType};
+use backend::{Activation, Backend, DType};
 
 use super::Loader;
 use super::packing::windows;
@@ -94,6 +94,17 @@ impl<B: Backend> Linear<B> {
         out: &mut B::Buffer,
     ) -> Result<(), ModelError> {
         Ok(backend.matmul(x, &self.weight, self.bias.as_ref(), out)?)
+    }
+
+    /// `out = activation(gate) * up`, where this projection gives gate and up side by side; `gate_up` is room for them.
+    pub(super) fn forward_gated(
+        &self,
+        backend: &mut B,
+        x: &B::Buffer,
+        activation: Activation,
+        (gate_up, out): (&mut B::Buffer, &mut B::Buffer),
+    ) -> Result<(), ModelError> {
+        Ok(backend.gated_matmul(x, (&self.weight, self.bias.as_ref()), activation, (gate_up, out))?)
     }
 
     /// The packed weight.

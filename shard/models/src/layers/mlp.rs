@@ -87,8 +87,7 @@ impl<B: Backend> Mlp<B> {
         match self {
             Mlp::Gated { gate_up_proj, activation, down_proj, gate_up, activated } => {
                 let (gate_up, activated) = scratch.pair(*gate_up, *activated);
-                gate_up_proj.forward(backend, x, gate_up)?;
-                backend.gated_activation(gate_up, *activation, activated)?;
+                gate_up_proj.forward_gated(backend, x, *activation, (gate_up, activated))?;
                 down_proj.forward(backend, activated, out)
             }
             Mlp::Plain { up_proj, activation, down_proj, inner } => {

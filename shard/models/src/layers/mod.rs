@@ -74,7 +74,7 @@ impl<'a, B: Backend> Loader<'a, B> {
         if let Some(index) = self.scratch.buffers.iter().position(same) {
             return Ok(index);
         }
-        let buffer = self.backend.buffer(self.max_rows, width)?;
+        let buffer = self.backend.buffer(self.max_rows, width, role.dtype(self.dtype))?;
         self.scratch.bytes += self.max_rows * width * size_of::<f32>();
         self.scratch.buffers.push((role, width, buffer));
         Ok(self.scratch.buffers.len() - 1)
@@ -105,6 +105,16 @@ enum Role {
     Queries,
     Latent,
     Values,
+}
+
+impl Role {
+    /// The precision it needs in a model of `dtype`: what is summed over ranks or compared stays in float32.
+    fn dtype(self, dtype: DType) -> DType {
+        match self {
+            Role::Squares | Role::RouterLogits => DType::F32,
+            _ => dtype,
+        }
+    }
 }
 
 /// What the layers share while they run.

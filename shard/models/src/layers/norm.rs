@@ -55,6 +55,14 @@ impl<B: Backend> Norm<B> {
         }
     }
 
+    /// `x = norm(x)`.
+    pub(super) fn forward_in_place(&self, backend: &mut B, x: &mut B::Buffer) -> Result<(), ModelError> {
+        match &self.kind {
+            Kind::Rms => Ok(backend.rms_norm_in_place(x, &self.weight, self.eps)?),
+            Kind::Layer { bias } => Ok(backend.layer_norm_in_place(x, (&self.weight, bias), self.eps)?),
+        }
+    }
+
     /// `residual += delta; out = norm(residual)`.
     pub(super) fn add_forward(
         &self,

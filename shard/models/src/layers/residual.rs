@@ -1,6 +1,6 @@
 //! The residual stream, and how the parts of a layer are joined to it.
 
-use backend::Backend;
+use backend::{Backend, DType};
 
 use super::{Loader, Norm};
 use crate::ModelError;
@@ -83,13 +83,15 @@ impl<B: Backend> Stream<B> {
     /// A stream of at most `max_rows` tokens; `has_parallel`: some layers have their parts side by side.
     pub(crate) fn new(
         backend: &B,
-        max_rows: usize,
-        width: usize,
+        (max_rows, width): (usize, usize),
+        dtype: DType,
         has_parallel: bool,
     ) -> Result<Self, ModelError> {
-        let buffer = || backend.buffer(max_rows, width);
+        let buffer = || backend.buffer(max_rows, width, dtype);
         let beside = has_parallel.then(buffer).transpose()?;
-        Ok(Self { residual: buffer()?, delta: buffer()?, normed: buffer()?, beside, is_pending: false })
+        // All layers add to the residual: in a narrow type it would be rounded each time.
+        let residual = backend.buffer(max_rows, width, DType::F32)?;
+        Ok(Self { residual, delta: buffer()?, normed: buffer()?, beside, is_pending: false })
     }
 
     /// Bytes of a stream.
@@ -102,13 +104,6 @@ impl<B: Backend> Stream<B> {
     pub(crate) fn begin(&mut self) -> &mut B::Buffer {
         self.is_pending = false;
         &mut self.residual
-    }
-
-    /// Normalises what [`Stream::begin`] gave.
-    pub(crate) fn norm_in_place(&mut self, backend: &mut B, norm: &Norm<B>) -> Result<(), ModelError> {
-        norm.forward(backend, &self.residual, &mut self.normed)?;
-        std::mem::swap(&mut self.residual, &mut self.normed);
-        Ok(())
     }
 
     /// Where the next part reads, the stream or its norm, and writes.
@@ -164,8 +159,7 @@ impl<B: Backend> Stream<B> {
     pub(crate) fn finish(&mut self, backend: &mut B, branch: &Branch<B>) -> Result<(), ModelError> {
         backend.all_reduce(&mut self.delta)?;
         if let Some(norm) = &branch.post_norm {
-            norm.forward(backend, &self.delta, &mut self.normed)?;
-            std::mem::swap(&mut self.delta, &mut self.normed);
+            norm.forward_in_place(backend, &mut self.delta)?;
         }
         if branch.multiplier != 1.0 {
             backend.scale(&mut self.delta, branch.multiplier)?;

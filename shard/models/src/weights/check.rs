@@ -14,11 +14,13 @@ const MAX_LINES: usize = 20;
 const MAX_NAME: usize = 100;
 /// Buffers that old checkpoints carry along and that are computed instead: frequencies and tables of the rotation, masks
 /// of the attention (a `bias` of the attention itself, not of one of its projections), and positions in order.
-const HARMLESS_SUFFIXES: [&str; 11] = [
+const HARMLESS_SUFFIXES: [&str; 13] = [
     "rotary_emb.inv_freq",
     "rotary_emb.cos_cached",
     "rotary_emb.sin_cached",
     "rope_freqs.weight",
+    "rope_factors_long.weight",
+    "rope_factors_short.weight",
     ".attn.bias",
     ".attn.masked_bias",
     ".attn.causal_mask",

@@ -3,8 +3,6 @@
 mod blocks;
 mod check;
 mod gguf;
-mod gguf_layout;
-mod gguf_names;
 mod pickle;
 mod pytorch;
 mod renamed;

@@ -31,7 +31,7 @@ pub(crate) fn byte_vocabulary(special: &[&str]) -> Vocabulary {
 pub(crate) fn model_info() -> ModelInfo {
     ModelInfo {
         dtype: DType::F32,
-        device: DeviceInfo { device_type: "cpu", description: "test".to_string() },
+        device: DeviceInfo { device_type: "cpu", description: "test".to_string(), is_asynchronous: false },
         vocab_size: VOCAB_SIZE,
         max_position_embeddings: 4096,
         block_size: 16,
@@ -217,15 +217,31 @@ pub(crate) struct Harness {
 impl Harness {
     /// Not warmed up. The cache will have `num_blocks` blocks.
     pub(crate) fn cold(options: EngineOptions, num_blocks: usize) -> Self {
-        let available_bytes = num_blocks * model_info().block_bytes * 2;
+        Self::on_device(options, num_blocks, false)
+    }
+
+    /// As [`Harness::cold`]; `is_asynchronous`: on a device whose steps are launched before the last one's texts are made.
+    fn on_device(options: EngineOptions, num_blocks: usize, is_asynchronous: bool) -> Self {
+        let mut info = model_info();
+        info.device.is_asynchronous = is_asynchronous;
+        let available_bytes = num_blocks * info.block_bytes * 2;
         let script = Arc::new(Mutex::new(Script { available_bytes, ..Script::default() }));
-        let model = Box::new(TestModel::new(model_info(), Arc::clone(&script)));
+        let model = Box::new(TestModel::new(info, Arc::clone(&script)));
         Self { engine: Engine::new(model, byte_vocabulary(&["<end>"]), options), script }
     }
 
     /// Warmed up.
     pub(crate) fn new(options: EngineOptions, num_blocks: usize) -> Self {
-        let mut harness = Self::cold(options, num_blocks);
+        Self::cold(options, num_blocks).warm()
+    }
+
+    /// Warmed up, on a device whose steps are launched before the last one's texts are made.
+    pub(crate) fn asynchronous(options: EngineOptions, num_blocks: usize) -> Self {
+        Self::on_device(options, num_blocks, true).warm()
+    }
+
+    fn warm(self) -> Self {
+        let mut harness = self;
         let request = WarmupRequest { max_prefill_tokens: 48, ..WarmupRequest::default() };
         harness.call(|reply| Command::Warmup { request, reply }).unwrap();
         harness

@@ -70,6 +70,17 @@ pub(super) fn random_request(id: u64, lots: &mut Lots) -> NewRequest {
     request
 }
 
+/// When steps are computed.
+#[derive(Clone, Copy, PartialEq)]
+enum Mode {
+    /// When they are asked for.
+    OnDemand,
+    /// After the answer to the one before.
+    Ahead,
+    /// Launched before the texts of the one before are made.
+    Asynchronous,
+}
+
 /// A caller that knows what every request must be told.
 struct Caller {
     harness: Harness,
@@ -84,9 +95,14 @@ struct Caller {
 }
 
 impl Caller {
-    fn new(seed: u64, run_ahead: bool) -> Self {
+    fn new(seed: u64, mode: Mode) -> Self {
+        let options = EngineOptions { run_ahead: mode != Mode::OnDemand, ..options() };
+        let harness = match mode {
+            Mode::Asynchronous => Harness::asynchronous(options, 400),
+            Mode::OnDemand | Mode::Ahead => Harness::new(options, 400),
+        };
         Self {
-            harness: Harness::new(EngineOptions { run_ahead, ..options() }, 400),
+            harness,
             vocabulary: byte_vocabulary(&["<end>"]),
             to_come: BTreeMap::new(),
             batches: BTreeMap::new(),
@@ -190,8 +206,8 @@ impl Caller {
     }
 }
 
-fn run(seed: u64, run_ahead: bool, steps: usize) {
-    let mut caller = Caller::new(seed, run_ahead);
+fn run(seed: u64, mode: Mode, steps: usize) {
+    let mut caller = Caller::new(seed, mode);
     for _ in 0..steps {
         caller.one_step();
         if caller.batches.is_empty() {
@@ -206,13 +222,14 @@ fn run(seed: u64, run_ahead: bool, steps: usize) {
 #[test]
 fn any_order_of_calls_gives_every_request_what_it_gets_alone() {
     for seed in 0..10 {
-        run(seed, true, 1000);
+        run(seed, Mode::Ahead, 1000);
+        run(seed, Mode::Asynchronous, 1000);
     }
 }
 
 #[test]
 fn running_ahead_changes_nothing_but_the_time() {
     for seed in 0..5 {
-        run(seed, false, 1000);
+        run(seed, Mode::OnDemand, 1000);
     }
 }

@@ -68,6 +68,17 @@ pub(super) unsafe fn layer_norm<S: Simd>(
     eps: f32,
     out: &mut [f32],
 ) {
+    out.copy_from_slice(x);
+    // SAFETY: the caller's.
+    unsafe { layer_norm_in_place::<S>(out, (weight, bias), eps) }
+}
+
+/// LayerNorm of one row in place.
+///
+/// # Safety
+/// The processor has the instruction set.
+#[inline(always)]
+pub(super) unsafe fn layer_norm_in_place<S: Simd>(x: &mut [f32], (weight, bias): (&[f32], &[f32]), eps: f32) {
     // SAFETY: arithmetic, and loads bounded by `load` and `store`.
     unsafe {
         let mut sum = S::splat(0.0);
@@ -77,12 +88,12 @@ pub(super) unsafe fn layer_norm<S: Simd>(
         let mean = S::splat(S::sum(sum) / x.len() as f32);
         // The differences first: the difference of two large sums would lose what matters.
         vectors!(x.len(), |at, n| {
-            store::<S>(out, at, n, S::sub(load::<S>(x, at, n), mean));
+            store::<S>(x, at, n, S::sub(load::<S>(x, at, n), mean));
         });
-        let factor = rms_factor::<S>(out, eps);
+        let factor = rms_factor::<S>(x, eps);
         vectors!(x.len(), |at, n| {
-            let v = S::mul(load::<S>(out, at, n), factor);
-            store::<S>(out, at, n, S::fma(v, load::<S>(weight, at, n), load::<S>(bias, at, n)));
+            let v = S::mul(load::<S>(x, at, n), factor);
+            store::<S>(x, at, n, S::fma(v, load::<S>(weight, at, n), load::<S>(bias, at, n)));
         });
     }
 }

@@ -67,6 +67,8 @@ pub(super) struct FixedKernels {
 
 /// Of a row, its weight and bias, the epsilon, and the result.
 type LayerNorm = unsafe fn(&[f32], (&[f32], &[f32]), f32, &mut [f32]);
+/// Of a row, its weight and bias, and the epsilon.
+type LayerNormInPlace = unsafe fn(&mut [f32], (&[f32], &[f32]), f32);
 
 /// All kernels of one instruction set.
 pub(super) struct Kernels {
@@ -85,6 +87,7 @@ pub(super) struct Kernels {
     pub(super) layer_norm: LayerNorm,
     /// `x = rms_norm(x) * weight`.
     pub(super) rms_norm_in_place: unsafe fn(&mut [f32], &[f32], f32),
+    pub(super) layer_norm_in_place: LayerNormInPlace,
     /// `x *= factor`.
     pub(super) scale: unsafe fn(&mut [f32], f32),
     /// `x = cap * tanh(x / cap)`.
@@ -156,6 +159,9 @@ macro_rules! kernels {
             kernels!(@fn fn layer_norm(x: &[f32], affine: (&[f32], &[f32]), eps: f32, out: &mut [f32]) {
                 elementwise::layer_norm::<S>(x, affine, eps, out)
             } $(, $feature)?);
+            kernels!(@fn fn layer_norm_in_place(x: &mut [f32], affine: (&[f32], &[f32]), eps: f32) {
+                elementwise::layer_norm_in_place::<S>(x, affine, eps)
+            } $(, $feature)?);
             kernels!(@fn fn rms_norm_in_place(x: &mut [f32], weight: &[f32], eps: f32) {
                 elementwise::rms_norm_in_place::<S>(x, weight, eps)
             } $(, $feature)?);
@@ -196,6 +202,7 @@ macro_rules! kernels {
                 rms_norm,
                 layer_norm,
                 rms_norm_in_place,
+                layer_norm_in_place,
                 scale,
                 soft_cap,
                 add,

@@ -3,14 +3,16 @@
 //! Log-probabilities, also of the best tokens, are of the distribution after penalties and warpers, as TGI reports them;
 //! a greedy row has penalties only. A masked token's is minus infinity, and it is never reported or drawn.
 
-mod random;
+pub(crate) mod random;
 mod warpers;
 
+#[cfg(feature = "cuda")]
+use super::isa::Isa;
 use super::kernels::Kernels;
 use crate::sampling::{Sampled, SamplingRow};
 
 /// Chooses tokens; one for each thread, since it keeps scratch.
-pub(super) struct Sampler {
+pub(crate) struct Sampler {
     kernels: &'static Kernels,
     /// `[vocab_size]`, all zero between calls.
     counts: Vec<u32>,
@@ -29,8 +31,14 @@ impl Sampler {
         Sampler { kernels, counts: Vec::new(), candidates: Vec::new() }
     }
 
+    /// One with the best kernels of this processor, for backends that leave rare requests to it.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn of_this_processor() -> Self {
+        Self::new(Kernels::of(Isa::detect()))
+    }
+
     /// Chooses one token; `logits` `[vocab_size]` is overwritten.
-    pub(super) fn sample(&mut self, logits: &mut [f32], row: &SamplingRow<'_>) -> Sampled {
+    pub(crate) fn sample(&mut self, logits: &mut [f32], row: &SamplingRow<'_>) -> Sampled {
         self.penalize(logits, row);
         if row.params.is_greedy() {
             let highest = self.maximum(logits);

@@ -17,7 +17,7 @@ fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
 }
 
 /// A number in `[0, 1)` with 53 random bits.
-pub(super) fn uniform(seed: u64, position: u64) -> f64 {
+pub(crate) fn uniform(seed: u64, position: u64) -> f64 {
     let halves = |x: u64| [x as u32, (x >> 32) as u32];
     let [low, high] = halves(position);
     let drawn = philox([low, high, 0, 0], halves(seed));

@@ -3,7 +3,7 @@
 use crate::{BackendError, StepInput};
 
 /// An error that names the first array that does not fit.
-pub(super) fn check(step: &StepInput) -> Result<(), BackendError> {
+pub(crate) fn check(step: &StepInput) -> Result<(), BackendError> {
     let tokens = step.num_tokens();
     let seqs = step.num_seqs();
     let refuse =
@@ -41,7 +41,7 @@ pub(super) fn check(step: &StepInput) -> Result<(), BackendError> {
 }
 
 /// That slots and block tables lie within a cache: the attention kernels rely on it.
-pub(super) fn check_cache(
+pub(crate) fn check_cache(
     step: &StepInput,
     num_blocks: usize,
     block_size: usize,

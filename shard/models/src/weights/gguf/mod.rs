@@ -1,5 +1,9 @@
 //! GGUF files: plain tensors straight from the map, quantized ones as they are or to bfloat16, on several threads.
 
+mod latent;
+mod layout;
+mod names;
+
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::ops::Range;
@@ -11,7 +15,9 @@ use hub::GgufFile;
 use hub::gguf::GgmlType;
 
 use super::blocks::{self, BlockFormat, Groups};
-use super::gguf_layout::{Layout, RowOrder};
+use latent::LatentUp;
+use layout::{Layout, Place, RowOrder};
+
 use super::spare_buffers::SpareBuffers;
 use super::{QuantizedMeta, TensorMeta, WeightSource, borrowed_range, is_within, rows_and_cols, unusable};
 use crate::ModelError;
@@ -23,6 +29,8 @@ const MIN_ELEMENTS_PER_THREAD: usize = 1 << 16;
 pub(super) struct GgufWeights {
     file: Arc<GgufFile>,
     tensors: HashMap<String, Tensor>,
+    /// Of which two tensors hold the parts.
+    latent_ups: HashMap<String, LatentUp>,
     threads: usize,
     spare_bytes: SpareBuffers<u8>,
     spare_floats: SpareBuffers<f32>,
@@ -31,7 +39,10 @@ pub(super) struct GgufWeights {
 /// A tensor under its Hugging Face name.
 struct Tensor {
     ggml_type: GgmlType,
+    /// As the file has it.
     shape: Vec<usize>,
+    /// So many matrices, one below the other, of which the transposes are asked for, one below the other as well.
+    transposed: Option<usize>,
     bytes: Range<usize>,
     order: RowOrder,
     /// Added to every element: what the converter took away.
@@ -52,85 +63,29 @@ impl GgufWeights {
                 if tensors.contains_key(&place.name) {
                     return Err(problem(format!("tensor {} is there twice", place.name)));
                 }
-                let tensor = Tensor {
-                    ggml_type: info.ggml_type,
-                    shape: place.shape,
-                    bytes: place.bytes,
-                    order: place.order,
-                    shift: place.shift,
-                };
-                tensors.insert(place.name, tensor);
+                let (name, tensor) = Tensor::at(place, info.ggml_type);
+                tensors.insert(name, tensor);
             }
         }
+        let latent_ups = latent::take(&mut tensors);
         Ok(Self {
             file,
             tensors,
+            latent_ups,
             threads: threads.max(1),
             spare_bytes: SpareBuffers::default(),
             spare_floats: SpareBuffers::default(),
         })
     }
 
-    /// The tensor and the window in it; none when there is no such tensor or the window leaves it.
-    fn window(
+    /// A window of a tensor, in the file's orientation.
+    fn stored(
         &self,
         name: &str,
-        rows: &Range<usize>,
-        cols: &Range<usize>,
-    ) -> Result<(&Tensor, Window), ModelError> {
-        let found = self.tensors.get(name).and_then(|tensor| {
-            let (num_rows, num_cols) = rows_and_cols(&tensor.shape)?;
-            let window = Window { rows: rows.clone(), cols: cols.clone(), num_cols };
-            is_within(rows, cols, (num_rows, num_cols)).then_some((tensor, window))
-        });
-        found.ok_or_else(|| {
-            unusable(format!("tensor {name} has no window of rows {rows:?}, columns {cols:?}"))
-        })
-    }
-}
-
-fn plain_dtype(ggml_type: GgmlType) -> Option<DType> {
-    match ggml_type {
-        GgmlType::F32 => Some(DType::F32),
-        GgmlType::F16 => Some(DType::F16),
-        GgmlType::BF16 => Some(DType::BF16),
-        _ => None,
-    }
-}
-
-impl Tensor {
-    /// How its blocks are read where its rows are kept as they are; none for plain types and vectors.
-    fn blocks(&self) -> Option<BlockFormat> {
-        blocks::format(self.ggml_type).filter(|_| self.shape.len() == 2 && self.shift == 0.0)
-    }
-}
-
-impl WeightSource for GgufWeights {
-    fn names(&self) -> Vec<&str> {
-        self.tensors.keys().map(String::as_str).collect()
-    }
-
-    fn meta(&self, name: &str) -> Option<TensorMeta> {
-        self.tensors.get(name).map(|tensor| TensorMeta {
-            shape: tensor.shape.clone(),
-            dtype: plain_dtype(tensor.ggml_type)
-                .or_else(|| blocks::format(tensor.ggml_type).map(|_| DType::BF16)),
-            stored: tensor.ggml_type.to_string(),
-            quantized: tensor.blocks().map(|format| QuantizedMeta {
-                bits: format.bits,
-                group_size: format.group,
-                is_transposed: false,
-            }),
-        })
-    }
-
-    fn matrix(
-        &self,
-        name: &str,
-        rows: Range<usize>,
-        cols: Range<usize>,
+        tensor: &Tensor,
+        (rows, cols): (Range<usize>, Range<usize>),
     ) -> Result<HostMatrix<'_>, ModelError> {
-        let (tensor, window) = self.window(name, &rows, &cols)?;
+        let window = tensor.window(name, &rows, &cols)?;
         let bytes = &self.file.bytes()[tensor.bytes.clone()];
         match (plain_dtype(tensor.ggml_type), blocks::format(tensor.ggml_type)) {
             (Some(dtype), _) if tensor.shift != 0.0 => {
@@ -158,6 +113,100 @@ impl WeightSource for GgufWeights {
             ))),
         }
     }
+}
+
+fn plain_dtype(ggml_type: GgmlType) -> Option<DType> {
+    match ggml_type {
+        GgmlType::F32 => Some(DType::F32),
+        GgmlType::F16 => Some(DType::F16),
+        GgmlType::BF16 => Some(DType::BF16),
+        _ => None,
+    }
+}
+
+impl Tensor {
+    fn at(place: Place, ggml_type: GgmlType) -> (String, Self) {
+        let Place { name, shape, bytes, order, transposed, shift } = place;
+        (name, Self { ggml_type, shape, transposed, bytes, order, shift })
+    }
+
+    /// The window, unless it leaves the tensor.
+    fn window(&self, name: &str, rows: &Range<usize>, cols: &Range<usize>) -> Result<Window, ModelError> {
+        rows_and_cols(&self.shape)
+            .filter(|&shape| is_within(rows, cols, shape))
+            .map(|(_, num_cols)| Window { rows: rows.clone(), cols: cols.clone(), num_cols })
+            .ok_or_else(|| no_window(name, rows, cols))
+    }
+
+    /// Where the rows and columns of the one of its matrices are whose columns these are, counted over all matrices; none where
+    /// they are of several. A tensor that is not transposed is one matrix.
+    fn within_one(&self, rows: Range<usize>, cols: Range<usize>) -> Option<(Range<usize>, Range<usize>)> {
+        let (Some(count), &[num_rows, num_cols]) = (self.transposed, self.shape.as_slice()) else {
+            return Some((rows, cols));
+        };
+        let num_rows = num_rows / count.max(1);
+        let index = (cols.start / num_cols.max(1)).min(count.saturating_sub(1));
+        let first = index * num_cols;
+        let is_one = rows.end <= num_rows && cols.start >= first && cols.end <= first + num_cols;
+        let rows = rows.start + index * num_rows..rows.end + index * num_rows;
+        is_one.then(|| (rows, cols.start - first..cols.end - first))
+    }
+
+    /// The type it is read as; none: it is not read.
+    fn dtype(&self) -> Option<DType> {
+        plain_dtype(self.ggml_type).or_else(|| blocks::format(self.ggml_type).map(|_| DType::BF16))
+    }
+
+    /// How its blocks are read where its rows are kept as they are; none for plain types and vectors.
+    fn blocks(&self) -> Option<BlockFormat> {
+        blocks::format(self.ggml_type).filter(|_| self.shape.len() == 2 && self.shift == 0.0)
+    }
+}
+
+impl WeightSource for GgufWeights {
+    fn names(&self) -> Vec<&str> {
+        self.tensors.keys().chain(self.latent_ups.keys()).map(String::as_str).collect()
+    }
+
+    fn meta(&self, name: &str) -> Option<TensorMeta> {
+        if let Some(up) = self.latent_ups.get(name) {
+            return Some(up.meta());
+        }
+        self.tensors.get(name).map(|tensor| TensorMeta {
+            shape: match (tensor.transposed, tensor.shape.as_slice()) {
+                (Some(count), &[rows, cols]) => vec![count * cols, rows / count.max(1)],
+                (_, shape) => shape.to_vec(),
+            },
+            dtype: tensor.dtype(),
+            stored: tensor.ggml_type.to_string(),
+            quantized: tensor.blocks().map(|format| QuantizedMeta {
+                bits: format.bits,
+                group_size: format.group,
+                is_transposed: tensor.transposed.is_some(),
+            }),
+        })
+    }
+
+    fn matrix(
+        &self,
+        name: &str,
+        rows: Range<usize>,
+        cols: Range<usize>,
+    ) -> Result<HostMatrix<'_>, ModelError> {
+        if let Some(up) = self.latent_ups.get(name) {
+            return up.matrix(self, name, rows, cols);
+        }
+        let tensor = self.tensors.get(name).ok_or_else(|| no_window(name, &rows, &cols))?;
+        if tensor.transposed.is_none() {
+            return self.stored(name, tensor, (rows, cols));
+        }
+        let window =
+            tensor.within_one(cols.clone(), rows.clone()).ok_or_else(|| no_window(name, &rows, &cols))?;
+        let matrix = self.stored(name, tensor, window)?;
+        let transposed = matrix.transposed();
+        self.recycle(matrix);
+        Ok(transposed)
+    }
 
     fn quantized(
         &self,
@@ -165,11 +214,15 @@ impl WeightSource for GgufWeights {
         rows: Range<usize>,
         cols: Range<usize>,
     ) -> Option<Result<QuantizedMatrix, ModelError>> {
-        let format = self.tensors.get(name)?.blocks()?;
+        let tensor = self.tensors.get(name)?;
+        let format = tensor.blocks()?;
         if !cols.start.is_multiple_of(format.group) || !cols.end.is_multiple_of(format.group) {
             return None;
         }
-        Some(self.window(name, &rows, &cols).map(|(tensor, window)| {
+        let Some((rows, cols)) = tensor.within_one(rows.clone(), cols.clone()) else {
+            return Some(Err(no_window(name, &rows, &cols)));
+        };
+        Some(tensor.window(name, &rows, &cols).map(|window| {
             let blocks =
                 Blocks { bytes: &self.file.bytes()[tensor.bytes.clone()], format, order: tensor.order };
             let elements = rows.len() * cols.len();
@@ -205,6 +258,10 @@ impl WeightSource for GgufWeights {
         self.spare_floats.give(matrix.scales);
         self.spare_floats.give(matrix.offsets);
     }
+}
+
+fn no_window(name: &str, rows: &Range<usize>, cols: &Range<usize>) -> ModelError {
+    unusable(format!("tensor {name} has no window of rows {rows:?}, columns {cols:?}"))
 }
 
 /// Part of a matrix of `num_cols` columns.
@@ -348,5 +405,4 @@ fn on_threads<T: Send>(parts: impl Iterator<Item = T>, work: impl Fn(usize, T) +
 }
 
 #[cfg(test)]
-#[path = "gguf_tests.rs"]
 mod tests;

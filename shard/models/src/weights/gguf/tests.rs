@@ -18,8 +18,11 @@ fn open(tensors: &[GgufTensor], threads: usize) -> Result<GgufWeights, ModelErro
 fn open_as(architecture: &str, tensors: &[GgufTensor], threads: usize) -> Result<GgufWeights, ModelError> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("model.gguf");
-    let heads = [("llama.attention.head_count", 4), ("llama.attention.head_count_kv", 2)];
-    std::fs::write(&path, gguf_bytes(architecture, &heads, &[], tensors)).unwrap();
+    let key = |name: &str| format!("{architecture}.{name}");
+    let (heads, kv_heads, width) =
+        (key("attention.head_count"), key("attention.head_count_kv"), key("embedding_length"));
+    let numbers = [(heads.as_str(), 4), (kv_heads.as_str(), 2), (width.as_str(), 8)];
+    std::fs::write(&path, gguf_bytes(architecture, &numbers, &[], tensors)).unwrap();
     let model = ModelRef { model_id: path.display().to_string(), revision: None };
     let files = hub::locate(&model, &HubOptions::default()).unwrap();
     // The map outlives the file's name.
@@ -156,4 +159,119 @@ fn formats_and_heads_that_do_not_fit_are_named() {
         error.ends_with("tensor blk.0.attn_q.weight has 6 rows, which 4 heads cannot share in pairs"),
         "{error}"
     );
+}
+
+/// Numbers from 0 on, as f32.
+fn counted(name: &str, shape: &[usize]) -> GgufTensor {
+    let data = (0..shape.iter().product()).flat_map(|index: usize| (index as f32).to_le_bytes()).collect();
+    (name.to_owned(), shape.to_vec(), F32, data)
+}
+
+/// The first number of each row of a window.
+fn first_of_rows(weights: &GgufWeights, name: &str, rows: Range<usize>, width: usize) -> Vec<f32> {
+    values(&weights.matrix(name, rows, 0..width).unwrap()).iter().map(|row| row[0]).collect()
+}
+
+#[test]
+fn queries_keys_and_values_of_all_heads_go_back_to_their_heads() {
+    // Heads of two elements; the file has eight rows of queries, then keys, then values.
+    let qkv = [counted("blk.0.attn_qkv.weight", &[24, 1]), counted("blk.0.attn_qkv.bias", &[24])];
+    let name = "transformer.h.0.self_attention.query_key_value";
+    let bloom = open_as("bloom", &qkv, 1).unwrap();
+    let expected = [0., 1., 8., 9., 16., 17., 2., 3., 10., 11.];
+    assert_eq!(first_of_rows(&bloom, &format!("{name}.weight"), 0..10, 1), expected);
+    assert_eq!(bloom.vector(&format!("{name}.bias"), 0..10).unwrap(), expected);
+    // Two KV heads, each with two query heads.
+    let falcon = open_as("falcon", &[counted("blk.0.attn_qkv.weight", &[16, 1])], 1).unwrap();
+    let expected = [0., 1., 2., 3., 8., 9., 12., 13., 4., 5., 6., 7., 10., 11., 14., 15.];
+    assert_eq!(first_of_rows(&falcon, &format!("{name}.weight"), 0..16, 1), expected);
+    let error =
+        open_as("falcon", &[counted("blk.0.attn_qkv.weight", &[15, 1])], 1).err().unwrap().to_string();
+    assert!(error.contains("has 15 rows, which 4 heads of a width of 8"), "{error}");
+    // Phi-2's first files: one tensor for three.
+    let phi = open_as("phi2", &qkv, 1).unwrap();
+    assert_eq!(first_of_rows(&phi, "model.layers.0.self_attn.k_proj.weight", 0..2, 1), [8., 9.]);
+    assert_eq!(phi.vector("model.layers.0.self_attn.v_proj.bias", 6..8).unwrap(), [22., 23.]);
+}
+
+#[test]
+fn experts_are_matrices_of_their_own() {
+    let tensors = [
+        counted("blk.1.ffn_up_exps.weight", &[3, 2, 4]),
+        counted("blk.1.ffn_gate_inp_shexp.weight", &[4]),
+        random("blk.1.ffn_down_exps.weight", [3 * 5, 32], Q8_0, (32, 34)),
+    ];
+    let mut tensors = tensors.to_vec();
+    tensors[2].1 = vec![3, 5, 32];
+    let weights = open_as("qwen2moe", &tensors, 1).unwrap();
+    let name = "model.layers.1.mlp.experts.2.up_proj.weight";
+    assert_eq!(weights.meta(name).unwrap().shape, [2, 4]);
+    assert_eq!(first_of_rows(&weights, name, 0..2, 4), [16., 20.]);
+    assert_eq!(weights.meta("model.layers.1.mlp.shared_expert_gate.weight").unwrap().shape, [1, 4]);
+    let whole = open(&[("output.weight".to_owned(), vec![15, 32], Q8_0, tensors[2].3.clone())], 1).unwrap();
+    let expected = values(&whole.matrix("lm_head.weight", 5..10, 0..32).unwrap());
+    let name = "model.layers.1.mlp.experts.1.down_proj.weight";
+    assert_eq!(values(&weights.matrix(name, 0..5, 0..32).unwrap()), expected);
+}
+
+#[test]
+fn transposes_are_undone_plain_and_quantized() {
+    let (rows, cols) = (5, 64);
+    let file = |experts: usize| random("blk.0.ffn_down_exps.weight", [experts * rows, cols], Q8_0, (32, 34));
+    let (mut stacked, mut single) = (file(3), file(1));
+    stacked.1 = vec![3, rows, cols];
+    single.0 = "blk.0.ffn_down.weight".to_owned();
+    for (architecture, tensor, name, count) in [
+        ("gpt2", single, "transformer.h.0.mlp.c_proj.weight", 1),
+        ("dbrx", stacked, "transformer.blocks.0.ffn.experts.mlp.w2", 3),
+    ] {
+        let plain =
+            open(&[("output.weight".to_owned(), vec![count * rows, cols], Q8_0, tensor.3.clone())], 1);
+        let in_file = values(&plain.unwrap().matrix("lm_head.weight", 0..count * rows, 0..cols).unwrap());
+        let weights = open_as(architecture, &[tensor], 1).unwrap();
+        let meta = weights.meta(name).unwrap();
+        assert_eq!(meta.shape, [count * cols, rows]);
+        assert!(meta.quantized.unwrap().is_transposed);
+        for expert in 0..count {
+            let first = expert * cols;
+            let window = values(&weights.matrix(name, first + 7..first + 60, 1..4).unwrap());
+            for (row, found) in window.iter().enumerate() {
+                let expected: Vec<_> = (1..4).map(|col| in_file[expert * rows + col][7 + row]).collect();
+                assert_eq!(*found, expected, "{name} {expert} {row}");
+            }
+            let quantized = weights.quantized(name, 1..4, first + 32..first + 64).unwrap().unwrap();
+            for row in 0..3 {
+                let mut found = vec![0.0; 32];
+                quantized.read_row(row, &mut found);
+                let rounded: Vec<_> = found.iter().map(|&x| half::bf16::from_f32(x).to_f32()).collect();
+                assert_eq!(rounded, in_file[expert * rows + 1 + row][32..], "{name} {expert} {row}");
+            }
+        }
+        assert!(weights.matrix(name, 0..count * cols + 1, 0..1).is_err());
+        assert!(count == 1 || weights.matrix(name, 32..96, 0..1).is_err(), "of two experts");
+        assert!(count == 1 || weights.quantized(name, 0..1, 32..96).unwrap().is_err(), "of two experts");
+    }
+}
+
+#[test]
+fn keys_and_values_of_latent_vectors_are_one_projection_again() {
+    // Two heads, keys of three elements, values of two, latent vectors of four; keys are stored transposed.
+    let parts = [counted("blk.0.attn_k_b.weight", &[2, 4, 3]), counted("blk.0.attn_v_b.weight", &[2, 2, 4])];
+    let weights = open_as("deepseek2", &parts, 1).unwrap();
+    let name = "model.layers.0.self_attn.kv_b_proj.weight";
+    assert_eq!(weights.names(), [name]);
+    assert_eq!(weights.meta(name).unwrap().shape, [10, 4]);
+    let all = values(&weights.matrix(name, 0..10, 0..4).unwrap());
+    assert_eq!(all[0], [0., 3., 6., 9.]);
+    assert_eq!(all[3], [0., 1., 2., 3.], "the first row of values");
+    assert_eq!(all[7], [14., 17., 20., 23.], "the last key of the second head");
+    assert_eq!(all[9], [12., 13., 14., 15.]);
+    for (rows, cols) in [(2..9, 1..3), (4..5, 0..4), (5..5, 0..4)] {
+        let expected: Vec<_> = all[rows.clone()].iter().map(|row| row[cols.clone()].to_vec()).collect();
+        assert_eq!(values(&weights.matrix(name, rows, cols).unwrap()), expected);
+    }
+    assert!(weights.matrix(name, 0..11, 0..4).is_err());
+    // Parts that do not fit one another are left as they are, to be listed as surplus.
+    let odd = [counted("blk.0.attn_k_b.weight", &[2, 4, 3]), counted("blk.0.attn_v_b.weight", &[2, 2, 5])];
+    assert_eq!(open_as("deepseek2", &odd, 1).unwrap().names().len(), 2);
 }

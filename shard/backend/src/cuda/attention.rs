@@ -1,0 +1,331 @@
+//! Attention over the paged cache.
+//!
+//! Sequences with one query take the decode kernel, the others the prefill kernel, both on tensor cores; models in f32 and
+//! heads of other sizes take a plain kernel for all of them.
+
+use std::sync::Arc;
+
+use cudarc::driver::sys::CUdevice_attribute as Attribute;
+
+use super::driver::{Context, DeviceMemory, DevicePtr};
+use super::kv_cache::PAGE_KEYS;
+use super::launch::{Argument, Launch, Queue, args};
+use super::module::{ByTypes, Function, Module};
+use super::rope::{ACTIVATIONS_AND_CACHE, check_shape};
+use super::step::{QUERY_TILE, StepInputs};
+use super::{CudaBuffer, CudaKvCache, DeviceFacts};
+use crate::{AttentionShape, BackendError, DType};
+
+/// Query heads of a tile of the decode kernel.
+const TILE_ROWS: usize = 16;
+const DECODE_WARPS: usize = 4;
+const DECODE_THREADS: u32 = 32 * DECODE_WARPS as u32;
+/// Rings of more pages gain nothing.
+const MOST_STAGES: usize = 4;
+const PREFILL_THREADS: u32 = 2 * QUERY_TILE as u32;
+const PLAIN_THREADS: u32 = 128;
+/// Largest head of the plain kernel.
+const MOST_PLAIN_DIM: usize = 512;
+/// What the driver keeps of each block's shared memory, and what the kernels declare statically.
+const RESERVED_SHARED: usize = 1024 + 1024;
+
+/// `Attention` of `attention.cuh`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct Attention {
+    qkv: DevicePtr,
+    keys: DevicePtr,
+    values: DevicePtr,
+    out: DevicePtr,
+    header: DevicePtr,
+    cu_seqlens_q: DevicePtr,
+    context_lens: DevicePtr,
+    block_tables: DevicePtr,
+    num_heads: i32,
+    num_kv_heads: i32,
+    head_dim: i32,
+    pages_per_block: i32,
+    window: i32,
+    scale: f32,
+    soft_cap: f32,
+    alibi_heads: i32,
+    alibi_first: i32,
+    alibi_max_bias: f32,
+    alibi_multiplier: f32,
+}
+
+/// `Parts` of `attention_decode.cu`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+struct Parts {
+    sums: DevicePtr,
+    weights: DevicePtr,
+    finished: DevicePtr,
+    stages: i32,
+}
+
+impl Argument for Attention {}
+impl Argument for Parts {}
+
+/// The instantiations for heads of at most `dim` elements.
+struct Size {
+    dim: usize,
+    decode: [Function; 2],
+    prefill: [Function; 2],
+    /// Blocks of the decode kernel that a multiprocessor runs at a time.
+    decode_blocks: usize,
+    /// Keys of a tile of the prefill kernel.
+    prefill_keys: usize,
+}
+
+/// Head size, blocks of the decode kernel a multiprocessor, keys of a tile of the prefill kernel; as in the sources.
+const SIZES: [(usize, usize, usize); 5] =
+    [(64, 2, 64), (96, 2, 64), (128, 2, 64), (192, 1, 32), (256, 1, 32)];
+
+/// Kernels.
+pub(super) struct Attentions {
+    sizes: Vec<Size>,
+    plain: ByTypes,
+    num_sms: usize,
+    /// Bytes of shared memory of a block, and of all blocks of a multiprocessor.
+    block_shared: usize,
+    sm_shared: usize,
+    /// The decode kernel's counters; zero between launches.
+    finished: DeviceMemory,
+}
+
+/// Bytes of a row of `dim` elements in shared memory, as `Rows` of `attention.cuh` lays it out.
+const fn row_bytes(dim: usize) -> usize {
+    let chunks = dim / 8;
+    16 * if chunks.is_multiple_of(8) { chunks } else { chunks | 1 }
+}
+
+/// Shared memory of a block of the decode kernel for `seqs` sequences, and the pages a warp has room for: as many as let
+/// `room` bytes be enough. None: not even two fit.
+fn decode_shared(dim: usize, group: usize, seqs: usize, room: usize) -> Option<(usize, usize)> {
+    let stage = DECODE_WARPS * 2 * PAGE_KEYS * row_bytes(dim);
+    let query = if dim > 128 { TILE_ROWS * row_bytes(dim) } else { 0 };
+    let tree = 2 * group.min(TILE_ROWS) * (dim + 8) * size_of::<f32>();
+    let fixed = query + tree + (2 * seqs + 1) * size_of::<i32>();
+    let stages = (room.checked_sub(fixed)? / stage).min(MOST_STAGES);
+    (stages >= 2).then_some((fixed + stages * stage, stages))
+}
+
+/// Shared memory of a block of the prefill kernel.
+const fn prefill_shared(dim: usize, keys: usize) -> usize {
+    4 * keys * row_bytes(dim) + if dim > 128 { QUERY_TILE * row_bytes(dim) } else { 0 }
+}
+
+impl Attentions {
+    /// Loads them.
+    pub(super) fn load(context: &Arc<Context>, facts: DeviceFacts) -> Result<Self, BackendError> {
+        let decode = Module::load(context, "attention_decode")?;
+        let prefill = Module::load(context, "attention_prefill")?;
+        let shared = |attribute| Ok(usize::try_from(context.attribute(attribute)?).unwrap_or(0));
+        let block_shared = shared(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+        let sm_shared = shared(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?;
+        let both = |module: &Module, name: &str, dim: usize| {
+            let functions = [
+                module.function(&format!("{name}_{dim}_bf16"))?,
+                module.function(&format!("{name}_{dim}_f16"))?,
+            ];
+            for function in functions {
+                function.allow_shared_memory((block_shared - RESERVED_SHARED) as u32)?;
+            }
+            Ok::<_, BackendError>(functions)
+        };
+        let mut sizes = Vec::new();
+        for (dim, decode_blocks, prefill_keys) in SIZES {
+            sizes.push(Size {
+                dim,
+                decode: both(&decode, "attention_decode", dim)?,
+                prefill: both(&prefill, "attention_prefill", dim)?,
+                decode_blocks,
+                prefill_keys,
+            });
+        }
+        let most_blocks = 2 * facts.num_sms;
+        Ok(Self {
+            sizes,
+            plain: Module::load(context, "attention_plain")?
+                .by_types("attention_plain", &ACTIVATIONS_AND_CACHE)?,
+            num_sms: facts.num_sms,
+            block_shared,
+            sm_shared,
+            finished: DeviceMemory::zeroed(
+                context,
+                most_blocks * size_of::<i32>(),
+                "the counters of attention",
+            )?,
+        })
+    }
+
+    /// `out = attention(qkv)` over the cache of `layer`.
+    pub(super) fn attend(
+        &mut self,
+        (queue, step, workspace): (&Queue, &StepInputs, &DeviceMemory),
+        (qkv, shape): (&CudaBuffer, &AttentionShape),
+        (layer, cache): (usize, &CudaKvCache),
+        out: &mut CudaBuffer,
+    ) -> Result<(), BackendError> {
+        check_shape(shape, qkv, cache);
+        assert!(
+            out.width() == shape.num_heads * shape.head_dim && out.dtype() == qkv.dtype(),
+            "attention of {} into {} columns of {}",
+            qkv.dtype(),
+            out.width(),
+            out.dtype()
+        );
+        step.check_cache(cache.num_blocks(), cache.layout().block_size)?;
+        let facts = step.facts();
+        out.resize(facts.num_tokens);
+        let attention = attention(step, (qkv, shape), (layer, cache), out);
+        let group = shape.num_heads / shape.num_kv_heads;
+        let Some((size, (decode_shared, stages))) = self.size_for(
+            shape.head_dim,
+            (qkv.dtype(), cache.layout().dtype),
+            (group, facts.num_decode_seqs),
+        ) else {
+            return self.attend_plainly(queue, step, &attention, (qkv.dtype(), cache.layout().dtype));
+        };
+        let which = usize::from(qkv.dtype() == DType::F16);
+        if facts.num_decode_seqs > 0 {
+            let blocks = size.decode_blocks * self.num_sms;
+            let parts = self.parts(workspace, blocks, size.dim, stages);
+            let launch = Launch {
+                function: size.decode[which],
+                grid: [blocks as u32, 1, 1],
+                block: DECODE_THREADS,
+                shared_bytes: decode_shared as u32,
+            };
+            queue.launch(&launch, args![attention, parts, step.decode_seqs()])?;
+        }
+        if facts.num_prefill_tiles > 0 {
+            let tiles = facts.num_prefill_tiles as i32;
+            let launch = Launch {
+                function: size.prefill[which],
+                grid: [(facts.num_prefill_tiles * shape.num_heads) as u32, 1, 1],
+                block: PREFILL_THREADS,
+                shared_bytes: prefill_shared(size.dim, size.prefill_keys) as u32,
+            };
+            queue.launch(&launch, args![attention, step.prefill_tiles(), tiles])?;
+        }
+        Ok(())
+    }
+
+    /// The tensor-core kernels that take these heads, with the decode kernel's shared memory and stages; none: the plain one does.
+    fn size_for(
+        &self,
+        head_dim: usize,
+        (activations, cache): (DType, DType),
+        (group, seqs): (usize, usize),
+    ) -> Option<(&Size, (usize, usize))> {
+        if activations != cache || activations == DType::F32 || !head_dim.is_multiple_of(8) {
+            return None;
+        }
+        let size = self.sizes.iter().find(|size| head_dim <= size.dim)?;
+        let most = self.block_shared - RESERVED_SHARED;
+        if prefill_shared(size.dim, size.prefill_keys) > most {
+            return None;
+        }
+        let share = (self.sm_shared / size.decode_blocks).saturating_sub(RESERVED_SHARED).min(most);
+        let shared = decode_shared(size.dim, group, seqs, share)
+            .or_else(|| decode_shared(size.dim, group, seqs, most))?;
+        Some((size, shared))
+    }
+
+    /// Where the decode kernel leaves parts of heads.
+    fn parts(&self, workspace: &DeviceMemory, blocks: usize, dim: usize, stages: usize) -> Parts {
+        let rows = 2 * blocks * TILE_ROWS;
+        let sums_bytes = rows * dim * size_of::<f32>();
+        assert!(
+            sums_bytes + rows * 2 * size_of::<f32>() <= workspace.bytes(),
+            "{blocks} blocks of attention over heads of {dim} in a workspace of {} bytes",
+            workspace.bytes()
+        );
+        Parts {
+            sums: workspace.ptr(),
+            weights: workspace.ptr() + sums_bytes as DevicePtr,
+            finished: self.finished.ptr(),
+            stages: stages as i32,
+        }
+    }
+
+    fn attend_plainly(
+        &self,
+        queue: &Queue,
+        step: &StepInputs,
+        attention: &Attention,
+        (activations, cache): (DType, DType),
+    ) -> Result<(), BackendError> {
+        if attention.head_dim as usize > MOST_PLAIN_DIM {
+            return Err(BackendError::Device {
+                operation: "attention".to_owned(),
+                reason: format!(
+                    "heads of {} elements; CUDA takes at most {MOST_PLAIN_DIM}",
+                    attention.head_dim
+                ),
+            });
+        }
+        let launch = Launch {
+            function: self.plain.of(activations, cache)?,
+            grid: [step.facts().num_tokens as u32, attention.num_heads as u32, 1],
+            block: PLAIN_THREADS,
+            shared_bytes: 0,
+        };
+        queue.launch(&launch, args![*attention, step.token_seqs()])
+    }
+}
+
+/// What every kernel is told.
+fn attention(
+    step: &StepInputs,
+    (qkv, shape): (&CudaBuffer, &AttentionShape),
+    (layer, cache): (usize, &CudaKvCache),
+    out: &CudaBuffer,
+) -> Attention {
+    let alibi = shape.alibi;
+    Attention {
+        qkv: qkv.ptr(),
+        keys: cache.keys(layer),
+        values: cache.values(layer),
+        out: out.ptr(),
+        header: step.header(),
+        cu_seqlens_q: step.cu_seqlens_q(),
+        context_lens: step.context_lens(),
+        block_tables: step.block_tables(),
+        num_heads: shape.num_heads as i32,
+        num_kv_heads: shape.num_kv_heads as i32,
+        head_dim: shape.head_dim as i32,
+        pages_per_block: (cache.layout().block_size / PAGE_KEYS) as i32,
+        window: shape.window.map_or(0, |window| i32::try_from(window).unwrap_or(i32::MAX)),
+        scale: shape.scale,
+        soft_cap: shape.soft_cap.unwrap_or(0.0),
+        alibi_heads: alibi.map_or(0, |alibi| alibi.total_heads as i32),
+        alibi_first: alibi.map_or(0, |alibi| alibi.first_head as i32),
+        alibi_max_bias: alibi.map_or(0.0, |alibi| alibi.max_bias),
+        alibi_multiplier: alibi.map_or(0.0, |alibi| alibi.multiplier),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_of_128_bytes_exchange_chunks_and_others_are_an_odd_number_of_chunks() {
+        assert_eq!(row_bytes(128), 256);
+        assert_eq!(row_bytes(96), 13 * 16);
+    }
+
+    #[test]
+    fn a_ring_takes_the_room_there_is() {
+        // An H100's multiprocessor has 228 KiB, half of it for each of two blocks.
+        let half = 228 * 1024 / 2 - RESERVED_SHARED;
+        let (bytes, stages) = decode_shared(128, 4, 128, half).unwrap();
+        assert_eq!(stages, 3);
+        assert!(bytes <= half);
+        assert_eq!(decode_shared(128, 4, 128, 60 * 1024), None);
+        assert_eq!(decode_shared(256, 1, 1, 227 * 1024).unwrap().1, 3);
+    }
+}

@@ -1,0 +1,147 @@
+//! What the hardware allows, measured: speed is judged as time over these.
+
+use std::ptr;
+
+use cudarc::driver::sys;
+
+use super::driver::{DeviceMemory, check};
+use super::launch::{Launch, args};
+use super::module::Module;
+use super::{CudaBackend, CudaBuffer};
+use crate::{Backend, BackendError, DType, HostMatrix};
+
+/// Limits of the device, as a loop that only reads and a large matrix product reach them.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Ceilings {
+    /// Reading device memory.
+    pub read_bytes_per_second: f64,
+    /// A bf16 product of three 8192 x 8192 matrices through cuBLASLt, 2 FLOPs for each multiplication and addition.
+    pub bf16_flops: f64,
+}
+
+/// Bytes that are read: forty times the L2 cache.
+const READ_BYTES: usize = 2 << 30;
+/// Width of the matrices.
+const SIZE: usize = 8192;
+
+/// Time between two places in a stream.
+struct Timer {
+    begin: sys::CUevent,
+    end: sys::CUevent,
+}
+
+impl Timer {
+    fn new() -> Result<Self, BackendError> {
+        let (mut begin, mut end) = (ptr::null_mut(), ptr::null_mut());
+        // SAFETY: places for two handles.
+        unsafe {
+            check("making an event", sys::cuEventCreate(&raw mut begin, 0))?;
+            check("making an event", sys::cuEventCreate(&raw mut end, 0))?;
+        }
+        Ok(Self { begin, end })
+    }
+
+    /// Median seconds of five times `work`, after one to warm up.
+    fn median(
+        &self,
+        stream: sys::CUstream,
+        mut work: impl FnMut() -> Result<(), BackendError>,
+    ) -> Result<f64, BackendError> {
+        work()?;
+        let mut seconds = Vec::new();
+        for _ in 0..5 {
+            let mut milliseconds = 0.0;
+            // SAFETY: events and stream are alive.
+            unsafe {
+                check("recording an event", sys::cuEventRecord(self.begin, stream))?;
+                work()?;
+                check("recording an event", sys::cuEventRecord(self.end, stream))?;
+                check("waiting for an event", sys::cuEventSynchronize(self.end))?;
+                check(
+                    "reading an event",
+                    sys::cuEventElapsedTime_v2(&raw mut milliseconds, self.begin, self.end),
+                )?;
+            }
+            seconds.push(f64::from(milliseconds) / 1e3);
+        }
+        seconds.sort_by(f64::total_cmp);
+        Ok(seconds[seconds.len() / 2])
+    }
+}
+
+impl Drop for Timer {
+    fn drop(&mut self) {
+        // SAFETY: made by `new`.
+        unsafe {
+            let _ = sys::cuEventDestroy_v2(self.begin);
+            let _ = sys::cuEventDestroy_v2(self.end);
+        }
+    }
+}
+
+impl CudaBackend {
+    /// Measures both; takes some GiB of memory for a moment.
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn measure_ceilings(&mut self) -> Result<Ceilings, BackendError> {
+        self.context.make_current()?;
+        let module = Module::load(&self.context, "ceiling")?;
+        Ok(Ceilings {
+            read_bytes_per_second: self.measure_reading(&module)?,
+            bf16_flops: self.measure_multiplying(&module)?,
+        })
+    }
+
+    fn measure_reading(&self, module: &Module) -> Result<f64, BackendError> {
+        let data = DeviceMemory::new(&self.context, READ_BYTES, "measuring")?;
+        self.fill(module, &data)?;
+        let (data_ptr, count, out) = (data.ptr(), (READ_BYTES / 16) as i64, self.workspace.ptr());
+        let launch = Launch {
+            function: module.function("read_all")?,
+            grid: [self.facts.num_sms as u32 * 4, 1, 1],
+            block: 512,
+            shared_bytes: 0,
+        };
+        let seconds = Timer::new()?
+            .median(self.queue.stream().raw(), || self.queue.launch(&launch, args![data_ptr, count, out]))?;
+        Ok(READ_BYTES as f64 / seconds)
+    }
+
+    fn measure_multiplying(&mut self, module: &Module) -> Result<f64, BackendError> {
+        let elements = vec![0_u8; SIZE * SIZE * 2];
+        let matrix = HostMatrix {
+            dtype: DType::BF16,
+            rows: SIZE,
+            cols: SIZE,
+            row_stride: SIZE,
+            bytes: elements.into(),
+        };
+        let weight = self.linear(&[matrix], DType::BF16)?;
+        self.finish_uploads()?;
+        let (mut x, mut out) = (self.square()?, self.square()?);
+        self.fill(module, x.memory())?;
+        self.fill(module, weight.memory())?;
+        x.resize(SIZE);
+        let stream = self.queue.stream().raw();
+        let seconds = Timer::new()?
+            .median(stream, || (0..10).try_for_each(|_| self.matmul(&x, &weight, None, &mut out)))?;
+        Ok(10.0 * 2.0 * (SIZE as f64).powi(3) / seconds)
+    }
+
+    fn square(&self) -> Result<CudaBuffer, BackendError> {
+        CudaBuffer::new(&self.context, SIZE, SIZE, DType::BF16)
+    }
+
+    /// Zeros would be multiplied faster than numbers are.
+    fn fill(&self, module: &Module, memory: &DeviceMemory) -> Result<(), BackendError> {
+        let launch = Launch {
+            function: module.function("fill_random_bf16")?,
+            grid: [self.facts.num_sms as u32 * 4, 1, 1],
+            block: 512,
+            shared_bytes: 0,
+        };
+        let (data, count, seed) = (memory.ptr(), (memory.bytes() / 2) as i64, 1_u32);
+        self.queue.launch(&launch, args![data, count, seed])
+    }
+}

@@ -1,0 +1,258 @@
+//! Matrix products of NVIDIA's library.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::mem;
+use std::ptr;
+
+use cudarc::cublaslt::sys as lt;
+
+use super::driver::{DevicePtr, Stream};
+use crate::{BackendError, DType};
+
+/// Room the library may use in between: what NVIDIA recommends for Hopper.
+pub(super) const WORKSPACE_BYTES: usize = 32 << 20;
+
+/// Plans that are kept; prompts have many lengths, and a plan takes a fifth of a millisecond.
+const MAX_PLANS: usize = 4096;
+
+/// A product `out[rows, outputs] = x[rows, inputs] weight[outputs, inputs]^T`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Product {
+    pub(super) rows: usize,
+    pub(super) outputs: usize,
+    pub(super) inputs: usize,
+    /// Elements from one row of the weight to the next.
+    pub(super) weight_stride: usize,
+    /// Of weight and activations.
+    pub(super) dtype: DType,
+    /// Of the result.
+    pub(super) out_dtype: DType,
+}
+
+/// Where its matrices are.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Operands {
+    pub(super) x: DevicePtr,
+    pub(super) weight: DevicePtr,
+    pub(super) out: DevicePtr,
+}
+
+/// The library's handle and what it has planned.
+pub(super) struct CublasLt {
+    handle: lt::cublasLtHandle_t,
+    plans: HashMap<Product, Plan>,
+}
+
+// SAFETY: the handle and the descriptors may be used from any thread, one at a time.
+unsafe impl Send for CublasLt {}
+
+/// Descriptors of one product.
+struct Plan {
+    product: lt::cublasLtMatmulDesc_t,
+    weight: lt::cublasLtMatrixLayout_t,
+    x: lt::cublasLtMatrixLayout_t,
+    out: lt::cublasLtMatrixLayout_t,
+    algorithm: lt::cublasLtMatmulAlgo_t,
+}
+
+fn check(operation: &str, status: lt::cublasStatus_t) -> Result<(), BackendError> {
+    match status {
+        lt::cublasStatus_t::CUBLAS_STATUS_SUCCESS => Ok(()),
+        other => Err(BackendError::Device {
+            operation: format!("{operation} with cuBLASLt"),
+            reason: format!("{other:?}"),
+        }),
+    }
+}
+
+fn data_type(dtype: DType) -> lt::cudaDataType {
+    match dtype {
+        DType::F32 => lt::cudaDataType::CUDA_R_32F,
+        DType::F16 => lt::cudaDataType::CUDA_R_16F,
+        DType::BF16 => lt::cudaDataType::CUDA_R_16BF,
+    }
+}
+
+impl CublasLt {
+    /// Opens the library.
+    ///
+    /// # Errors
+    /// It is not there: one line that says what provides it.
+    pub(super) fn open() -> Result<Self, BackendError> {
+        // SAFETY: only looks for the library.
+        if !unsafe { lt::is_culib_present() } {
+            return Err(BackendError::Device {
+                operation: "starting CUDA".to_owned(),
+                reason: "there is no cuBLASLt (libcublasLt.so.13) here; it is part of the CUDA 13 toolkit and of the PyPI \
+                         package nvidia-cublas, and LD_LIBRARY_PATH says where it is searched"
+                    .to_owned(),
+            });
+        }
+        let mut handle = ptr::null_mut();
+        // SAFETY: the library is there; a place for a handle.
+        check("starting", unsafe { lt::cublasLtCreate(&raw mut handle) })?;
+        // SAFETY: takes nothing.
+        let version = unsafe { lt::cublasLtGetVersion() };
+        tracing::debug!("cuBLASLt {}.{}.{}", version / 10_000, version / 100 % 100, version % 100);
+        Ok(Self { handle, plans: HashMap::new() })
+    }
+
+    /// Computes a product in stream order, with [`WORKSPACE_BYTES`] of room in between.
+    pub(super) fn multiply(
+        &mut self,
+        stream: &Stream,
+        workspace: DevicePtr,
+        product: Product,
+        operands: Operands,
+    ) -> Result<(), BackendError> {
+        if !self.plans.contains_key(&product) {
+            if self.plans.len() >= MAX_PLANS {
+                self.plans.clear();
+            }
+            let plan = Plan::new(self.handle, product)?;
+            self.plans.insert(product, plan);
+        }
+        let plan = &self.plans[&product];
+        let (one, zero) = (1.0_f32, 0.0_f32);
+        // SAFETY: the descriptors fit the matrices, which the caller vouches for; the workspace is used by one operation at a
+        // time.
+        let status = unsafe {
+            lt::cublasLtMatmul(
+                self.handle,
+                plan.product,
+                ptr::from_ref(&one).cast(),
+                operands.weight as *const c_void,
+                plan.weight,
+                operands.x as *const c_void,
+                plan.x,
+                ptr::from_ref(&zero).cast(),
+                operands.out as *const c_void,
+                plan.out,
+                operands.out as *mut c_void,
+                plan.out,
+                &raw const plan.algorithm,
+                workspace as *mut c_void,
+                WORKSPACE_BYTES,
+                stream.raw().cast(),
+            )
+        };
+        check("multiplying", status)
+    }
+}
+
+impl Drop for CublasLt {
+    fn drop(&mut self) {
+        self.plans.clear();
+        // SAFETY: made by `open`.
+        let _ = unsafe { lt::cublasLtDestroy(self.handle) };
+    }
+}
+
+impl Plan {
+    /// Row-major matrices are the library's column-major ones transposed: `out^T = weight x^T`, with the weight's rows as its
+    /// columns.
+    fn new(handle: lt::cublasLtHandle_t, product: Product) -> Result<Self, BackendError> {
+        let Product { rows, outputs, inputs, weight_stride, dtype, out_dtype } = product;
+        let layout = |dtype, rows: usize, cols: usize, stride: usize| {
+            let mut layout = ptr::null_mut();
+            // SAFETY: a place for a handle.
+            let status = unsafe {
+                lt::cublasLtMatrixLayoutCreate(
+                    &raw mut layout,
+                    data_type(dtype),
+                    rows as u64,
+                    cols as u64,
+                    stride as i64,
+                )
+            };
+            check("describing a matrix", status).map(|()| layout)
+        };
+        let mut description = ptr::null_mut();
+        // SAFETY: a place for a handle; float32 is summed in float32, never in TF32.
+        check("describing a product", unsafe {
+            lt::cublasLtMatmulDescCreate(
+                &raw mut description,
+                lt::cublasComputeType_t::CUBLAS_COMPUTE_32F,
+                lt::cudaDataType::CUDA_R_32F,
+            )
+        })?;
+        // CUBLAS_OP_T, which the bindings of this library lack.
+        let transposed = 1_i32;
+        // SAFETY: the attribute is of this size.
+        check("describing a product", unsafe {
+            lt::cublasLtMatmulDescSetAttribute(
+                description,
+                lt::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA,
+                ptr::from_ref(&transposed).cast(),
+                size_of_val(&transposed),
+            )
+        })?;
+        let weight = layout(dtype, inputs, outputs, weight_stride)?;
+        let x = layout(dtype, inputs, rows, inputs)?;
+        let out = layout(out_dtype, outputs, rows, outputs)?;
+        // SAFETY: plain data that `choose` fills.
+        let algorithm = unsafe { mem::zeroed() };
+        let mut plan = Self { product: description, weight, x, out, algorithm };
+        plan.choose(handle).map_err(|error| BackendError::Device {
+            operation: format!("planning {product:?}"),
+            reason: error.to_string(),
+        })?;
+        Ok(plan)
+    }
+
+    /// Takes the algorithm that the library thinks best.
+    fn choose(&mut self, handle: lt::cublasLtHandle_t) -> Result<(), BackendError> {
+        let mut preference = ptr::null_mut();
+        let mut count = 0;
+        // SAFETY: places for what the library makes; the attribute is of this size.
+        unsafe {
+            // What it may assume of addresses: buffers begin at multiples of 256.
+            check("planning", lt::cublasLtMatmulPreferenceCreate(&raw mut preference))?;
+            let attribute =
+                lt::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
+            let set = lt::cublasLtMatmulPreferenceSetAttribute(
+                preference,
+                attribute,
+                ptr::from_ref(&WORKSPACE_BYTES).cast(),
+                size_of::<usize>(),
+            );
+            let mut result: lt::cublasLtMatmulHeuristicResult_t = mem::zeroed();
+            let found = lt::cublasLtMatmulAlgoGetHeuristic(
+                handle,
+                self.product,
+                self.weight,
+                self.x,
+                self.out,
+                self.out,
+                preference,
+                1,
+                &raw mut result,
+                &raw mut count,
+            );
+            let _ = lt::cublasLtMatmulPreferenceDestroy(preference);
+            check("planning", set)?;
+            check("planning", found)?;
+            self.algorithm = result.algo;
+        }
+        if count == 0 {
+            return Err(BackendError::Device {
+                operation: "planning with cuBLASLt".to_owned(),
+                reason: "it has no algorithm for this product".to_owned(),
+            });
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Plan {
+    fn drop(&mut self) {
+        // SAFETY: made by `new`.
+        unsafe {
+            let _ = lt::cublasLtMatmulDescDestroy(self.product);
+            let _ = lt::cublasLtMatrixLayoutDestroy(self.weight);
+            let _ = lt::cublasLtMatrixLayoutDestroy(self.x);
+            let _ = lt::cublasLtMatrixLayoutDestroy(self.out);
+        }
+    }
+}

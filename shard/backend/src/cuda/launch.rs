@@ -1,0 +1,158 @@
+//! Launches in stream order, and their recording into graphs.
+
+use std::cell::Cell;
+use std::ffi::{CStr, c_void};
+use std::mem;
+use std::ptr;
+use std::time::Duration;
+
+use cudarc::driver::sys;
+
+use super::driver::{DevicePtr, Stream, check};
+use super::module::Function;
+use crate::BackendError;
+
+/// A kernel with its grid.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Launch {
+    /// The kernel.
+    pub(crate) function: Function,
+    /// Blocks in x, y, z.
+    pub(crate) grid: [u32; 3],
+    /// Threads of a block.
+    pub(crate) block: u32,
+    /// Dynamic shared memory of a block, in bytes.
+    pub(crate) shared_bytes: u32,
+}
+
+/// A kernel's parameter by value; addresses are [`DevicePtr`].
+pub(crate) trait Argument: Copy {}
+impl Argument for DevicePtr {}
+impl Argument for i64 {}
+impl Argument for i32 {}
+impl Argument for u32 {}
+impl Argument for f32 {}
+impl Argument for sys::CUtensorMap {}
+
+/// The address of a parameter, for `args!`.
+pub(crate) fn address<T: Argument>(value: &T) -> *mut c_void {
+    ptr::from_ref(value).cast_mut().cast()
+}
+
+/// The parameters of a launch: `args![x, rows, eps]`, each a local variable or field of a type a kernel takes.
+macro_rules! args {
+    ($($value:expr),* $(,)?) => { &mut [$(crate::cuda::launch::address(&$value)),*] };
+}
+pub(crate) use args;
+
+/// What happens to launches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Mode {
+    /// They run, or are recorded where the stream captures.
+    Launch,
+    /// Nothing: a recorded graph is about to run them.
+    Dry,
+}
+
+/// A step of the largest legal shape takes seconds at most; after this the device counts as lost.
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Where operations go.
+pub(crate) struct Queue {
+    stream: Stream,
+    pub(super) mode: Mode,
+    /// Names the device in errors.
+    device: String,
+    /// What was launched last, for errors.
+    last: Cell<sys::CUfunction>,
+}
+
+// SAFETY: the handle is only read, and used from one thread at a time.
+unsafe impl Send for Queue {}
+
+impl Queue {
+    /// Work on `stream` of the device of that name.
+    pub(super) fn new(stream: Stream, device: &str) -> Self {
+        Self { stream, mode: Mode::Launch, device: device.to_owned(), last: Cell::new(ptr::null_mut()) }
+    }
+
+    /// Waits until everything is done. The only place where the host waits for the device in a step.
+    ///
+    /// # Errors
+    /// [`BackendError::DeviceLost`]: whatever was launched went wrong, here or in the hardware.
+    pub(crate) fn wait(&self) -> Result<(), BackendError> {
+        self.stream.synchronize(PATIENCE).map_err(|error| {
+            let reason = match error {
+                BackendError::Device { reason, .. } => reason,
+                other => other.to_string(),
+            };
+            BackendError::DeviceLost {
+                device: self.device.clone(),
+                operation: format!("waiting for a step (last launched: {})", self.last_kernel()),
+                reason,
+            }
+        })
+    }
+
+    /// Name of the kernel that was launched last, recorded ones aside.
+    fn last_kernel(&self) -> String {
+        let mut name = ptr::null();
+        let function = self.last.get();
+        if function.is_null() {
+            return "a recorded graph".to_owned();
+        }
+        // SAFETY: a place for a pointer to a name that lives as long as the kernel.
+        let code = unsafe { sys::cuFuncGetName(&raw mut name, function) };
+        if code != sys::CUresult::CUDA_SUCCESS || name.is_null() {
+            return "a kernel".to_owned();
+        }
+        // SAFETY: the driver gave a string.
+        unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned()
+    }
+
+    /// The stream, for what is not a launch. Nothing may be put on it in dry mode: ask [`Queue::is_dry`].
+    pub(super) fn stream(&self) -> &Stream {
+        &self.stream
+    }
+
+    /// Whether launches are left out.
+    pub(super) fn is_dry(&self) -> bool {
+        self.mode == Mode::Dry
+    }
+
+    /// Launches a kernel. It may start while the one before it ends (programmatic dependent launch), so every kernel waits
+    /// by itself before it touches anything but weights.
+    pub(crate) fn launch(&self, launch: &Launch, args: &mut [*mut c_void]) -> Result<(), BackendError> {
+        if self.is_dry() || launch.grid.contains(&0) {
+            return Ok(());
+        }
+        let [x, y, z] = launch.grid;
+        // SAFETY: an attribute is plain data; its kind says which part of the union is read.
+        let mut attribute: sys::CUlaunchAttribute = unsafe { mem::zeroed() };
+        attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        attribute.value.programmaticStreamSerializationAllowed = 1;
+        let config = sys::CUlaunchConfig {
+            gridDimX: x,
+            gridDimY: y,
+            gridDimZ: z,
+            blockDimX: launch.block,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.shared_bytes,
+            hStream: self.stream.raw(),
+            attrs: &raw mut attribute,
+            numAttrs: 1,
+        };
+        // SAFETY: the arguments are as many and of the types the kernel has; each operation is tested against its reference.
+        let code = unsafe {
+            sys::cuLaunchKernelEx(&raw const config, launch.function.raw, args.as_mut_ptr(), ptr::null_mut())
+        };
+        self.last.set(launch.function.raw);
+        check("launching a kernel", code)
+    }
+
+    /// Copies within the device, unless dry.
+    pub(super) fn copy(&self, to: DevicePtr, from: DevicePtr, bytes: usize) -> Result<(), BackendError> {
+        if self.is_dry() { Ok(()) } else { self.stream.copy(to, from, bytes) }
+    }
+}

@@ -1,0 +1,81 @@
+//! Weights on the device.
+
+use std::sync::Arc;
+
+use super::driver::{Context, DeviceMemory, DevicePtr};
+use super::upload::Uploader;
+use crate::{BackendError, DType, HostMatrix};
+
+/// Rows begin at multiples of this many bytes, so that they can be read 16 bytes at a time.
+const ROW_ALIGNMENT: usize = 16;
+
+/// A linear layer's weight `[out_features, in_features]`, row-major.
+pub struct CudaLinear {
+    memory: DeviceMemory,
+    pub(super) dtype: DType,
+    pub(super) out_features: usize,
+    pub(super) in_features: usize,
+    /// Elements from one row to the next.
+    pub(super) row_stride: usize,
+}
+
+impl CudaLinear {
+    /// Stacks `parts` along their rows. On the device once the uploader has finished.
+    pub(super) fn new(
+        context: &Arc<Context>,
+        uploader: &Uploader,
+        parts: &[HostMatrix<'_>],
+        dtype: DType,
+    ) -> Result<Self, BackendError> {
+        let in_features = HostMatrix::common_columns(parts)?;
+        let out_features = parts.iter().map(|part| part.rows).sum::<usize>();
+        let row_bytes = (in_features * dtype.size_bytes()).next_multiple_of(ROW_ALIGNMENT);
+        let memory = DeviceMemory::new(context, out_features * row_bytes, "a weight")?;
+        let mut to = memory.ptr();
+        for part in parts {
+            uploader.matrix(part, dtype, (to, row_bytes))?;
+            to += (part.rows * row_bytes) as DevicePtr;
+        }
+        let row_stride = row_bytes / dtype.size_bytes();
+        Ok(Self { memory, dtype, out_features, in_features, row_stride })
+    }
+
+    /// Its memory.
+    pub(super) fn memory(&self) -> &DeviceMemory {
+        &self.memory
+    }
+
+    /// Address of the first row.
+    pub(super) fn ptr(&self) -> DevicePtr {
+        self.memory.ptr()
+    }
+
+    /// Bytes it takes.
+    pub(super) fn bytes(&self) -> usize {
+        self.memory.bytes()
+    }
+}
+
+/// A small parameter `[width]` of f32.
+pub struct CudaVector {
+    memory: DeviceMemory,
+    pub(super) width: usize,
+}
+
+impl CudaVector {
+    /// Copies `values`. On the device once the uploader has finished.
+    pub(super) fn new(
+        context: &Arc<Context>,
+        uploader: &Uploader,
+        values: &[f32],
+    ) -> Result<Self, BackendError> {
+        let memory = DeviceMemory::new(context, size_of_val(values), "a parameter")?;
+        uploader.bytes(bytemuck::cast_slice(values), memory.ptr())?;
+        Ok(Self { memory, width: values.len() })
+    }
+
+    /// Address of the first element.
+    pub(super) fn ptr(&self) -> DevicePtr {
+        self.memory.ptr()
+    }
+}

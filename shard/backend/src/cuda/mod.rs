@@ -1,0 +1,213 @@
+//! The CUDA backend: one GPU, one stream.
+//!
+//! Reading order: [`operations`] is `impl Backend`; [`buffer`], [`linear`], [`kv_cache`] and [`step`] say how things lie in
+//! memory; a file for each noun (norm, matmul, attention, ...) holds its kernels and how they are launched; [`launch`] and
+//! [`graph`] are how launches reach the device. The kernels' sources are in `shard/kernels/cuda`.
+//!
+//! Activations have the weights' type; the residual stream, logits and sums are f32. Nothing allocates after start-up, and
+//! a step waits for the device only where its result is read.
+
+mod attention;
+mod buffer;
+mod ceilings;
+mod cublaslt;
+mod driver;
+mod elementwise;
+mod embedding;
+mod experts;
+mod gemv;
+mod graph;
+mod heads;
+mod kv_cache;
+mod launch;
+mod linear;
+mod matmul;
+mod module;
+mod norm;
+mod operations;
+mod rope;
+mod sampling;
+mod step;
+mod upload;
+
+use std::cell::{Cell, RefCell};
+use std::sync::Arc;
+
+use cudarc::driver::sys::CUdevice_attribute as Attribute;
+
+pub use buffer::CudaBuffer;
+pub use ceilings::Ceilings;
+pub use experts::CudaExperts;
+pub use kv_cache::CudaKvCache;
+pub use linear::{CudaLinear, CudaVector};
+pub use rope::CudaRope;
+
+use crate::BackendError;
+use crate::collectives::Communicator;
+use driver::{Context, DeviceMemory, Stream};
+use graph::Graphs;
+use launch::Queue;
+use step::StepInputs;
+use upload::Uploader;
+
+/// How to use the GPU.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CudaOptions {
+    /// Which of the visible devices.
+    pub ordinal: usize,
+    /// Most tokens of a step; longer prompts are cut into several.
+    pub max_step_tokens: usize,
+    /// Most sequences of a step.
+    pub max_seqs: usize,
+    /// Elements of the block tables of a step, all sequences together.
+    pub max_table_elements: usize,
+    /// Numbers of sequences whose decode steps are recorded as graphs; steps of other sizes are filled up to the next.
+    /// Empty: nothing is recorded.
+    pub graph_batches: Vec<usize>,
+    /// Threads that copy weights while they are loaded.
+    pub loader_threads: usize,
+}
+
+impl Default for CudaOptions {
+    fn default() -> Self {
+        let graph_batches = [1, 2, 4].into_iter().chain((8..=256).step_by(8)).collect();
+        Self {
+            ordinal: 0,
+            max_step_tokens: 8192,
+            max_seqs: 1024,
+            max_table_elements: 1 << 20,
+            graph_batches,
+            loader_threads: 8,
+        }
+    }
+}
+
+/// What every operation that launches needs to know of the device.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct DeviceFacts {
+    /// Multiprocessors.
+    pub(crate) num_sms: usize,
+    /// Compute capability, e.g. `(9, 0)`.
+    pub(crate) capability: (i32, i32),
+}
+
+/// Bytes of the workspace that matrix products and split reductions share.
+const WORKSPACE_BYTES: usize = 64 << 20;
+
+/// One rank on one GPU.
+pub struct CudaBackend {
+    options: CudaOptions,
+    description: String,
+    facts: DeviceFacts,
+    queue: Queue,
+    /// There while weights are loaded.
+    uploader: RefCell<Option<Uploader>>,
+    communicator: Box<dyn Communicator>,
+    step: StepInputs,
+    /// Of operations that need room in between; contents are undefined between operations.
+    workspace: DeviceMemory,
+    graphs: Graphs,
+    /// Addresses that graphs hold have changed.
+    has_stale_graphs: Cell<bool>,
+    norms: norm::Norms,
+    elementwise: elementwise::Elementwise,
+    embeddings: embedding::Embeddings,
+    matmuls: matmul::Matmuls,
+    ropes: rope::Ropes,
+    attentions: attention::Attentions,
+    heads: heads::Heads,
+    experts: experts::ExpertKernels,
+    samplers: sampling::Samplers,
+    /// Where collectives of ranks without a device of their own to meet on happen.
+    host: Vec<f32>,
+    // Last, so that everything that uses it is gone before.
+    context: Arc<Context>,
+}
+
+impl CudaBackend {
+    /// Whether this program has kernels and this machine a driver and a device `ordinal`.
+    ///
+    /// # Errors
+    /// One line that says what is missing.
+    pub fn find_device(ordinal: usize) -> Result<(), BackendError> {
+        if kernels::architectures().is_empty() {
+            return Err(BackendError::Device {
+                operation: "starting CUDA".to_owned(),
+                reason: "this program was built without nvcc and has no CUDA kernels".to_owned(),
+            });
+        }
+        driver::require(ordinal)
+    }
+
+    /// What the kernels of this program run on, e.g. `sm_90a`.
+    pub fn architectures() -> &'static [&'static str] {
+        kernels::architectures()
+    }
+
+    /// Opens the device and loads the kernels.
+    ///
+    /// # Errors
+    /// One line that says what is missing: driver, device, kernels for it, libraries.
+    pub fn new(options: CudaOptions, communicator: Box<dyn Communicator>) -> Result<Self, BackendError> {
+        let context = Context::new(options.ordinal)?;
+        let num_sms = context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+        let facts = DeviceFacts {
+            num_sms: usize::try_from(num_sms).unwrap_or(1).max(1),
+            capability: context.compute_capability()?,
+        };
+        let (major, minor) = facts.capability;
+        let description = format!("{} (device {}, sm_{major}{minor})", context.name()?, options.ordinal);
+        let step =
+            StepInputs::new(&context, options.max_step_tokens, options.max_seqs, options.max_table_elements)?;
+        Ok(Self {
+            facts,
+            queue: Queue::new(Stream::new(&context)?, &description),
+            description,
+            uploader: RefCell::new(None),
+            communicator,
+            workspace: DeviceMemory::zeroed(&context, WORKSPACE_BYTES, "the workspace")?,
+            graphs: Graphs::default(),
+            has_stale_graphs: Cell::new(false),
+            norms: norm::Norms::load(&context)?,
+            elementwise: elementwise::Elementwise::load(&context)?,
+            embeddings: embedding::Embeddings::load(&context, options.max_step_tokens)?,
+            matmuls: matmul::Matmuls::load(&context, facts)?,
+            ropes: rope::Ropes::load(&context)?,
+            attentions: attention::Attentions::load(&context, facts)?,
+            heads: heads::Heads::load(&context)?,
+            experts: experts::ExpertKernels::load(&context)?,
+            samplers: sampling::Samplers::load(&context)?,
+            host: Vec::new(),
+            step,
+            options,
+            context,
+        })
+    }
+
+    /// Copies weights: made when the first one comes, gone with the first step.
+    fn with_uploader<T>(
+        &self,
+        use_it: impl FnOnce(&Uploader) -> Result<T, BackendError>,
+    ) -> Result<T, BackendError> {
+        self.context.make_current()?;
+        let mut uploader = self.uploader.borrow_mut();
+        let uploader = match uploader.take() {
+            Some(there) => uploader.insert(there),
+            None => uploader.insert(Uploader::new(&self.context, self.options.loader_threads)?),
+        };
+        use_it(uploader)
+    }
+
+    /// Waits for the weights that are on their way, and lets go of what loading needed.
+    fn finish_uploads(&self) -> Result<(), BackendError> {
+        match self.uploader.borrow_mut().take() {
+            Some(uploader) => uploader.finish(),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether steps of one token a sequence are recorded. Collectives that meet on the host cannot be.
+    fn records_graphs(&self) -> bool {
+        !self.options.graph_batches.is_empty() && self.communicator.world_size() == 1
+    }
+}

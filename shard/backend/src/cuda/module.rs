@@ -1,0 +1,161 @@
+//! Kernels of the embedded images.
+
+use std::ffi::CString;
+use std::ptr;
+use std::sync::Arc;
+
+use cudarc::driver::sys;
+
+use super::driver::{Context, check, failed};
+use crate::{BackendError, DType};
+
+/// One image on the device. Modules live as long as the context.
+pub(crate) struct Module {
+    name: &'static str,
+    raw: sys::CUmodule,
+    // A module is gone with its context.
+    _context: Arc<Context>,
+}
+
+// SAFETY: handles may be used from any thread.
+unsafe impl Send for Module {}
+
+/// A kernel.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Function {
+    pub(super) raw: sys::CUfunction,
+}
+
+// SAFETY: a handle that may be used from any thread; its module lives as long as the backend.
+unsafe impl Send for Function {}
+
+impl Module {
+    /// Loads the image of `cuda/{name}.cu`.
+    pub(super) fn load(context: &Arc<Context>, name: &'static str) -> Result<Self, BackendError> {
+        let missing = |reason: String| BackendError::Device {
+            operation: format!("loading the {name} kernels"),
+            reason,
+        };
+        let Some(image) = kernels::fatbin(name) else {
+            return Err(missing(
+                "this program was built without CUDA kernels; build it where nvcc 13.0 is (make nvcc), or use --device cpu"
+                    .to_owned(),
+            ));
+        };
+        let mut raw = ptr::null_mut();
+        // SAFETY: the image is a whole fatbin that nvcc made.
+        match unsafe { sys::cuModuleLoadData(&raw mut raw, image.as_ptr().cast()) } {
+            sys::CUresult::CUDA_SUCCESS => Ok(Self { name, raw, _context: Arc::clone(context) }),
+            sys::CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU => {
+                let (major, minor) = context.compute_capability()?;
+                Err(missing(format!(
+                    "this program has kernels for {}, the GPU is sm_{major}{minor}; rebuild it with \
+                     QUARTET_CUDA_ARCHITECTURES=sm_{major}{minor}",
+                    kernels::architectures().join(", ")
+                )))
+            }
+            code => Err(failed(&format!("loading the {name} kernels"), code)),
+        }
+    }
+
+    /// The kernel `name`.
+    pub(super) fn function(&self, name: &str) -> Result<Function, BackendError> {
+        let symbol = CString::new(name).unwrap_or_default();
+        let mut raw = ptr::null_mut();
+        // SAFETY: the module is loaded and the name ends with a zero.
+        let code = unsafe { sys::cuModuleGetFunction(&raw mut raw, self.raw, symbol.as_ptr()) };
+        check(&format!("finding the kernel {name} of {}", self.name), code)?;
+        Ok(Function { raw })
+    }
+
+    /// The instantiations `{name}_{a}_{b}` that there are, by two element types.
+    pub(super) fn by_types(&self, name: &str, pairs: &[(DType, DType)]) -> Result<ByTypes, BackendError> {
+        let function = |&(a, b): &(DType, DType)| {
+            Ok(((a, b), self.function(&format!("{name}_{}_{}", suffix(a), suffix(b)))?))
+        };
+        Ok(ByTypes {
+            name: name.to_owned(),
+            functions: pairs.iter().map(function).collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// The instantiations `{name}_{f32,bf16,f16}`, by element type.
+    pub(super) fn by_type(&self, name: &str) -> Result<ByType, BackendError> {
+        Ok(ByType {
+            f32: self.function(&format!("{name}_f32"))?,
+            bf16: self.function(&format!("{name}_bf16"))?,
+            f16: self.function(&format!("{name}_f16"))?,
+        })
+    }
+}
+
+/// A kernel for each element type.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ByType {
+    f32: Function,
+    bf16: Function,
+    f16: Function,
+}
+
+impl ByType {
+    /// The one for `dtype`.
+    pub(super) fn of(&self, dtype: DType) -> Function {
+        match dtype {
+            DType::F32 => self.f32,
+            DType::BF16 => self.bf16,
+            DType::F16 => self.f16,
+        }
+    }
+}
+
+/// A kernel for some pairs of element types.
+#[derive(Debug)]
+pub(crate) struct ByTypes {
+    name: String,
+    functions: Vec<((DType, DType), Function)>,
+}
+
+impl ByTypes {
+    /// The one for `a` and `b`.
+    pub(super) fn of(&self, a: DType, b: DType) -> Result<Function, BackendError> {
+        let found = self.functions.iter().find(|(types, _)| *types == (a, b));
+        found.map(|(_, function)| *function).ok_or_else(|| BackendError::Device {
+            operation: self.name.clone(),
+            reason: format!(
+                "there is no kernel for {a} and {b}; expected one type, or float32 for one of them"
+            ),
+        })
+    }
+}
+
+/// What kernels of an element type are called after.
+fn suffix(dtype: DType) -> &'static str {
+    match dtype {
+        DType::F32 => "f32",
+        DType::BF16 => "bf16",
+        DType::F16 => "f16",
+    }
+}
+
+/// Pairs of equal types and of float32 with another: what kernels of two types are compiled for.
+pub(super) const MIXED_TYPES: [(DType, DType); 7] = [
+    (DType::F32, DType::F32),
+    (DType::F32, DType::BF16),
+    (DType::F32, DType::F16),
+    (DType::BF16, DType::BF16),
+    (DType::BF16, DType::F32),
+    (DType::F16, DType::F16),
+    (DType::F16, DType::F32),
+];
+
+impl Function {
+    /// Allows it `bytes` of shared memory where that is more than the 48 KiB every kernel may have.
+    pub(super) fn allow_shared_memory(self, bytes: u32) -> Result<(), BackendError> {
+        let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        let bytes = i32::try_from(bytes).unwrap_or(i32::MAX);
+        // SAFETY: the function's module is loaded.
+        check("raising a kernel's shared memory", unsafe {
+            sys::cuFuncSetAttribute(self.raw, attribute, bytes)
+        })
+    }
+}

@@ -1,0 +1,291 @@
+//! How long the steps of a model take on a GPU, beside what the hardware allows.
+//!
+//!     cargo run --release -p models --features cuda --example step_bench -- MODEL_DIR [--context N] [--steps N] [--decode 1,8,32] [--prefill 1x128,8x2048] [--json FILE]
+//!
+//! A step is everything the engine does with a model: inputs up, all layers, logits, a token chosen for each sequence and
+//! brought back. Floor: the bytes it must read (weights, and the keys and values of the context) over the read bandwidth, or
+//! its FLOPs over the matrix rate, whichever is longer; both are measured in the same run. Medians.
+
+use std::error::Error;
+use std::time::Instant;
+
+use backend::collectives::Single;
+use backend::cuda::{Ceilings, CudaBackend, CudaOptions};
+use backend::sampling::{SamplingParams, SamplingRow};
+use backend::{Backend, DType, StepInput};
+use models::spec::{DecoderSpec, ExpectedTensor, MixerSpec};
+use models::{CausalLm, Decoder, LoadOptions, decoder_spec, load};
+
+type Failure = Box<dyn Error + Send + Sync>;
+
+const USAGE: &str = "usage: step_bench MODEL_DIR [--context N] [--steps N] [--decode 1,8,32] [--prefill 1x128,8x2048] [--json FILE]";
+const BLOCK_SIZE: usize = 16;
+const GREEDY: SamplingParams = SamplingParams {
+    temperature: 1.0,
+    top_k: 0,
+    top_p: 1.0,
+    typical_p: 1.0,
+    do_sample: false,
+    seed: 0,
+    repetition_penalty: 1.0,
+    frequency_penalty: 0.0,
+};
+
+struct Arguments {
+    model: String,
+    context: usize,
+    steps: usize,
+    decode: Vec<usize>,
+    prefill: Vec<(usize, usize)>,
+    json: Option<String>,
+}
+
+fn main() -> Result<(), Failure> {
+    let arguments = parse_arguments()?;
+    let begin = Instant::now();
+    let mut backend = CudaBackend::new(CudaOptions::default(), Box::new(Single))?;
+    let opened = begin.elapsed().as_secs_f64();
+    let ceilings = backend.measure_ceilings()?;
+    println!(
+        "{}: reads {:.0} GB/s, multiplies {:.0} TFLOP/s in bf16; opened in {opened:.2} s",
+        backend.device().description,
+        ceilings.read_bytes_per_second / 1e9,
+        ceilings.bf16_flops / 1e12
+    );
+    let model = hub::ModelRef { model_id: arguments.model.clone(), revision: None };
+    let files = hub::locate(&model, &hub::HubOptions::default())?;
+    let begin = Instant::now();
+    let options = LoadOptions { max_rows_sampled: 256, threads: 8, ..LoadOptions::default() };
+    let mut decoder = load(backend, &files, &options)?;
+    let work = Work::new(&decoder_spec(&files.config()?)?, decoder.info().dtype);
+    println!("loaded in {:.2} s", begin.elapsed().as_secs_f64());
+    let largest = arguments.decode.iter().map(|batch| batch * (arguments.context + arguments.steps + 16));
+    let prompts = arguments.prefill.iter().map(|(count, len)| count * len);
+    let tokens = largest.chain(prompts).max().unwrap_or(0) + 1024 * BLOCK_SIZE;
+    decoder.allocate_kv_cache(tokens.div_ceil(BLOCK_SIZE) + 1)?;
+    let mut results = Vec::new();
+    for &batch in &arguments.decode {
+        results.push(decode(&mut decoder, batch, &arguments, (&ceilings, &work))?);
+    }
+    for &(count, len) in &arguments.prefill {
+        results.push(prefill(&mut decoder, (count, len), (&ceilings, &work))?);
+    }
+    if let Some(path) = &arguments.json {
+        let report = serde_json::json!({
+            "device": decoder.backend().device().description,
+            "model": arguments.model,
+            "context": arguments.context,
+            "read_bytes_per_second": ceilings.read_bytes_per_second,
+            "bf16_flops": ceilings.bf16_flops,
+            "results": results,
+        });
+        std::fs::write(path, serde_json::to_vec_pretty(&report)?)?;
+    }
+    Ok(())
+}
+
+/// Decode steps of `batch` sequences with `context` tokens each.
+fn decode(
+    decoder: &mut Decoder<CudaBackend>,
+    batch: usize,
+    arguments: &Arguments,
+    (ceilings, work): (&Ceilings, &Work),
+) -> Result<serde_json::Value, Failure> {
+    let (context, vocab_size) = (arguments.context, decoder.info().vocab_size);
+    let blocks = (context + arguments.steps + 8).div_ceil(BLOCK_SIZE);
+    let mut ids: Vec<u32> = (0..batch).map(|seq| ((seq * 7919 + 11) % vocab_size) as u32).collect();
+    let history: Vec<u32> = vec![1; context];
+    let mut seconds = Vec::new();
+    for index in 0..arguments.steps + 4 {
+        let step = decode_step(&ids, context + index, blocks);
+        let rows = vec![SamplingRow { params: &GREEDY, history: &history, top_n: 0 }; batch];
+        let begin = Instant::now();
+        decoder.forward(&step)?;
+        let sampled = decoder.sample(&rows)?;
+        let taken = begin.elapsed().as_secs_f64();
+        // The first steps prepare and record.
+        if index >= 4 {
+            seconds.push(taken);
+        }
+        ids = sampled.iter().map(|token| token.id).collect();
+    }
+    let median = median(&mut seconds);
+    let kv_bytes = batch * (context + arguments.steps / 2) * decoder.info().block_bytes / BLOCK_SIZE;
+    let floor = (work.weight_bytes + kv_bytes) as f64 / ceilings.read_bytes_per_second;
+    println!(
+        "decode batch {batch:>4}: {:.3} ms, floor {:.3} ms: {:.3} x; {:.0} tokens/s",
+        median * 1e3,
+        floor * 1e3,
+        median / floor,
+        batch as f64 / median
+    );
+    Ok(serde_json::json!({"what": "decode", "batch": batch, "ms": median * 1e3, "floor_ms": floor * 1e3,
+        "ratio": median / floor, "runs_ms": seconds.iter().map(|s| s * 1e3).collect::<Vec<_>>()}))
+}
+
+fn decode_step(ids: &[u32], position: usize, blocks: usize) -> StepInput {
+    let batch = ids.len();
+    // Block 0 is reserved.
+    let block = |seq: usize, index: usize| (1 + seq * blocks + index) as u32;
+    StepInput {
+        input_ids: ids.to_vec(),
+        position_ids: vec![position as u32; batch],
+        slot_mapping: (0..batch)
+            .map(|seq| block(seq, position / BLOCK_SIZE) * BLOCK_SIZE as u32 + (position % BLOCK_SIZE) as u32)
+            .collect(),
+        cu_seqlens_q: (0..=batch as u32).collect(),
+        context_lens: vec![position as u32 + 1; batch],
+        prompt_lens: vec![position as u32; batch],
+        block_tables: (0..batch).flat_map(|seq| (0..blocks).map(move |index| block(seq, index))).collect(),
+        max_blocks: blocks,
+        logits_rows: (0..batch as u32).collect(),
+    }
+}
+
+/// Prompts of `len` tokens, `count` of them, in as many steps as they need.
+fn prefill(
+    decoder: &mut Decoder<CudaBackend>,
+    (count, len): (usize, usize),
+    (ceilings, work): (&Ceilings, &Work),
+) -> Result<serde_json::Value, Failure> {
+    let max_step_tokens = decoder.info().max_step_tokens;
+    let blocks = len.div_ceil(BLOCK_SIZE);
+    let together = (max_step_tokens / len).clamp(1, count);
+    let history: Vec<u32> = vec![1; len];
+    let mut seconds = Vec::new();
+    for run in 0..8 {
+        let begin = Instant::now();
+        for first in (0..count).step_by(together) {
+            let seqs = first..(first + together).min(count);
+            let step = prefill_step(seqs.clone(), len, blocks, decoder.info().vocab_size, run);
+            decoder.forward(&step)?;
+            decoder
+                .sample(&vec![SamplingRow { params: &GREEDY, history: &history, top_n: 0 }; seqs.len()])?;
+        }
+        if run >= 3 {
+            seconds.push(begin.elapsed().as_secs_f64());
+        }
+    }
+    let median = median(&mut seconds);
+    // Half of the pairs of tokens count: a token sees none after it.
+    let attention = count as f64 * 2.0 * (len * len) as f64 * work.attention_width as f64;
+    let flops = (count * len) as f64 * work.flops_a_token + attention;
+    let floor = (flops / ceilings.bf16_flops).max(work.weight_bytes as f64 / ceilings.read_bytes_per_second);
+    println!(
+        "prefill {count:>3} x {len:>5}: {:.2} ms, floor {:.2} ms: {:.3} x; {:.0} tokens/s",
+        median * 1e3,
+        floor * 1e3,
+        median / floor,
+        (count * len) as f64 / median
+    );
+    Ok(
+        serde_json::json!({"what": "prefill", "prompts": count, "tokens": len, "ms": median * 1e3, "floor_ms": floor * 1e3,
+        "ratio": median / floor, "runs_ms": seconds.iter().map(|s| s * 1e3).collect::<Vec<_>>()}),
+    )
+}
+
+fn prefill_step(
+    seqs: std::ops::Range<usize>,
+    len: usize,
+    blocks: usize,
+    vocab_size: usize,
+    run: usize,
+) -> StepInput {
+    let count = seqs.len();
+    let block = |seq: usize, index: usize| (1 + seq * blocks + index) as u32;
+    let all = || seqs.clone().flat_map(|seq| (0..len).map(move |position| (seq, position)));
+    StepInput {
+        input_ids: all()
+            .map(|(seq, position)| ((seq * 104_729 + position * 7919 + run * 31) % vocab_size) as u32)
+            .collect(),
+        position_ids: all().map(|(_, position)| position as u32).collect(),
+        slot_mapping: all()
+            .map(|(seq, position)| {
+                block(seq, position / BLOCK_SIZE) * BLOCK_SIZE as u32 + (position % BLOCK_SIZE) as u32
+            })
+            .collect(),
+        cu_seqlens_q: (0..=count).map(|seq| (seq * len) as u32).collect(),
+        context_lens: vec![len as u32; count],
+        prompt_lens: vec![len as u32; count],
+        block_tables: seqs.clone().flat_map(|seq| (0..blocks).map(move |index| block(seq, index))).collect(),
+        max_blocks: blocks,
+        logits_rows: (1..=count).map(|seq| (seq * len - 1) as u32).collect(),
+    }
+}
+
+/// What a step of the model has to read and to compute.
+struct Work {
+    /// Bytes that a decode step reads of the weights: all matrices but the embedding, which is a look-up.
+    weight_bytes: usize,
+    /// FLOPs of a prompt's token in matrix products; logits are computed for few tokens.
+    flops_a_token: f64,
+    /// Elements of all query heads of all layers: 4 FLOPs each for every pair of tokens.
+    attention_width: usize,
+}
+
+impl Work {
+    fn new(spec: &DecoderSpec, dtype: DType) -> Self {
+        let is_layers =
+            |tensor: &&ExpectedTensor| tensor.shape.len() > 1 && tensor.shape[0] != spec.vocab_size;
+        let elements: usize = spec
+            .tensors()
+            .iter()
+            .filter(is_layers)
+            .map(|tensor| tensor.shape.iter().product::<usize>())
+            .sum();
+        let attention_width = spec
+            .layers
+            .iter()
+            .map(|layer| match &layer.mixer {
+                MixerSpec::Attention(attention) => attention.num_heads * attention.head_dim,
+                MixerSpec::LatentAttention(_) => 0,
+            })
+            .sum();
+        Self {
+            weight_bytes: (elements + spec.vocab_size * spec.hidden_size) * dtype.size_bytes(),
+            flops_a_token: 2.0 * elements as f64,
+            attention_width,
+        }
+    }
+}
+
+fn median(values: &mut [f64]) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+fn parse_arguments() -> Result<Arguments, Failure> {
+    let mut arguments = Arguments {
+        model: String::new(),
+        context: 1024,
+        steps: 40,
+        decode: vec![1, 8, 32, 128],
+        prefill: vec![(1, 128), (1, 1024), (1, 4096), (8, 2048)],
+        json: None,
+    };
+    let mut words = std::env::args().skip(1);
+    while let Some(word) = words.next() {
+        if !word.starts_with("--") {
+            arguments.model = word;
+            continue;
+        }
+        let value = words.next().ok_or(USAGE)?;
+        let items = || value.split(',').filter(|item| !item.is_empty());
+        match word.as_str() {
+            "--context" => arguments.context = value.parse()?,
+            "--steps" => arguments.steps = value.parse::<usize>()?.max(1),
+            "--decode" => arguments.decode = items().map(str::parse).collect::<Result<_, _>>()?,
+            "--prefill" => {
+                arguments.prefill = items()
+                    .map(|item| {
+                        let (count, len) = item.split_once('x').ok_or(USAGE)?;
+                        Ok::<_, Failure>((count.parse()?, len.parse()?))
+                    })
+                    .collect::<Result<_, _>>()?;
+            }
+            "--json" => arguments.json = Some(value),
+            _ => return Err(USAGE.into()),
+        }
+    }
+    if arguments.model.is_empty() { Err(USAGE.into()) } else { Ok(arguments) }
+}
