@@ -215,7 +215,7 @@ fn a_stop_while_shards_are_replaced_still_finishes_the_streams() {
 #[test]
 fn random_kills_are_noticed_by_nobody() {
     let server = server(&["--num-shard", "2", "--max-restarts", "1000"]);
-    let known = known(&server, 16);
+    let known = known(&server, 12);
     let chaos = Chaos {
         streams: STREAMS,
         rounds: 12,
