@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """llama.cpp as a peer to measure against, through the C calls of llama-cpp-python (which must be installed).
 
-    peer_llama_cpp.py convert IN.gguf OUT.gguf                         # the same weights in bf16
+    peer_llama_cpp.py convert bf16|q8_0 IN.gguf OUT.gguf               # the same weights in that type
     peer_llama_cpp.py time FILE.gguf THREADS PROMPT STEPS PREFILL      # one JSON line: tokens/s, medians of 3
 """
 
@@ -17,9 +17,12 @@ import numpy as np
 QUIET = lib.llama_log_callback(lambda level, text, data: None)
 
 
-def convert(source, target):
+FILE_TYPES = {"bf16": lib.LLAMA_FTYPE_MOSTLY_BF16, "q8_0": lib.LLAMA_FTYPE_MOSTLY_Q8_0}
+
+
+def convert(kind, source, target):
     params = lib.llama_model_quantize_default_params()
-    params.ftype, params.allow_requantize = lib.LLAMA_FTYPE_MOSTLY_BF16, True
+    params.ftype, params.allow_requantize = FILE_TYPES[kind], True
     if lib.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(params)):
         sys.exit(f"llama.cpp could not write {target}")
 
@@ -74,8 +77,8 @@ def measure(path, threads, prompt, steps, prefill):
 def main():
     lib.llama_log_set(QUIET, ctypes.c_void_p(0))
     match sys.argv[1:]:
-        case ["convert", source, target]:
-            convert(source, target)
+        case ["convert", kind, source, target] if kind in FILE_TYPES:
+            convert(kind, source, target)
         case ["time", path, *numbers] if len(numbers) == 4:
             measure(path, *map(int, numbers))
         case _:

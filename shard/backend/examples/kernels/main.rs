@@ -65,7 +65,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let seconds = median_seconds(20, || model.weights_only(1));
     figures.push(Figure::new("weights of one token, 1 row", seconds * 1e3, "ms"));
     figures.push(Figure::new("weights of one token, 1 row", bytes / seconds / 1e9, "GB/s"));
-    for rows in [4, 16] {
+    for rows in [4, 6, 8, 12, 16] {
         let seconds = median_seconds(10, || model.weights_only(rows));
         figures.push(Figure::new(format!("weights of one step, {rows} rows"), bytes / seconds / 1e9, "GB/s"));
     }
@@ -90,6 +90,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     model.begin(1, 1024)?;
     let seconds = median_seconds(30, || model.step());
     figures.push(Figure::new("decode step, context 1024", 1.0 / seconds, "tokens/s"));
+    model.begin_batch(8, 160)?;
+    let seconds = median_seconds(20, || model.step());
+    figures.push(Figure::new("decode step, 8 sequences of 160", 8.0 / seconds, "tokens/s"));
     model.begin(512, 512)?;
     let seconds = median_seconds(5, || model.step());
     figures.push(Figure::new("prefill step, 512 tokens", 512.0 / seconds, "tokens/s"));
@@ -133,6 +136,9 @@ fn quantized(options: &Options, bits: u32, figures: &mut Vec<Figure>) -> Result<
     model.begin(1, 160)?;
     let seconds = median_seconds(30, || model.step());
     add("decode step, context 160", 1.0 / seconds, "tokens/s");
+    model.begin_batch(8, 160)?;
+    let seconds = median_seconds(20, || model.step());
+    add("decode step, 8 sequences of 160", 8.0 / seconds, "tokens/s");
     model.begin(512, 512)?;
     let seconds = median_seconds(5, || model.step());
     add("prefill step, 512 tokens", 512.0 / seconds, "tokens/s");

@@ -16,6 +16,8 @@ const INTERMEDIATE: usize = 1536;
 const VOCAB: usize = 49_152;
 const MAX_TOKENS: usize = 512;
 const MAX_CONTEXT: usize = 1024;
+/// Blocks of the cache: a long sequence, or sixteen shorter ones.
+const BLOCKS: usize = 2 * MAX_CONTEXT / 16 + 1;
 const SHAPE: AttentionShape = AttentionShape {
     num_heads: 9,
     num_kv_heads: 3,
@@ -52,7 +54,7 @@ pub(crate) struct Model {
     rope: CpuRope,
     cache: CpuKvCache,
     buffers: Buffers,
-    last_token: u32,
+    logits_rows: Vec<u32>,
 }
 
 /// A matrix of small random numbers, as `dtype`.
@@ -123,7 +125,7 @@ impl Model {
         let rope =
             backend.rope(RopeFrequencies { inv_freq, scale: 1.0, style: RopeStyle::Half, beyond: None })?;
         let layout = KvLayout { num_layers: LAYERS, num_kv_heads: 3, head_dim: 64, block_size: 16, dtype };
-        let cache = backend.kv_cache(layout, MAX_CONTEXT / 16 + 1)?;
+        let cache = backend.kv_cache(layout, BLOCKS)?;
         let buffer = |width| backend.buffer(MAX_TOKENS, width, DType::F32);
         let buffers = Buffers {
             hidden: buffer(HIDDEN)?,
@@ -136,7 +138,7 @@ impl Model {
             logits: backend.buffer(16, VOCAB, DType::F32)?,
         };
         let norm = backend.vector(vec![1.0; HIDDEN])?;
-        Ok(Model { backend, layers, head, norm, rope, cache, buffers, last_token: 0 })
+        Ok(Model { backend, layers, head, norm, rope, cache, buffers, logits_rows: vec![0] })
     }
 
     pub(crate) fn description(&self) -> String {
@@ -157,7 +159,7 @@ impl Model {
     /// The last `tokens` tokens of a sequence of `context`.
     pub(crate) fn begin(&mut self, tokens: usize, context: usize) -> Result<(), BackendError> {
         let positions = (context - tokens) as u32..context as u32;
-        self.last_token = tokens as u32 - 1;
+        self.logits_rows = vec![tokens as u32 - 1];
         let blocks = context.div_ceil(16);
         self.backend.begin_step(&StepInput {
             input_ids: positions.clone().collect(),
@@ -168,12 +170,30 @@ impl Model {
             prompt_lens: vec![context as u32],
             block_tables: (1..=blocks as u32).collect(),
             max_blocks: blocks,
-            logits_rows: vec![self.last_token],
+            logits_rows: self.logits_rows.clone(),
         })?;
         self.buffers.hidden.resize(tokens);
         self.buffers.qkv.resize(tokens);
         self.buffers.gate_up.resize(tokens);
         Ok(())
+    }
+
+    /// The next token of `seqs` sequences of `context`.
+    pub(crate) fn begin_batch(&mut self, seqs: usize, context: usize) -> Result<(), BackendError> {
+        let blocks = context.div_ceil(16);
+        let position = context as u32 - 1;
+        self.logits_rows = (0..seqs as u32).collect();
+        self.backend.begin_step(&StepInput {
+            input_ids: self.logits_rows.clone(),
+            position_ids: vec![position; seqs],
+            slot_mapping: (0..seqs).map(|seq| (16 + seq * blocks * 16) as u32 + position).collect(),
+            cu_seqlens_q: (0..=seqs as u32).collect(),
+            context_lens: vec![context as u32; seqs],
+            prompt_lens: vec![context as u32; seqs],
+            block_tables: (1..=(seqs * blocks) as u32).collect(),
+            max_blocks: blocks,
+            logits_rows: self.logits_rows.clone(),
+        })
     }
 
     /// All products of a step, the output layer for each row.
@@ -244,11 +264,11 @@ impl Model {
             backend.all_reduce(&mut b.attended)?;
             backend.add_rms_norm(&mut b.hidden, &b.attended, norm, &mut b.normed)?;
         }
-        backend.gather_rows(&b.normed, &[self.last_token], &mut b.last)?;
+        backend.gather_rows(&b.normed, &self.logits_rows, &mut b.last)?;
         backend.matmul(&b.last, &self.head, None, &mut b.logits)
     }
 
-    /// A greedy choice from the last logits.
+    /// Greedy choices from the last logits.
     pub(crate) fn sample_only(&mut self) {
         let params = SamplingParams {
             temperature: 1.0,
@@ -260,8 +280,12 @@ impl Model {
             repetition_penalty: 1.0,
             frequency_penalty: 0.0,
         };
-        self.buffers.logits.resize(1);
-        let rows = [SamplingRow { params: &params, history: &[], top_n: 0 }];
+        let rows: Vec<_> = self
+            .logits_rows
+            .iter()
+            .map(|_| SamplingRow { params: &params, history: &[], top_n: 0 })
+            .collect();
+        self.buffers.logits.resize(rows.len());
         self.backend.sample(&mut self.buffers.logits, &rows).expect("sampling cannot fail");
     }
 }

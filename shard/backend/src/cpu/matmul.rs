@@ -26,9 +26,9 @@ impl Workspace {
     }
 }
 
-/// Rows from which on bf16 weights are converted to fixed point, where the processor gains by that: below, converting them
-/// costs more than it saves (`docs/kernels.md`).
-const FIXED_ROWS: usize = 32;
+/// Rows from which on bf16 weights are converted to fixed point, where the processor gains by that: fewer wait for memory, and
+/// converting costs more than it saves (`docs/kernels.md`).
+const FIXED_ROWS: usize = 5;
 
 /// Multiplies panels, with the thread's memory.
 type Multiply<'a> = dyn Fn(&MatmulArgs<'_>, &mut [u32]) + Sync + 'a;
@@ -76,18 +76,19 @@ pub(super) fn matmul(
     // and memory of the sizes they say, and panels that are the thread's.
     match (&weight.0, kernels.fixed) {
         (Storage::Plain(weight), Some(fixed)) if weight.dtype == DType::BF16 && x.rows() >= FIXED_ROWS => {
+            let (weights, exponents) = weight.panels_and_exponents();
             let product = Product {
-                weights: weight.memory.as_slice(),
+                weights,
                 steps: weight.steps,
                 bias,
                 row_elements: (fixed.row_elements)(in_features),
-                max_tile: fixed.max_tokens,
+                max_tile: (fixed.tile_tokens)(x.rows()),
                 padded: fixed.padded,
                 scratch_elements: (fixed.scratch_elements)(in_features),
                 // SAFETY: as above.
                 pack: &|args| unsafe { (fixed.pack)(args) },
                 // SAFETY: as above.
-                multiply: &|args, scratch| unsafe { (fixed.matmul)(args, scratch) },
+                multiply: &|args, scratch| unsafe { (fixed.matmul)(args, exponents, scratch) },
             };
             product.compute(tools, x, out)
         }

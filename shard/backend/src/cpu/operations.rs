@@ -13,6 +13,7 @@ use super::{
     norm, rope,
 };
 use crate::sampling::{Sampled, SamplingRow};
+use crate::step_check::CacheUse;
 use crate::{
     Activation, AttentionShape, Backend, BackendError, DType, DeviceInfo, HeadColumns, HostMatrix, KvLayout,
     MemoryInfo, QuantizedMatrix, RopeFrequencies, Routing, SplitNorm, StepInput,
@@ -62,7 +63,7 @@ impl Backend for CpuBackend {
 
     fn linear(&self, parts: &[HostMatrix<'_>], dtype: DType) -> Result<PackedLinear, BackendError> {
         let tools = (&mut *self.threads.borrow_mut(), &mut *self.arena.borrow_mut());
-        let linear = PlainLinear::pack(parts, dtype, self.kernels.typed(dtype), tools)?;
+        let linear = PlainLinear::pack(parts, dtype, self.kernels, tools)?;
         Ok(PackedLinear(Storage::Plain(linear)))
     }
 
@@ -538,7 +539,7 @@ impl CpuBackend {
         );
         let fits = (self.step_number, cache.num_blocks(), layout.block_size);
         if self.checked.get() != fits {
-            crate::step_check::check_cache(&self.step, cache.num_blocks(), layout.block_size)?;
+            CacheUse::of(&self.step).check(cache.num_blocks(), layout.block_size)?;
             self.checked.set(fits);
         }
         Ok(())

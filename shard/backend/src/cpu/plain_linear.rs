@@ -1,10 +1,11 @@
 //! Weights packed for the kernels.
 //!
 //! Sixteen outputs make a panel. Within it a step is one input's sixteen weights, for bf16 two inputs' sixteen pairs:
-//! `[panel][step][16][step_inputs]`. Outputs are padded to 16, inputs to a step, with zeros.
+//! `[panel][step][16][step_inputs]`. Outputs are padded to 16, inputs to a step, with zeros. Behind bf16 panels lie the exponents of
+//! their groups, where the processor multiplies in fixed point.
 
 use super::arena::{Arena, Region};
-use super::kernels::{LANES, TypedKernels};
+use super::kernels::{Kernels, LANES};
 use super::threads::{SharedMut, Threads, part};
 use crate::{BackendError, DType, HostMatrix};
 
@@ -18,6 +19,8 @@ pub(super) struct PlainLinear {
     /// Steps of a panel.
     pub(super) steps: usize,
     step_inputs: usize,
+    /// Bytes of the panels; what products in fixed point need beside follows them.
+    panels_len: usize,
 }
 
 impl PlainLinear {
@@ -25,20 +28,26 @@ impl PlainLinear {
     pub(super) fn pack(
         parts: &[HostMatrix<'_>],
         dtype: DType,
-        kernels: &TypedKernels,
+        kernels: &Kernels,
         (threads, arena): (&mut Threads, &mut Arena),
     ) -> Result<Self, BackendError> {
         let in_features = HostMatrix::common_columns(parts)?;
+        let fixed = kernels.fixed.filter(|_| dtype == DType::BF16);
+        let kernels = kernels.typed(dtype);
         let out_features = parts.iter().map(|part| part.rows).sum::<usize>();
         let steps = in_features.div_ceil(kernels.step_inputs);
         let panels = out_features.div_ceil(LANES);
         let panel_bytes = steps * kernels.step_bytes;
-        let memory = arena
-            .region(panels * panel_bytes, &format!("a weight of {out_features} x {in_features} {dtype}"))?;
+        let exponents_len = fixed.map_or(0, |fixed| (fixed.exponents_len)(steps));
+        let panels_len = panels * panel_bytes;
+        let what = format!("a weight of {out_features} x {in_features} {dtype}");
+        let memory = arena.region(panels_len + panels * exponents_len, &what)?;
+        let step_inputs = kernels.step_inputs;
         let mut packed =
-            PlainLinear { memory, dtype, out_features, in_features, steps, step_inputs: kernels.step_inputs };
+            PlainLinear { memory, dtype, out_features, in_features, steps, step_inputs, panels_len };
         let count = threads.count();
-        let target = SharedMut::new(packed.memory.as_mut_slice::<u8>());
+        let (panel_memory, exponents) = packed.memory.as_mut_slice::<u8>().split_at_mut(panels_len);
+        let (target, exponents) = (SharedMut::new(panel_memory), SharedMut::new(exponents));
         threads.run(&|index| {
             let mut rows = Vec::with_capacity(LANES);
             let mut values = vec![0.0; in_features];
@@ -50,9 +59,21 @@ impl PlainLinear {
                     (panel * LANES..((panel + 1) * LANES).min(out_features)).map(|row| find_row(parts, row)),
                 );
                 pack_panel(&rows, dtype, panel_memory, &mut values);
+                if let Some(fixed) = fixed {
+                    // SAFETY: each panel is one thread's; the processor has the instruction set.
+                    unsafe {
+                        let own = exponents.slice(panel * exponents_len..(panel + 1) * exponents_len);
+                        (fixed.exponents)(panel_memory, own);
+                    }
+                }
             }
         });
         Ok(packed)
+    }
+
+    /// The panels, and the exponents of products in fixed point where the kernels have them.
+    pub(super) fn panels_and_exponents(&self) -> (&[u8], &[u8]) {
+        self.memory.as_slice::<u8>().split_at(self.panels_len)
     }
 
     /// Row `row` (the weights of output `row`) as f32.

@@ -154,3 +154,12 @@ pub(crate) fn upload_as<B: Backend>(
     backend.embed(&table, 0, &mut buffer).unwrap();
     buffer
 }
+
+/// Whether the backend multiplies some rows with bf16 weights in 16-bit fixed point, to `tolerances::MANY_ROWS`.
+pub(crate) fn has_fixed_point<B: Backend>(backend: &B) -> bool {
+    let description = backend.device().description;
+    ["VNNI kernels", "BF16 kernels"].iter().any(|kernels| description.contains(kernels))
+}
+
+/// Rows from which on it does.
+pub(crate) const FIXED_ROWS: usize = 5;

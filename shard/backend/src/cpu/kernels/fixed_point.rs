@@ -6,8 +6,8 @@
 //! in whatever order, and typical groups keep 14 to 15 bits. Weights' scales are powers of two, so that nearly all weights
 //! (8 bits of mantissa) stay exact.
 //!
-//! Weights are stored as bf16, as decoding wants them, and converted a few panels at a time into memory of the second level
-//! cache. That costs about as much as the products of eight rows.
+//! Weights are stored as bf16, as decoding wants them, with their groups' scales beside. A few rows take them converted in
+//! registers; for more rows a few panels at a time are converted into memory of the second level cache.
 
 use std::arch::x86_64::*;
 
@@ -38,15 +38,26 @@ const LARGEST: f32 = 32_767.0;
 /// Groups whose largest activation is below this count as zero, since its reciprocal might not be finite.
 const NEGLIGIBLE: f32 = 1e-30;
 
+/// Bytes of a step of stored weights.
+const STEP_BYTES: usize = 4 * LANES;
+
+/// The exponent of a group with a weight that is no finite number.
+const NOT_FINITE: f32 = -128.0;
+
+/// How far ahead of the arithmetic a weight stream is asked for, as for other weights.
+const PREFETCH_BYTES: usize = 2048;
+
 /// Memory for converted panels: it shares a second level cache of 512 KiB or more with the activations that pass.
 const SCRATCH_ELEMENTS: usize = (128 << 10) / 4;
 
 /// The kernels. Unsafe for AVX-512 F, BW, VL and VNNI.
 pub(super) static KERNELS: FixedKernels = FixedKernels {
-    max_tokens: MAX_TOKENS,
+    tile_tokens,
     padded: padded_fixed,
     row_elements,
     scratch_elements,
+    exponents_len,
+    exponents,
     pack,
     matmul: panels,
 };
@@ -54,9 +65,20 @@ pub(super) static KERNELS: FixedKernels = FixedKernels {
 /// Largest tile of tokens: their sums and results, each in a register, leave room for the weights.
 const MAX_TOKENS: usize = 12;
 
+/// Rows up to which weights are converted in registers, by each tile anew: that goes on while memory is waited for.
+const STREAMED_ROWS: usize = 2 * MAX_TOKENS;
+
+/// Tokens of the tiles that so many rows are cut into: twelve, but where that would leave a small tile.
+fn tile_tokens(rows: usize) -> usize {
+    if (13..=16).contains(&rows) { 8 } else { MAX_TOKENS }
+}
+
 /// The number of tokens a tile of `n` is padded to.
 fn padded_fixed(n: usize) -> usize {
-    n.next_multiple_of(4)
+    match n {
+        5 | 6 => 6,
+        _ => n.next_multiple_of(4),
+    }
 }
 
 fn row_elements(in_features: usize) -> usize {
@@ -135,25 +157,148 @@ unsafe fn pack_group(inputs: &[f32; GROUP], pairs: &mut [u32]) -> f32 {
     }
 }
 
-/// Computes some panels for all tokens, a few panels at a time: each tile of tokens meets all of them while it is in the
-/// cache.
+/// Bytes of a panel's exponents.
+fn exponents_len(steps: usize) -> usize {
+    steps.div_ceil(STEPS) * LANES
+}
+
+/// Of a panel of `steps` steps of bf16 pairs, the powers of two that its groups are multiplied with to become integers, sixteen
+/// a group; [`NOT_FINITE`] where there is none.
 ///
 /// # Safety
-/// As for [`super::matmul::panels`] with bf16 pairs as weights.
+/// The processor has the instruction set.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+unsafe fn exponents(panel: &[u8], out: &mut [u8]) {
+    let groups = panel.chunks(STEPS * STEP_BYTES);
+    for (group, out) in groups.zip(out.as_chunks_mut::<LANES>().0) {
+        // SAFETY: sixteen bytes.
+        unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), group_exponents(group)) };
+    }
+}
+
+/// Those of one group.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+fn group_exponents(group: &[u8]) -> __m128i {
+    let steps = || {
+        let steps = group.as_chunks::<STEP_BYTES>().0.iter();
+        // SAFETY: 64 bytes.
+        steps.map(|step| unsafe { _mm512_loadu_si512(step.as_ptr().cast()) })
+    };
+    let mut largest = _mm512_setzero_si512();
+    for pairs in steps() {
+        largest = _mm512_max_epu16(largest, _mm512_and_si512(pairs, _mm512_set1_epi16(0x7FFF)));
+    }
+    let largest = _mm512_max_epu32(largest, _mm512_slli_epi32::<16>(largest));
+    let is_finite = _mm512_cmplt_epu32_mask(largest, _mm512_set1_epi32(0x7F80_0000));
+    // Zeros have minus infinity, which no power below may meet.
+    let exponent = _mm512_max_ps(_mm512_getexp_ps(_mm512_castsi512_ps(largest)), _mm512_set1_ps(-100.0));
+    let one = _mm512_set1_ps(1.0);
+    // Relative to the largest, so that no square is too large or too small.
+    let relative = _mm512_scalef_ps(one, _mm512_sub_ps(_mm512_setzero_ps(), exponent));
+    let mut squares = [_mm512_setzero_ps(); 2];
+    for pairs in steps() {
+        for (squares, w) in squares.iter_mut().zip(widen(pairs)) {
+            let w = _mm512_mul_ps(w, relative);
+            *squares = _mm512_fmadd_ps(w, w, *squares);
+        }
+    }
+    let squares = _mm512_max_ps(_mm512_add_ps(squares[0], squares[1]), one);
+    // The norm is below 2^(exponent + half), half being half the squares' exponent plus one, rounded up.
+    let half = _mm512_mul_ps(_mm512_add_ps(_mm512_getexp_ps(squares), one), _mm512_set1_ps(0.5));
+    let half = _mm512_roundscale_ps::<{ _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC }>(half);
+    let power = _mm512_sub_ps(_mm512_set1_ps(15.0), _mm512_add_ps(exponent, half));
+    let power = _mm512_mask_blend_ps(is_finite, _mm512_set1_ps(NOT_FINITE), power);
+    _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(power))
+}
+
+/// A group's factors, from its exponents.
+#[derive(Clone, Copy)]
+struct Factors {
+    /// What turns weights into integers.
+    inverse: __m512,
+    /// What turns integers into weights: infinite for [`NOT_FINITE`].
+    scale: __m512,
+}
+
+impl Factors {
+    /// # Safety
+    /// `from` is valid for sixteen bytes.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    unsafe fn load(from: *const u8) -> Self {
+        // SAFETY: as the caller says.
+        let power = _mm512_cvtepi8_epi32(unsafe { _mm_loadu_si128(from.cast()) });
+        let bias = _mm512_set1_epi32(127);
+        let power_of_two = |biased| _mm512_castsi512_ps(_mm512_slli_epi32::<23>(biased));
+        Factors {
+            inverse: power_of_two(_mm512_add_epi32(bias, power)),
+            scale: power_of_two(_mm512_sub_epi32(bias, power)),
+        }
+    }
+
+    /// A step's weights as pairs of integers.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
+    fn convert(self, pairs: __m512i) -> __m512i {
+        let [even, odd] = widen(pairs);
+        let even = _mm512_cvtps_epi32(_mm512_mul_ps(even, self.inverse));
+        let odd = _mm512_cvtps_epi32(_mm512_mul_ps(odd, self.inverse));
+        // `low & even | odd << 16`: a blend by mask would load its mask anew for each step.
+        let low = _mm512_set1_epi32(0xFFFF);
+        _mm512_ternarylogic_epi32::<0xEA>(low, even, _mm512_slli_epi32::<16>(odd))
+    }
+}
+
+/// Computes some panels for all tokens.
+///
+/// # Safety
+/// As for [`super::matmul::panels`] with bf16 pairs as weights; the exponents are those of all panels.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn panels(args: &MatmulArgs<'_>, scratch: &mut [u32]) {
+unsafe fn panels(args: &MatmulArgs<'_>, exponents: &[u8], scratch: &mut [u32]) {
+    if args.rows > STREAMED_ROWS {
+        // SAFETY: the caller's contract.
+        return unsafe { converted_panels(args, exponents, scratch) };
+    }
+    let row_elements = args.steps.div_ceil(STEPS) * ROW_ELEMENTS;
+    for panel in args.panels.clone() {
+        let exponents = &exponents[panel * exponents_len(args.steps)..][..exponents_len(args.steps)];
+        for row in (0..args.rows).step_by(tile_tokens(args.rows)) {
+            let count = (args.rows - row).min(tile_tokens(args.rows));
+            let place = Place { args, panel, row, count };
+            // SAFETY: the panel and the tile lie within what the caller gave.
+            unsafe {
+                let weights = (args.weights.add(panel * args.steps * STEP_BYTES), args.steps);
+                let x = args.x.add(row * row_elements);
+                match padded_fixed(count) {
+                    4 => place.store::<Avx512, 4>(streamed_tile::<4>(weights, exponents, x)),
+                    6 => place.store::<Avx512, 6>(streamed_tile::<6>(weights, exponents, x)),
+                    8 => place.store::<Avx512, 8>(streamed_tile::<8>(weights, exponents, x)),
+                    _ => place.store::<Avx512, 12>(streamed_tile::<12>(weights, exponents, x)),
+                }
+            }
+        }
+    }
+}
+
+/// [`panels`] of many rows, a few panels at a time: each tile of tokens meets all of them while it is in the cache.
+///
+/// # Safety
+/// As for [`panels`].
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn converted_panels(args: &MatmulArgs<'_>, exponents: &[u8], scratch: &mut [u32]) {
     let groups = args.steps.div_ceil(STEPS);
     let panel_elements = groups * GROUP_ELEMENTS;
     let at_once = scratch.len() / panel_elements;
     for first in args.panels.clone().step_by(at_once) {
         let panels = first..(first + at_once).min(args.panels.end);
         for (panel, out) in panels.clone().zip(scratch.chunks_exact_mut(panel_elements)) {
+            let exponents = &exponents[panel * groups * LANES..][..groups * LANES];
             // SAFETY: the panel lies within the weights.
-            unsafe { convert(args.weights.add(panel * args.steps * 4 * LANES), args.steps, out) };
+            unsafe { convert(args.weights.add(panel * args.steps * STEP_BYTES), args.steps, exponents, out) };
         }
         let mut row = 0;
         while row < args.rows {
-            let count = (args.rows - row).min(MAX_TOKENS);
+            let count = (args.rows - row).min(tile_tokens(args.rows));
             for (panel, w) in panels.clone().zip(scratch.chunks_exact(panel_elements)) {
                 // SAFETY: the tile lies within what the caller gave, the panel was converted above.
                 unsafe {
@@ -161,6 +306,7 @@ unsafe fn panels(args: &MatmulArgs<'_>, scratch: &mut [u32]) {
                     let place = Place { args, panel, row, count };
                     match padded_fixed(count) {
                         4 => place.store::<Avx512, 4>(tile::<4>(w, x, groups)),
+                        6 => place.store::<Avx512, 6>(tile::<6>(w, x, groups)),
                         8 => place.store::<Avx512, 8>(tile::<8>(w, x, groups)),
                         _ => place.store::<Avx512, 12>(tile::<12>(w, x, groups)),
                     }
@@ -176,57 +322,29 @@ unsafe fn panels(args: &MatmulArgs<'_>, scratch: &mut [u32]) {
 /// # Safety
 /// The processor has the instruction set; `from` is valid for the panel.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn convert(from: *const u8, steps: usize, out: &mut [u32]) {
-    for (group, out) in out.chunks_exact_mut(GROUP_ELEMENTS).enumerate() {
+unsafe fn convert(from: *const u8, steps: usize, exponents: &[u8], out: &mut [u32]) {
+    let groups = out.chunks_exact_mut(GROUP_ELEMENTS).zip(exponents.as_chunks::<LANES>().0);
+    for (group, (out, exponents)) in groups.enumerate() {
         let (scales, values) = out.split_at_mut(LANES);
-        let count = (steps - group * STEPS).min(STEPS);
-        let (values, padding) = values.split_at_mut(count * LANES);
+        let (values, padding) = values.split_at_mut((steps - group * STEPS).min(STEPS) * LANES);
         padding.fill(0);
-        // SAFETY: the group's steps lie within the panel; each step is stored to its sixteen elements.
+        // SAFETY: the group's steps lie within the panel; each is stored to its sixteen elements.
         unsafe {
-            let from = from.add(group * STEPS * 4 * LANES);
-            let load = |step: usize| _mm512_loadu_si512(from.add(step * 4 * LANES).cast());
-            let (exponent, is_finite) = {
-                let mut largest = _mm512_setzero_si512();
-                let magnitude = _mm512_set1_epi16(0x7FFF);
-                for step in 0..count {
-                    largest = _mm512_max_epu16(largest, _mm512_and_si512(load(step), magnitude));
-                }
-                let low = _mm512_slli_epi32::<16>(largest);
-                let largest = _mm512_max_epu32(largest, low);
-                let is_finite = _mm512_cmplt_epu32_mask(largest, _mm512_set1_epi32(0x7F80_0000));
-                let exponent = _mm512_getexp_ps(_mm512_castsi512_ps(largest));
-                // Zeros have minus infinity, which no power below may meet.
-                (_mm512_max_ps(exponent, _mm512_set1_ps(-100.0)), is_finite)
-            };
-            let one = _mm512_set1_ps(1.0);
-            let relative = _mm512_scalef_ps(one, _mm512_sub_ps(_mm512_setzero_ps(), exponent));
-            let mut squares = [_mm512_setzero_ps(); 2];
-            for step in 0..count {
-                for (squares, w) in squares.iter_mut().zip(widen(load(step))) {
-                    let w = _mm512_mul_ps(w, relative);
-                    *squares = _mm512_fmadd_ps(w, w, *squares);
-                }
-            }
-            let squares = _mm512_max_ps(_mm512_add_ps(squares[0], squares[1]), one);
-            // The norm is below 2^(exponent + half), half being half the squares' exponent plus one, rounded up.
-            let half = _mm512_mul_ps(_mm512_add_ps(_mm512_getexp_ps(squares), one), _mm512_set1_ps(0.5));
-            let half = _mm512_roundscale_ps::<{ _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC }>(half);
-            let scale = _mm512_sub_ps(_mm512_add_ps(exponent, half), _mm512_set1_ps(15.0));
-            let inverse = _mm512_scalef_ps(one, _mm512_sub_ps(_mm512_setzero_ps(), scale));
-            let scale = _mm512_scalef_ps(one, scale);
-            let scale = _mm512_mask_blend_ps(is_finite, _mm512_set1_ps(f32::NAN), scale);
-            _mm512_storeu_ps(scales.as_mut_ptr().cast(), scale);
+            let from = from.add(group * STEPS * STEP_BYTES);
+            let factors = Factors::load(exponents.as_ptr());
+            _mm512_storeu_ps(scales.as_mut_ptr().cast(), factors.scale);
             for (step, out) in values.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
-                let [even, odd] = widen(load(step)).map(|w| _mm512_cvtps_epi32(_mm512_mul_ps(w, inverse)));
-                let pairs = _mm512_mask_blend_epi16(0xAAAA_AAAA, even, _mm512_slli_epi32::<16>(odd));
-                _mm512_storeu_si512(out.as_mut_ptr().cast(), pairs);
+                let from = from.add(step * STEP_BYTES);
+                _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(PREFETCH_BYTES).cast());
+                let pairs = _mm512_loadu_si512(from.cast());
+                _mm512_storeu_si512(out.as_mut_ptr().cast(), factors.convert(pairs));
             }
         }
     }
 }
 
 /// The first and the second of sixteen pairs of bf16.
+#[inline]
 #[target_feature(enable = "avx512f")]
 fn widen(pairs: __m512i) -> [__m512; 2] {
     let odd = _mm512_and_si512(pairs, _mm512_set1_epi32(0xFFFF_0000u32.cast_signed()));
@@ -262,6 +380,50 @@ unsafe fn tile<const T: usize>(mut w: *const u32, mut x: *const u32, groups: usi
                 acc[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[t]), _mm512_mul_ps(scales, scale), acc[t]);
             }
             w = w.add(GROUP_ELEMENTS);
+            x = x.add(T * ROW_ELEMENTS);
+        }
+        acc
+    }
+}
+
+/// `T` tokens times one panel as it is stored, converted in registers.
+///
+/// # Safety
+/// The processor has the instruction set; the weights are valid for as many steps as they say, `x` for `T` tokens' packed
+/// activations.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+#[expect(
+    clippy::needless_range_loop,
+    reason = "plain indices with constant bounds are unrolled into registers"
+)]
+unsafe fn streamed_tile<const T: usize>(
+    (mut w, steps): (*const u8, usize),
+    exponents: &[u8],
+    mut x: *const u32,
+) -> [__m512; T] {
+    // SAFETY: all offsets are below the sizes the caller vouches for; a prefetch may point anywhere.
+    unsafe {
+        let mut acc = [_mm512_setzero_ps(); T];
+        let mut rest = steps;
+        for exponents in exponents.as_chunks::<LANES>().0 {
+            let factors = Factors::load(exponents.as_ptr());
+            let mut sums = [_mm512_setzero_si512(); T];
+            for step in 0..rest.min(STEPS) {
+                _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(PREFETCH_BYTES).cast());
+                let weights = factors.convert(_mm512_loadu_si512(w.cast()));
+                for t in 0..T {
+                    let pair = _mm512_set1_epi32(x.add(t * STEPS + step).read().cast_signed());
+                    sums[t] = _mm512_dpwssd_epi32(sums[t], weights, pair);
+                }
+                w = w.add(STEP_BYTES);
+            }
+            for t in 0..T {
+                let scale = _mm512_set1_ps(x.add(T * STEPS + t).cast::<f32>().read());
+                let scale = _mm512_mul_ps(factors.scale, scale);
+                acc[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[t]), scale, acc[t]);
+            }
+            rest -= rest.min(STEPS);
             x = x.add(T * ROW_ELEMENTS);
         }
         acc

@@ -51,18 +51,22 @@ pub(super) struct QuantizedKernels {
 
 /// The kernels of products of many rows with bf16 weights in 16-bit fixed point.
 pub(super) struct FixedKernels {
-    /// Largest tile of tokens.
-    pub(super) max_tokens: usize,
+    /// Tokens of a tile, of how many there are.
+    pub(super) tile_tokens: fn(usize) -> usize,
     /// The number of tokens that a tile of so many is padded to.
     pub(super) padded: fn(usize) -> usize,
     /// 32-bit elements of a row's packed activations, of its inputs.
     pub(super) row_elements: fn(usize) -> usize,
     /// 32-bit elements of memory for converted panels, of their inputs: as many panels as a cache takes, at least one.
     pub(super) scratch_elements: fn(usize) -> usize,
+    /// Bytes of the exponents that belong to a panel, of its steps.
+    pub(super) exponents_len: fn(usize) -> usize,
+    /// Computes the exponents of a panel.
+    pub(super) exponents: unsafe fn(&[u8], &mut [u8]),
     /// Packs a tile of activations.
     pub(super) pack: unsafe fn(PackArgs<'_>),
-    /// Multiplies panels, with memory of `scratch_elements` for converted ones.
-    pub(super) matmul: unsafe fn(&MatmulArgs<'_>, &mut [u32]),
+    /// Multiplies panels, with the exponents of all panels and memory of `scratch_elements` for converted ones.
+    pub(super) matmul: unsafe fn(&MatmulArgs<'_>, &[u8], &mut [u32]),
 }
 
 /// Of a row, its weight and bias, the epsilon, and the result.
