@@ -40,29 +40,49 @@ pub(crate) fn check(step: &StepInput) -> Result<(), BackendError> {
     Ok(())
 }
 
-/// That slots and block tables lie within a cache: the attention kernels rely on it.
-pub(crate) fn check_cache(
-    step: &StepInput,
-    num_blocks: usize,
-    block_size: usize,
-) -> Result<(), BackendError> {
-    let refuse = |reason: String| Err(BackendError::Device { operation: "attention".to_owned(), reason });
-    let slots = num_blocks * block_size;
-    if let Some(slot) = step.slot_mapping.iter().find(|&&slot| slot as usize >= slots) {
-        return refuse(format!("slot {slot} in a cache of {slots}"));
-    }
-    for (seq, &context) in step.context_lens.iter().enumerate() {
-        let needed = (context as usize).div_ceil(block_size);
-        let table = step.block_table(seq);
-        let Some(used) = table.get(..needed) else {
-            return refuse(format!(
-                "sequence {seq} of {context} tokens has a table of {} blocks",
-                table.len()
-            ));
-        };
-        if let Some(block) = used.iter().find(|&&block| block as usize >= num_blocks) {
-            return refuse(format!("block {block} in a cache of {num_blocks}"));
+/// The arrays of a step that point into a cache.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct CacheUse<'a> {
+    /// `[num_tokens]`.
+    pub(crate) slot_mapping: &'a [u32],
+    /// `[num_seqs]`.
+    pub(crate) context_lens: &'a [u32],
+    /// `[num_seqs, max_blocks]`.
+    pub(crate) block_tables: &'a [u32],
+    pub(crate) max_blocks: usize,
+}
+
+impl<'a> CacheUse<'a> {
+    /// Those of `step`.
+    pub(crate) fn of(step: &'a StepInput) -> Self {
+        Self {
+            slot_mapping: &step.slot_mapping,
+            context_lens: &step.context_lens,
+            block_tables: &step.block_tables,
+            max_blocks: step.max_blocks,
         }
     }
-    Ok(())
+
+    /// That slots and block tables lie within a cache: the attention kernels rely on it.
+    pub(crate) fn check(&self, num_blocks: usize, block_size: usize) -> Result<(), BackendError> {
+        let refuse = |reason: String| Err(BackendError::Device { operation: "attention".to_owned(), reason });
+        let slots = num_blocks * block_size;
+        if let Some(slot) = self.slot_mapping.iter().find(|&&slot| slot as usize >= slots) {
+            return refuse(format!("slot {slot} in a cache of {slots}"));
+        }
+        for (seq, &context) in self.context_lens.iter().enumerate() {
+            let needed = (context as usize).div_ceil(block_size);
+            let table = &self.block_tables[seq * self.max_blocks..(seq + 1) * self.max_blocks];
+            let Some(used) = table.get(..needed) else {
+                return refuse(format!(
+                    "sequence {seq} of {context} tokens has a table of {} blocks",
+                    table.len()
+                ));
+            };
+            if let Some(block) = used.iter().find(|&&block| block as usize >= num_blocks) {
+                return refuse(format!("block {block} in a cache of {num_blocks}"));
+            }
+        }
+        Ok(())
+    }
 }

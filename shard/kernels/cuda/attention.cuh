@@ -43,10 +43,14 @@ __device__ __forceinline__ float slope_of(const Attention& a, int head) {
     return exp2f(-a.alibi_max_bias * static_cast<float>(power) / static_cast<float>(heads)) * a.alibi_multiplier;
 }
 
-// The page `page` of one sequence's KV head, as an offset in elements.
-__device__ __forceinline__ size_t page_offset(const Attention& a, int block, int page, int kv_head) {
+// The first row of a page of one sequence's KV head in [num_blocks * num_kv_heads * block_size, head_dim].
+__device__ __forceinline__ size_t page_row(const Attention& a, int block, int page, int kv_head) {
     const int within = a.pages_per_block == 1 ? 0 : page % a.pages_per_block;
-    return ((static_cast<size_t>(block) * a.num_kv_heads + kv_head) * a.pages_per_block + within) * PAGE_KEYS * a.head_dim;
+    return ((static_cast<size_t>(block) * a.num_kv_heads + kv_head) * a.pages_per_block + within) * PAGE_KEYS;
+}
+// The same as an offset in elements.
+__device__ __forceinline__ size_t page_offset(const Attention& a, int block, int page, int kv_head) {
+    return page_row(a, block, page, kv_head) * a.head_dim;
 }
 __device__ __forceinline__ int block_of(const Attention& a, const int* table, int page) {
     return __ldg(table + (a.pages_per_block == 1 ? page : page / a.pages_per_block));

@@ -5,20 +5,21 @@
 // ones. A block may so end in the middle of a sequence's head; whichever block finishes such a head last merges its parts.
 //
 // Every warp has its own sixteen keys of a unit and its own ring of pages in shared memory, filled some units ahead across the
-// ends of sequences. All query heads of a KV head are the rows of one tensor-core tile.
+// ends of sequences. Keys are the rows of a tensor-core product and query heads of a KV head its columns: eight of them, so that
+// a warp needs few registers and many warps hide each other's waiting.
 #include "attention.cuh"
 
 constexpr int WARPS = 4;
 constexpr int THREADS = 32 * WARPS;
 constexpr int UNIT_KEYS = PAGE_KEYS * WARPS;
-// Rows of a tile: query heads that share a KV head; larger groups take several tiles.
-constexpr int TILE_ROWS = 16;
+// Query heads of one KV head that are computed together, at most; larger groups take several turns.
+constexpr int MOST_HEADS = 16;
 
 // Where a block's parts of heads are left for merging: two a block, of what it began with and of what it ended with.
 struct Parts {
-    // [2 * blocks, TILE_ROWS, DIM], not yet divided.
+    // [2 * blocks, MOST_HEADS, DIM], not yet divided.
     float* sums;
-    // [2 * blocks, TILE_ROWS]: highest score and total weight.
+    // [2 * blocks, MOST_HEADS]: highest score and total weight.
     float2* weights;
     // [blocks]: finished parts of the head that the block is the first of; zero between launches.
     int* finished;
@@ -30,17 +31,14 @@ struct Parts {
 struct Line {
     const int* first_unit;
     const int* contexts;
-    int num_seqs, items, total, blocks, window;
+    int num_seqs, items, total, units_per_block;
 
-    __device__ __forceinline__ int begin_of(int block) const {
-        return static_cast<int>(static_cast<long long>(total) * block / blocks);
-    }
-    __device__ __forceinline__ int owner_of(int place) const {
-        return static_cast<int>((static_cast<long long>(place + 1) * blocks - 1) / total);
-    }
+    // The last block may have fewer.
+    __device__ __forceinline__ int begin_of(int block) const { return min(total, block * units_per_block); }
+    __device__ __forceinline__ int owner_of(int place) const { return place / units_per_block; }
 };
 
-// A place in it. An *item* is a KV head with at most TILE_ROWS of its query heads.
+// A place in it. An *item* is a KV head with some of its query heads.
 struct Place {
     int index, item, unit, units, context, first;
 
@@ -109,22 +107,22 @@ __device__ __forceinline__ void count_units(const Attention& a, const int* decod
 
 // The last block of a head that is spread over several merges what they left.
 template <typename T, int DIM>
-__device__ __forceinline__ void merge(const Attention& a, const Parts& parts, T* out, int rows, int first_block, int count) {
+__device__ __forceinline__ void merge(const Attention& a, const Parts& parts, T* out, int heads, int first_block, int count) {
     constexpr int GROUP = 4;
-    for (int at = threadIdx.x; at < rows * (DIM / GROUP); at += THREADS) {
-        const int row = at / (DIM / GROUP), column = at % (DIM / GROUP) * GROUP;
+    for (int at = threadIdx.x; at < heads * (DIM / GROUP); at += THREADS) {
+        const int head = at / (DIM / GROUP), column = at % (DIM / GROUP) * GROUP;
         if (column >= a.head_dim) continue;
         // The first block left the part it ended with, the others those they began with.
         const auto slot = [&](int part) { return part == 0 ? 2 * first_block + 1 : 2 * (first_block + part); };
         float highest = -INFINITY;
-#pragma unroll 8
+#pragma unroll 16
         for (int part = 0; part < count; ++part) {
-            highest = fmaxf(highest, __ldcg(&parts.weights[slot(part) * TILE_ROWS + row].x));
+            highest = fmaxf(highest, __ldcg(&parts.weights[slot(part) * MOST_HEADS + head].x));
         }
         float sums[GROUP] = {}, total = 0.0f;
-#pragma unroll 4
+#pragma unroll 8
         for (int part = 0; part < count; ++part) {
-            const int from = slot(part) * TILE_ROWS + row;
+            const int from = slot(part) * MOST_HEADS + head;
             const float2 weight = __ldcg(&parts.weights[from]);
             const float4 sum = __ldcg(reinterpret_cast<const float4*>(parts.sums + static_cast<size_t>(from) * DIM + column));
             const float factor = exp2_fast(weight.x - highest);
@@ -137,34 +135,45 @@ __device__ __forceinline__ void merge(const Attention& a, const Parts& parts, T*
         const float inverse = 1.0f / total;
 #pragma unroll
         for (int i = 0; i < GROUP; ++i) sums[i] *= inverse;
-        store_floats<T, GROUP>(out + static_cast<size_t>(row) * a.head_dim + column, sums);
+        store_floats<T, GROUP>(out + head * a.head_dim + column, sums);
     }
 }
 
-template <typename T, int DIM> struct Decode {
+__device__ __forceinline__ uint32_t transpose(uint32_t x) {
+    uint32_t y;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
+    return y;
+}
+
+// COLUMNS: query heads of an item, at most: 8 or 16.
+template <typename T, int DIM, int COLUMNS> struct Decode {
     using Lines = Rows<DIM>;
     static constexpr int PAGE_BYTES = PAGE_KEYS * Lines::STRIDE;
     static constexpr int STAGE_BYTES = 2 * PAGE_BYTES;
     static constexpr int STEPS = DIM / 16;
-    // A row of sums in shared memory: rows lie in different banks.
-    static constexpr int TREE_ROW = DIM + 8;
-    // Queries of large heads do not fit in registers beside the sums.
-    static constexpr bool SHARES_QUERY = DIM > 128;
-    static constexpr int QUERY_BYTES = SHARES_QUERY ? TILE_ROWS * Lines::STRIDE : 0;
+    static constexpr int TILES = COLUMNS / 8;
+    // A head's sums in shared memory, so that a warp's stores go to different banks.
+    static constexpr int SUMS_STRIDE = DIM + 4;
 
     const Attention& a;
     const Parts& parts;
     const int* decode_seqs;
-    int warp, lane, group, tiles_per_head, rows;
+    int warp, lane, group, tiles_per_head, heads;
+    // Of the item at hand.
+    int token;
     uint32_t ring;
-    float* tree;
+    // [WARPS, shared_heads, SUMS_STRIDE].
+    float* shared_sums;
+    int shared_heads;
+    // [WARPS, COLUMNS]: highest score and total weight.
     float2* shared_weights;
     int* flag;
 
-    uint8_t* shared_query;
-    uint32_t query[SHARES_QUERY ? 1 : STEPS][4];
-    float sums[2 * STEPS][4];
-    float highest[2], total[2], slope[2];
+    // Of the heads 2 (lane % 4) and the next of each tile: the queries as the right side of products, the sums of values as
+    // [16 columns of values, 8 heads].
+    uint32_t query[TILES][STEPS][2];
+    float sums[TILES][STEPS][4];
+    float highest[TILES][2], total[TILES][2], slope[TILES][2];
 
     __device__ __forceinline__ Decode(const Attention& a, const Parts& parts, const int* decode_seqs)
         : a(a), parts(parts), decode_seqs(decode_seqs) {}
@@ -172,9 +181,13 @@ template <typename T, int DIM> struct Decode {
     __device__ __forceinline__ const int* table_of(int index) const {
         return a.block_tables + static_cast<size_t>(decode_seqs[index]) * a.header[BLOCK_TABLE_STRIDE];
     }
+    __device__ __forceinline__ int token_of(int index) const { return a.cu_seqlens_q[decode_seqs[index]]; }
     __device__ __forceinline__ int block_at(const Place& place) const {
         const int page = place.page(warp);
         return place.has(page, a.window) ? block_of(a, table_of(place.index), page) : 0;
+    }
+    __device__ __forceinline__ int first_head(const Place& place) const {
+        return place.item / tiles_per_head * group + place.item % tiles_per_head * COLUMNS;
     }
 
     // Starts copying this warp's page of keys and of values. Keys past the context are not masked by their weight of zero
@@ -204,47 +217,33 @@ template <typename T, int DIM> struct Decode {
         }
     }
 
-    // Begins an item: its queries as the left side of products.
+    // Begins an item.
     __device__ __forceinline__ void begin(const Place& place) {
-        const int kv_head = place.item / tiles_per_head, first = place.item % tiles_per_head * TILE_ROWS;
-        rows = min(TILE_ROWS, group - first);
-        const int token = a.cu_seqlens_q[decode_seqs[place.index]];
-        const int head = kv_head * group + first;
+        const int head = first_head(place);
+        heads = min(COLUMNS, group - place.item % tiles_per_head * COLUMNS);
         const T* const q = static_cast<const T*>(a.qkv) +
                            static_cast<size_t>(token) * (a.num_heads + 2 * a.num_kv_heads) * a.head_dim +
                            static_cast<size_t>(head) * a.head_dim;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int row = lane / 4 + 8 * half;
-            const bool is_row = row < rows;
-            slope[half] = is_row ? slope_of(a, head + row) : 0.0f;
-            highest[half] = -INFINITY;
-            total[half] = 0.0f;
-            if constexpr (!SHARES_QUERY) {
+        for (int tile = 0; tile < TILES; ++tile) {
+            const int row = tile * 8 + lane / 4;
 #pragma unroll
-                for (int step = 0; step < STEPS; ++step) {
+            for (int step = 0; step < STEPS; ++step) {
 #pragma unroll
-                    for (int part = 0; part < 2; ++part) {
-                        const int column = step * 16 + part * 8 + (lane % 4) * 2;
-                        query[step][half + 2 * part] =
-                            is_row && column < a.head_dim ? *reinterpret_cast<const uint32_t*>(q + row * a.head_dim + column) : 0u;
-                    }
+                for (int part = 0; part < 2; ++part) {
+                    const int column = step * 16 + part * 8 + (lane % 4) * 2;
+                    query[tile][step][part] =
+                        row < heads && column < a.head_dim ? *reinterpret_cast<const uint32_t*>(q + row * a.head_dim + column) : 0u;
                 }
-            }
-        }
-        if constexpr (SHARES_QUERY) {
-            for (int at = threadIdx.x; at < TILE_ROWS * Lines::CHUNKS; at += THREADS) {
-                const int row = at / Lines::CHUNKS, chunk = at % Lines::CHUNKS;
-                const bool is_there = row < rows && chunk * 8 < a.head_dim;
-                *reinterpret_cast<uint4*>(shared_query + Lines::at(row, chunk)) =
-                    is_there ? *reinterpret_cast<const uint4*>(q + row * a.head_dim + chunk * 8) : make_uint4(0, 0, 0, 0);
-            }
-            __syncthreads();
-        }
 #pragma unroll
-        for (int i = 0; i < 2 * STEPS; ++i) {
+                for (int i = 0; i < 4; ++i) sums[tile][step][i] = 0.0f;
+            }
 #pragma unroll
-            for (int j = 0; j < 4; ++j) sums[i][j] = 0.0f;
+            for (int i = 0; i < 2; ++i) {
+                highest[tile][i] = -INFINITY;
+                total[tile][i] = 0.0f;
+                slope[tile][i] = slope_of(a, head + tile * 8 + (lane % 4) * 2 + i);
+            }
         }
     }
 
@@ -254,187 +253,151 @@ template <typename T, int DIM> struct Decode {
         if (!place.has(page, a.window)) return;
         const uint32_t keys = ring + stage * STAGE_BYTES, values = keys + PAGE_BYTES;
         const int matrix = lane / 8, within = lane % 8;
-        float scores[2][4] = {};
+        // Even and odd steps add up by themselves: half as many products wait for one another.
+        float scores[TILES][2][4] = {};
 #pragma unroll
         for (int step = 0; step < STEPS; ++step) {
-            uint32_t b[4];
-            load_matrices(b, keys + Lines::at((matrix / 2) * 8 + within, step * 2 + (matrix & 1)));
-            constexpr int kept = SHARES_QUERY ? 0 : 1;
-            uint32_t(&q)[4] = query[kept * step];
-            if constexpr (SHARES_QUERY) {
-                load_matrices(q, shared_address(shared_query) + Lines::at((matrix & 1) * 8 + within, step * 2 + matrix / 2));
+            uint32_t rows[4];
+            load_matrices(rows, keys + Lines::at((matrix & 1) * 8 + within, step * 2 + matrix / 2));
+#pragma unroll
+            for (int tile = 0; tile < TILES; ++tile) {
+                multiply<T>(scores[tile][step % 2], rows, query[tile][step][0], query[tile][step][1]);
             }
-            multiply<T>(scores[0], q, b[0], b[1]);
-            multiply<T>(scores[1], q, b[2], b[3]);
         }
         const bool is_plain = a.soft_cap == 0.0f && a.alibi_heads == 0;
         const float factor = a.scale * LOG2_E;
-        const int last = place.context - 1;
+        const int last = place.context - 1, first_key = page * PAGE_KEYS + lane / 4;
+        bool is_seen[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            float most = highest[half];
+            const int key = first_key + 8 * half;
+            is_seen[half] = key <= last && (a.window == 0 || key > last - a.window);
+        }
+        uint32_t weights[TILES][2];
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) {
+            // Keys lane / 4 and 8 more, each of two heads.
+            float(&score)[4] = scores[tile][0];
+            bool is_higher = false;
+            float most[2] = {highest[tile][0], highest[tile][1]};
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                float& score = scores[i / 2][2 * half + i % 2];
-                const int key = page * PAGE_KEYS + (i / 2) * 8 + (lane % 4) * 2 + i % 2;
-                const bool is_seen = key <= last && (a.window == 0 || key > last - a.window);
-                score = is_plain ? score * factor : score_log2(a, score, slope[half], last - key);
-                score = is_seen ? score : -INFINITY;
-                most = fmaxf(most, score);
+                score[i] += scores[tile][1][i];
+                score[i] = is_plain ? score[i] * factor : score_log2(a, score[i], slope[tile][i % 2], last - first_key - 8 * (i / 2));
+                score[i] = is_seen[i / 2] ? score[i] : -INFINITY;
+                most[i % 2] = fmaxf(most[i % 2], score[i]);
             }
-            most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
-            most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
-            if (__any_sync(0xffffffffu, most > highest[half])) {
-                const float rescale = exp2_fast(highest[half] - most);
-                highest[half] = most;
-                total[half] *= rescale;
 #pragma unroll
-                for (int i = 0; i < 2 * STEPS; ++i) {
-                    sums[i][2 * half] *= rescale;
-                    sums[i][2 * half + 1] *= rescale;
+            for (int o = 4; o < 32; o *= 2) {
+                most[0] = fmaxf(most[0], __shfl_xor_sync(0xffffffffu, most[0], o));
+                most[1] = fmaxf(most[1], __shfl_xor_sync(0xffffffffu, most[1], o));
+            }
+            is_higher = most[0] > highest[tile][0] || most[1] > highest[tile][1];
+            if (__any_sync(0xffffffffu, is_higher)) {
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const float rescale = exp2_fast(highest[tile][i] - most[i]);
+                    highest[tile][i] = most[i];
+                    total[tile][i] *= rescale;
+#pragma unroll
+                    for (int step = 0; step < STEPS; ++step) {
+                        sums[tile][step][i] *= rescale;
+                        sums[tile][step][2 + i] *= rescale;
+                    }
                 }
             }
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                float& score = scores[i / 2][2 * half + i % 2];
-                score = exp2_fast(score - most);
-                total[half] += score;
+                score[i] = exp2_fast(score[i] - most[i % 2]);
+                total[tile][i % 2] += score[i];
             }
+            weights[tile][0] = transpose(pack<T>(score[0], score[1]));
+            weights[tile][1] = transpose(pack<T>(score[2], score[3]));
         }
-        const uint32_t weights[4] = {pack<T>(scores[0][0], scores[0][1]), pack<T>(scores[0][2], scores[0][3]),
-                                     pack<T>(scores[1][0], scores[1][1]), pack<T>(scores[1][2], scores[1][3])};
 #pragma unroll
         for (int step = 0; step < STEPS; ++step) {
-            uint32_t b[4];
-            load_matrices_transposed(b, values + Lines::at((matrix & 1) * 8 + within, step * 2 + matrix / 2));
-            multiply<T>(sums[2 * step], weights, b[0], b[1]);
-            multiply<T>(sums[2 * step + 1], weights, b[2], b[3]);
+            uint32_t columns[4];
+            load_matrices_transposed(columns, values + Lines::at((matrix / 2) * 8 + within, step * 2 + (matrix & 1)));
+#pragma unroll
+            for (int tile = 0; tile < TILES; ++tile) multiply<T>(sums[tile][step], columns, weights[tile][0], weights[tile][1]);
         }
     }
 
-    __device__ __forceinline__ void put(float* to) const {
+    // Leaves this warp's sums and weights in shared memory.
+    __device__ __forceinline__ void put() {
+        float* const to = shared_sums + warp * shared_heads * SUMS_STRIDE;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int row = lane / 4 + 8 * half;
-            if (row >= rows) continue;
+        for (int tile = 0; tile < TILES; ++tile) {
 #pragma unroll
-            for (int i = 0; i < 2 * STEPS; ++i) {
-                *reinterpret_cast<float2*>(to + row * TREE_ROW + i * 8 + (lane % 4) * 2) =
-                    make_float2(sums[i][2 * half], sums[i][2 * half + 1]);
+            for (int i = 0; i < 2; ++i) {
+#pragma unroll
+                for (int o = 4; o < 32; o *= 2) total[tile][i] += __shfl_xor_sync(0xffffffffu, total[tile][i], o);
+                const int head = tile * 8 + (lane % 4) * 2 + i;
+                if (head >= heads) continue;
+                if (lane < 4) shared_weights[warp * COLUMNS + head] = make_float2(highest[tile][i], total[tile][i]);
+#pragma unroll
+                for (int step = 0; step < STEPS; ++step) {
+                    to[head * SUMS_STRIDE + step * 16 + lane / 4] = sums[tile][step][i];
+                    to[head * SUMS_STRIDE + step * 16 + 8 + lane / 4] = sums[tile][step][2 + i];
+                }
             }
         }
-    }
-    __device__ __forceinline__ void add(const float* from) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int row = lane / 4 + 8 * half;
-            if (row >= rows) continue;
-#pragma unroll
-            for (int i = 0; i < 2 * STEPS; ++i) {
-                const float2 x = *reinterpret_cast<const float2*>(from + row * TREE_ROW + i * 8 + (lane % 4) * 2);
-                sums[i][2 * half] += x.x;
-                sums[i][2 * half + 1] += x.y;
-            }
-        }
-    }
-
-    // Adds up the warps' parts, in warp 0.
-    __device__ __forceinline__ void gather(int tree_rows) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            total[half] += __shfl_xor_sync(0xffffffffu, total[half], 1);
-            total[half] += __shfl_xor_sync(0xffffffffu, total[half], 2);
-            if (lane % 4 == 0) shared_weights[warp * TILE_ROWS + lane / 4 + 8 * half] = make_float2(highest[half], total[half]);
-        }
-        __syncthreads();
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int row = lane / 4 + 8 * half;
-            float most = -INFINITY, all = 0.0f;
-#pragma unroll
-            for (int w = 0; w < WARPS; ++w) most = fmaxf(most, shared_weights[w * TILE_ROWS + row].x);
-#pragma unroll
-            for (int w = 0; w < WARPS; ++w) {
-                const float2 weight = shared_weights[w * TILE_ROWS + row];
-                all += weight.y * exp2_fast(weight.x - most);
-            }
-            const float factor = exp2_fast(highest[half] - most);
-            highest[half] = most;
-            total[half] = all;
-#pragma unroll
-            for (int i = 0; i < 2 * STEPS; ++i) {
-                sums[i][2 * half] *= factor;
-                sums[i][2 * half + 1] *= factor;
-            }
-        }
-        float* const mine = tree + (warp & 1) * tree_rows * TREE_ROW;
-        if (warp >= 2) put(mine);
-        __syncthreads();
-        if (warp < 2) add(mine);
-        if (warp == 1) put(mine);
-        __syncthreads();
-        if (warp == 0) add(tree + tree_rows * TREE_ROW);
     }
 
     // Ends an item, or this block's part of it: `begins` and `ends` say whether the part does so with the item.
-    __device__ __forceinline__ void end(const Line& line, const Place& place, bool begins, bool ends, int tree_rows) {
-        gather(tree_rows);
-        const int kv_head = place.item / tiles_per_head, first = place.item % tiles_per_head * TILE_ROWS;
-        const int token = a.cu_seqlens_q[decode_seqs[place.index]];
-        T* const out = static_cast<T*>(a.out) +
-                       (static_cast<size_t>(token) * a.num_heads + kv_head * group + first) * a.head_dim;
-        if (begins && ends) {
-            if (warp == 0) write(out);
+    __device__ __forceinline__ void end(const Line& line, const Place& place, bool begins, bool ends) {
+        put();
+        T* const out = static_cast<T*>(a.out) + (static_cast<size_t>(token) * a.num_heads + first_head(place)) * a.head_dim;
+        const bool is_whole = begins && ends;
+        const int slot = 2 * blockIdx.x + (begins ? 1 : 0);
+        __syncthreads();
+        constexpr int GROUP = 4;
+        for (int at = threadIdx.x; at < heads * (DIM / GROUP); at += THREADS) {
+            const int head = at / (DIM / GROUP), column = at % (DIM / GROUP) * GROUP;
+            float most = -INFINITY, all = 0.0f, sum[GROUP] = {};
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w) most = fmaxf(most, shared_weights[w * COLUMNS + head].x);
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w) {
+                const float2 weight = shared_weights[w * COLUMNS + head];
+                const float factor = exp2_fast(weight.x - most);
+                const float4 x = *reinterpret_cast<const float4*>(shared_sums + (w * shared_heads + head) * SUMS_STRIDE + column);
+                all += weight.y * factor;
+                sum[0] += x.x * factor;
+                sum[1] += x.y * factor;
+                sum[2] += x.z * factor;
+                sum[3] += x.w * factor;
+            }
+            if (is_whole) {
+                const float inverse = 1.0f / all;
+#pragma unroll
+                for (int i = 0; i < GROUP; ++i) sum[i] *= inverse;
+                if (column < a.head_dim) store_floats<T, GROUP>(out + head * a.head_dim + column, sum);
+            } else {
+                const size_t to = static_cast<size_t>(slot) * MOST_HEADS + head;
+                if (column == 0) parts.weights[to] = make_float2(most, all);
+                *reinterpret_cast<float4*>(parts.sums + to * DIM + column) = make_float4(sum[0], sum[1], sum[2], sum[3]);
+            }
+        }
+        if (is_whole) {
+            // The next item's sums may not come before these are read.
+            __syncthreads();
             return;
         }
-        const int slot = 2 * blockIdx.x + (begins ? 1 : 0);
-        if (warp == 0) leave(slot);
         const int units_before = line.first_unit[place.index] * line.items + place.item * place.units;
         const int first_block = line.owner_of(units_before), last_block = line.owner_of(units_before + place.units - 1);
-        if (warp == 0) {
-            __threadfence();
-            __syncwarp();
-            if (lane == 0) *flag = atomicAdd(parts.finished + first_block, 1) == last_block - first_block;
-        }
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) *flag = atomicAdd(parts.finished + first_block, 1) == last_block - first_block;
         __syncthreads();
         if (*flag) {
             __threadfence();
-            merge<T, DIM>(a, parts, out, rows, first_block, last_block - first_block + 1);
+            merge<T, DIM>(a, parts, out, heads, first_block, last_block - first_block + 1);
             if (threadIdx.x == 0) parts.finished[first_block] = 0;
         }
     }
 
-    __device__ __forceinline__ void write(T* out) const {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int row = lane / 4 + 8 * half;
-            if (row >= rows) continue;
-            const float inverse = 1.0f / total[half];
-#pragma unroll
-            for (int i = 0; i < 2 * STEPS; ++i) {
-                const int column = i * 8 + (lane % 4) * 2;
-                if (column >= a.head_dim) continue;
-                *reinterpret_cast<uint32_t*>(out + row * a.head_dim + column) =
-                    pack<T>(sums[i][2 * half] * inverse, sums[i][2 * half + 1] * inverse);
-            }
-        }
-    }
-    __device__ __forceinline__ void leave(int slot) const {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int row = lane / 4 + 8 * half;
-            if (row >= rows) continue;
-            const size_t to = static_cast<size_t>(slot) * TILE_ROWS + row;
-            if (lane % 4 == 0) parts.weights[to] = make_float2(highest[half], total[half]);
-#pragma unroll
-            for (int i = 0; i < 2 * STEPS; ++i) {
-                *reinterpret_cast<float2*>(parts.sums + to * DIM + i * 8 + (lane % 4) * 2) =
-                    make_float2(sums[i][2 * half], sums[i][2 * half + 1]);
-            }
-        }
-    }
-
-    __device__ __forceinline__ void run(const Line& line, int tree_rows) {
+    __device__ __forceinline__ void run(const Line& line) {
         const int begin_place = line.begin_of(blockIdx.x), end_place = line.begin_of(blockIdx.x + 1);
         Place ahead, now;
         ahead.seek(line, begin_place);
@@ -462,6 +425,7 @@ template <typename T, int DIM> struct Decode {
             }
             fetch_next(stage);
         }
+        token = token_of(now.index);
         pdl_launch();
         if (!has_waited) pdl_wait();
         bool begins = now.unit == 0;
@@ -477,9 +441,10 @@ template <typename T, int DIM> struct Decode {
             stage = stage + 1 == stages ? 0 : stage + 1;
             const bool ends = now.unit + 1 == now.units;
             if (ends || place + 1 == end_place) {
-                end(line, now, begins, ends, tree_rows);
+                end(line, now, begins, ends);
                 if (place + 1 == end_place) break;
                 now.advance(line);
+                token = token_of(now.index);
                 begin(now);
                 begins = true;
             } else {
@@ -490,50 +455,53 @@ template <typename T, int DIM> struct Decode {
     }
 };
 
-template <typename T, int DIM>
+template <typename T, int DIM, int COLUMNS>
 __device__ __forceinline__ void attend_decode(const Attention& a, const Parts& parts, const int* decode_seqs) {
-    using Work = Decode<T, DIM>;
+    using Work = Decode<T, DIM, COLUMNS>;
     extern __shared__ __align__(128) uint8_t shared[];
-    __shared__ float2 weights[WARPS * TILE_ROWS];
+    __shared__ float2 weights[WARPS * COLUMNS];
     __shared__ int scratch[WARPS];
     const int n = a.header[NUM_DECODE_SEQS];
     Work work(a, parts, decode_seqs);
     work.group = a.num_heads / a.num_kv_heads;
-    work.tiles_per_head = (work.group + TILE_ROWS - 1) / TILE_ROWS;
+    work.tiles_per_head = (work.group + COLUMNS - 1) / COLUMNS;
     work.warp = threadIdx.x / 32;
     work.lane = threadIdx.x % 32;
-    const int tree_rows = min(work.group, TILE_ROWS);
-    work.shared_query = shared + WARPS * parts.stages * Work::STAGE_BYTES;
-    float* const tree = reinterpret_cast<float*>(work.shared_query + Work::QUERY_BYTES);
-    int* const first_unit = reinterpret_cast<int*>(tree + 2 * tree_rows * Work::TREE_ROW);
+    work.shared_heads = min(work.group, COLUMNS);
+    work.shared_sums = reinterpret_cast<float*>(shared + WARPS * parts.stages * Work::STAGE_BYTES);
+    int* const first_unit = reinterpret_cast<int*>(work.shared_sums + WARPS * work.shared_heads * Work::SUMS_STRIDE);
     int* const contexts = first_unit + n + 1;
     count_units(a, decode_seqs, n, first_unit, contexts, scratch);
-    Line line{first_unit, contexts, n, a.num_kv_heads * work.tiles_per_head, 0, 0, a.window};
+    const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
+    Line line{first_unit, contexts, n, a.num_kv_heads * work.tiles_per_head, 0, 0};
     line.total = first_unit[n] * line.items;
-    line.blocks = min(static_cast<int>(gridDim.x), line.total);
-    if (static_cast<int>(blockIdx.x) >= line.blocks) {
+    // Equal parts in whole units: where contexts are alike, parts and heads then end together more often.
+    line.units_per_block = (line.total + blocks - 1) / blocks;
+    if (block * line.units_per_block >= line.total) {
         pdl_launch();
         pdl_wait();
         return;
     }
     work.ring = shared_address(shared) + work.warp * parts.stages * Work::STAGE_BYTES;
-    work.tree = tree;
     work.shared_weights = weights;
     work.flag = scratch;
-    work.run(line, tree_rows);
+    work.run(line);
 }
 
-// Blocks that a multiprocessor runs at a time.
-#define ATTENTION_DECODE(T, DIM, BLOCKS)                                                                              \
-    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_decode_##DIM##_##T(                      \
+// BLOCKS: of a multiprocessor at a time.
+#define ATTENTION_DECODE(T, DIM, COLUMNS, BLOCKS)                                                                     \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attention_decode_##DIM##_##COLUMNS##_##T(          \
         const __grid_constant__ Attention attention, const __grid_constant__ Parts parts, const int* decode_seqs) { \
-        attend_decode<T, DIM>(attention, parts, decode_seqs);                                                \
+        attend_decode<T, DIM, COLUMNS>(attention, parts, decode_seqs);                                               \
     }
 #define ATTENTION_DECODE_EACH_DIM(T)  \
-    ATTENTION_DECODE(T, 64, 2)     \
-    ATTENTION_DECODE(T, 96, 2)     \
-    ATTENTION_DECODE(T, 128, 2)    \
-    ATTENTION_DECODE(T, 192, 1)    \
-    ATTENTION_DECODE(T, 256, 1)
+    ATTENTION_DECODE(T, 64, 8, 4)     \
+    ATTENTION_DECODE(T, 64, 16, 4)    \
+    ATTENTION_DECODE(T, 96, 8, 3)     \
+    ATTENTION_DECODE(T, 96, 16, 3)    \
+    ATTENTION_DECODE(T, 128, 8, 3)    \
+    ATTENTION_DECODE(T, 128, 16, 2)   \
+    ATTENTION_DECODE(T, 192, 8, 2)    \
+    ATTENTION_DECODE(T, 256, 8, 1)
 ATTENTION_DECODE_EACH_DIM(bf16)
 ATTENTION_DECODE_EACH_DIM(f16)

@@ -5,6 +5,7 @@
 #include "activation.cuh"
 #include "common.cuh"
 #include "tile.cuh"
+#include "warpgroup.cuh"
 
 // The numbers are the host's (experts.rs).
 enum Scores { SOFTMAX = 0, SIGMOID = 1, SPARSE_MIXER = 2 };
@@ -150,10 +151,40 @@ extern "C" __global__ void choose_experts(const float* logits, const float* corr
     }
 }
 
-// A tile of slots of one expert.
+// A tile of slots of one expert, and which tiles are its.
 struct Tile {
-    int expert, first, count, unused;
+    int expert, first, count, first_tile, num_tiles;
 };
+
+// The tile and the block of `columns` columns that this block computes; false where there is none. The blocks of an expert follow
+// one another, and among them those with the same columns, so that weights are read from memory once and tokens stay in the L2.
+__device__ __forceinline__ bool find_work(const Tile* tiles, int width, int columns, Tile& tile, int& column) {
+    const int blocks = (width + columns - 1) / columns;
+    const Tile any = tiles[blockIdx.x / blocks];
+    if (any.count == 0) return false;
+    const int within = blockIdx.x - any.first_tile * blocks;
+    tile = tiles[any.first_tile + within % any.num_tiles];
+    column = within / any.num_tiles * columns;
+    return true;
+}
+
+// Runs `each(values[i], i)` for a block's threads, with several loads under way.
+template <typename Each> __device__ __forceinline__ void for_batches(const int* values, int count, Each each) {
+    constexpr int BATCH = 8;
+    for (int base = threadIdx.x; base < count; base += BATCH * blockDim.x) {
+        int batch[BATCH];
+#pragma unroll
+        for (int b = 0; b < BATCH; ++b) {
+            const int i = base + b * blockDim.x;
+            batch[b] = i < count ? values[i] : 0;
+        }
+#pragma unroll
+        for (int b = 0; b < BATCH; ++b) {
+            const int i = base + b * blockDim.x;
+            if (i < count) each(batch[b], i);
+        }
+    }
+}
 
 // Sorts pairs by expert, and cuts each expert's slots into tiles of at most `tile_rows`: `slots[s]` is the pair in slot s; tiles
 // past the last have no rows. One block. Shared memory: two ints an expert.
@@ -166,7 +197,7 @@ extern "C" __global__ void __launch_bounds__(1024) sort_by_expert(const int* exp
     pdl_wait();
     for (int e = threadIdx.x; e < num_experts; e += blockDim.x) counts[e] = 0;
     __syncthreads();
-    for (int i = threadIdx.x; i < pairs; i += blockDim.x) atomicAdd(&counts[experts[i]], 1);
+    for_batches(experts, pairs, [&](int expert, int) { atomicAdd(&counts[expert], 1); });
     __syncthreads();
     if (threadIdx.x < 32) {
         // Running sums of slots and of tiles.
@@ -184,36 +215,36 @@ extern "C" __global__ void __launch_bounds__(1024) sort_by_expert(const int* exp
                     tile_end += t;
                 }
             }
-            const int first = slots_before + slot_end - own;
+            const int first = slots_before + slot_end - own, first_tile = tiles_before + tile_end - own_tiles;
             if (e < num_experts) next[e] = first;
             for (int t = 0; t < own_tiles; ++t)
-                tiles[tiles_before + tile_end - own_tiles + t] =
-                    Tile{e, first + t * tile_rows, min(tile_rows, own - t * tile_rows), 0};
+                tiles[first_tile + t] =
+                    Tile{e, first + t * tile_rows, min(tile_rows, own - t * tile_rows), first_tile, own_tiles};
             slots_before += __shfl_sync(ALL, slot_end, 31);
             tiles_before += __shfl_sync(ALL, tile_end, 31);
         }
         if (threadIdx.x == 0) num_tiles = tiles_before;
     }
     __syncthreads();
-    for (int t = num_tiles + threadIdx.x; t < max_tiles; t += blockDim.x) tiles[t] = Tile{0, 0, 0, 0};
+    for (int t = num_tiles + threadIdx.x; t < max_tiles; t += blockDim.x) tiles[t] = Tile{0, 0, 0, 0, 0};
     // Which of an expert's slots a pair takes is chance, and changes no result.
-    for (int i = threadIdx.x; i < pairs; i += blockDim.x) slots[atomicAdd(&next[experts[i]], 1)] = i;
+    for_batches(experts, pairs, [&](int expert, int pair) { slots[atomicAdd(&next[expert], 1)] = pair; });
 }
 
 // `activated[s] = activation(gate(x)) * up(x)` of the token in each slot, tile by tile. `weights` are the addresses of each
-// expert's gate and up, `[2 * width, hidden]`. Blocks along the width, then the tiles.
+// expert's gate and up, `[2 * width, hidden]`. See `find_work` for the blocks.
 template <typename T, int BM>
 __device__ __forceinline__ void project_in_tensor(const T* x, const void* const* weights, int pitch, const int* slots,
                                                   const Tile* tiles, int chosen, int hidden, int width, int activation,
                                                   T* activated_out) {
     using Product = tile::Tensor<T, BM>;
-    __shared__ __align__(16) unsigned char shared[Product::SHARED];
+    extern __shared__ __align__(16) unsigned char tile_memory[];
     pdl_launch();
     pdl_wait();
-    const Tile tile = tiles[blockIdx.y];
-    if (tile.count == 0) return;
+    Tile tile;
+    int column0;
+    if (!find_work(tiles, width, 64, tile, column0)) return;
     const T* const weight = static_cast<const T*>(weights[tile.expert]);
-    const int column0 = blockIdx.x * 64;
     Product product;
     // Of the 32 weight rows of a warp 16 are gates, the next 16 the ups that belong to them.
     product.run(
@@ -224,7 +255,7 @@ __device__ __forceinline__ void project_in_tensor(const T* x, const void* const*
             const int column = column0 + j / 32 * 16 + j % 16;
             return column < width ? weight + static_cast<size_t>(column + (j / 16 % 2) * width) * pitch : nullptr;
         },
-        hidden, shared);
+        hidden, tile_memory);
 #pragma unroll
     for (int mi = 0; mi < Product::MI; ++mi)
 #pragma unroll
@@ -247,36 +278,105 @@ __device__ __forceinline__ void project_in_tensor(const T* x, const void* const*
 template <typename T, int BM>
 __device__ __forceinline__ void project_out_tensor(const T* activated_in, const void* const* weights, int pitch,
                                                    const int* slots, const Tile* tiles, int hidden, int width,
-                                                   float* products) {
+                                                   T* products) {
     using Product = tile::Tensor<T, BM>;
-    __shared__ __align__(16) unsigned char shared[Product::SHARED];
+    extern __shared__ __align__(16) unsigned char tile_memory[];
     pdl_launch();
     pdl_wait();
-    const Tile tile = tiles[blockIdx.y];
-    if (tile.count == 0) return;
+    Tile tile;
+    int column0;
+    if (!find_work(tiles, hidden, Product::N, tile, column0)) return;
     const T* const weight = static_cast<const T*>(weights[tile.expert]);
-    const int column0 = blockIdx.x * Product::N;
     Product product;
     product.run(
         [&](int i) { return i < tile.count ? activated_in + static_cast<size_t>(tile.first + i) * width : nullptr; },
         [&](int j) { return column0 + j < hidden ? weight + static_cast<size_t>(column0 + j) * pitch : nullptr; },
-        width, shared);
+        width, tile_memory);
 #pragma unroll
     for (int mi = 0; mi < Product::MI; ++mi)
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
             const int row = Product::row(mi, h);
             if (row >= tile.count) continue;
-            float* const out = products + static_cast<size_t>(slots[tile.first + row]) * hidden;
+            T* const out = products + static_cast<size_t>(slots[tile.first + row]) * hidden;
 #pragma unroll
             for (int ni = 0; ni < Product::NI; ++ni) {
                 const int column = column0 + Product::column(ni, 0);
                 // Hidden is a multiple of 8 here.
-                if (column < hidden)
-                    *reinterpret_cast<float2*>(out + column) =
-                        make_float2(product.sums[mi][ni][2 * h], product.sums[mi][ni][2 * h + 1]);
+                const float pair[2] = {product.sums[mi][ni][2 * h], product.sums[mi][ni][2 * h + 1]};
+                if (column < hidden) store_floats<T, 2>(out + column, pair);
             }
         }
+}
+
+// The same two by warpgroups of Hopper, which take weights as rows and tokens as columns: tiles have TOKENS tokens.
+template <typename T, int TOKENS>
+__device__ __forceinline__ void project_in_warpgroups(const T* x, const void* const* weights, int pitch, const int* slots,
+                                                      const Tile* tiles, int chosen, int hidden, int width, int activation,
+                                                      T* activated_out) {
+    using Product = warpgroup::Tile<T, TOKENS>;
+    extern __shared__ __align__(16) unsigned char tile_memory[];
+    pdl_launch();
+    pdl_wait();
+    Tile tile;
+    int column0;
+    if (!find_work(tiles, width, 64, tile, column0)) return;
+    const T* const weight = static_cast<const T*>(weights[tile.expert]);
+    Product product;
+    // Of 16 weight rows eight are gates, the next eight the ups that belong to them: a thread has both.
+    product.run(
+        [&](int j) {
+            const int column = column0 + j / 16 * 8 + j % 8;
+            return column < width ? weight + static_cast<size_t>(column + (j / 8 % 2) * width) * pitch : nullptr;
+        },
+        [&](int i) {
+            return i < tile.count ? x + static_cast<size_t>(slots[tile.first + i] / chosen) * hidden : nullptr;
+        },
+        hidden, tile.count, tile_memory);
+    // Width is a multiple of 8, so that eight columns are there or not. All lanes take part in exchanging rows and columns.
+    const int column = column0 + threadIdx.x / 32 * 8;
+#pragma unroll
+    for (int j = 0; j < TOKENS / 8; ++j) {
+        float values[2];
+#pragma unroll
+        for (int l = 0; l < 2; ++l) values[l] = activated<T>(product.sums[j][l], activation) * product.sums[j][2 + l];
+        const uint32_t pair = warpgroup::transposed<T>(values);
+        const int token = j * 8 + threadIdx.x % 32 / 4;
+        if (token < tile.count && column < width) {
+            T* const out = activated_out + static_cast<size_t>(tile.first + token) * width + column;
+            reinterpret_cast<uint32_t*>(out)[threadIdx.x % 4] = pair;
+        }
+    }
+}
+template <typename T, int TOKENS>
+__device__ __forceinline__ void project_out_warpgroups(const T* activated_in, const void* const* weights, int pitch,
+                                                       const int* slots, const Tile* tiles, int hidden, int width,
+                                                       T* products) {
+    using Product = warpgroup::Tile<T, TOKENS>;
+    extern __shared__ __align__(16) unsigned char tile_memory[];
+    pdl_launch();
+    pdl_wait();
+    Tile tile;
+    int column0;
+    if (!find_work(tiles, hidden, Product::ROWS, tile, column0)) return;
+    const T* const weight = static_cast<const T*>(weights[tile.expert]);
+    Product product;
+    product.run(
+        [&](int j) { return column0 + j < hidden ? weight + static_cast<size_t>(column0 + j) * pitch : nullptr; },
+        [&](int i) { return i < tile.count ? activated_in + static_cast<size_t>(tile.first + i) * width : nullptr; },
+        width, tile.count, tile_memory);
+    const int column = column0 + threadIdx.x / 32 * 16;
+#pragma unroll
+    for (int j = 0; j < TOKENS / 8; ++j) {
+        const int token = j * 8 + threadIdx.x % 32 / 4;
+        T* const out = token < tile.count ? products + static_cast<size_t>(slots[tile.first + token]) * hidden : nullptr;
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+            const uint32_t pair = warpgroup::transposed<T>(product.sums[j] + 2 * h);
+            const int first = column + 8 * h;
+            if (out != nullptr && first < hidden) reinterpret_cast<uint32_t*>(out + first)[threadIdx.x % 4] = pair;
+        }
+    }
 }
 
 // The same two for any type, width and alignment: tiles have at most 32 rows.
@@ -288,10 +388,11 @@ __device__ __forceinline__ void project_in_plain(const T* x, const void* const* 
     __shared__ typename Product::Shared shared;
     pdl_launch();
     pdl_wait();
-    const Tile tile = tiles[blockIdx.y];
-    if (tile.count == 0) return;
+    Tile tile;
+    int column0;
+    if (!find_work(tiles, width, Product::N, tile, column0)) return;
     const T* const weight = static_cast<const T*>(weights[tile.expert]);
-    const int column0 = blockIdx.x * Product::N, column = column0 + threadIdx.x % 32;
+    const int column = column0 + threadIdx.x % 32;
     auto a = [&](int i) {
         return i < tile.count ? x + static_cast<size_t>(slots[tile.first + i] / chosen) * hidden : nullptr;
     };
@@ -314,15 +415,16 @@ __device__ __forceinline__ void project_in_plain(const T* x, const void* const* 
 template <typename T>
 __device__ __forceinline__ void project_out_plain(const T* activated_in, const void* const* weights, int pitch,
                                                   const int* slots, const Tile* tiles, int hidden, int width,
-                                                  float* products) {
+                                                  T* products) {
     using Product = tile::Plain<T>;
     __shared__ typename Product::Shared shared;
     pdl_launch();
     pdl_wait();
-    const Tile tile = tiles[blockIdx.y];
-    if (tile.count == 0) return;
+    Tile tile;
+    int column0;
+    if (!find_work(tiles, hidden, Product::N, tile, column0)) return;
     const T* const weight = static_cast<const T*>(weights[tile.expert]);
-    const int column0 = blockIdx.x * Product::N, column = column0 + threadIdx.x % 32;
+    const int column = column0 + threadIdx.x % 32;
     Product product;
     product.run(
         [&](int i) { return i < tile.count ? activated_in + static_cast<size_t>(tile.first + i) * width : nullptr; },
@@ -332,33 +434,36 @@ __device__ __forceinline__ void project_out_plain(const T* activated_in, const v
     for (int i = 0; i < 4; ++i) {
         const int row = threadIdx.x / 32 + 8 * i;
         if (row < tile.count && column < hidden)
-            products[static_cast<size_t>(slots[tile.first + row]) * hidden + column] = product.sums[i];
+            products[static_cast<size_t>(slots[tile.first + row]) * hidden + column] = from_float<T>(product.sums[i]);
     }
 }
 
 // `out[token] = sum over its pairs of weight * product`, in the order of the experts. One block a token.
 template <typename T>
-__device__ __forceinline__ void combine(const float* products, const float* weights, int chosen, int hidden, T* out) {
+__device__ __forceinline__ void combine(const T* products, const float* weights, int chosen, int hidden, T* out) {
+    constexpr int V = 16 / sizeof(T);
     pdl_launch();
     pdl_wait();
     products += static_cast<size_t>(blockIdx.x) * chosen * hidden;
     weights += blockIdx.x * chosen;
     out += static_cast<size_t>(blockIdx.x) * hidden;
-    if (hidden % 4 == 0) {
-        for (int i = threadIdx.x * 4; i < hidden; i += blockDim.x * 4) {
-            float sum[4] = {};
+    if (hidden % V == 0) {
+        for (int i = threadIdx.x * V; i < hidden; i += blockDim.x * V) {
+            float sum[V] = {};
+#pragma unroll 4
             for (int j = 0; j < chosen; ++j) {
-                float v[4];
-                load_floats<f32, 4>(products + static_cast<size_t>(j) * hidden + i, v);
+                float v[V];
+                load_floats<T, V>(products + static_cast<size_t>(j) * hidden + i, v);
 #pragma unroll
-                for (int k = 0; k < 4; ++k) sum[k] = fmaf(weights[j], v[k], sum[k]);
+                for (int k = 0; k < V; ++k) sum[k] = fmaf(weights[j], v[k], sum[k]);
             }
-            store_floats<T, 4>(out + i, sum);
+            store_floats<T, V>(out + i, sum);
         }
     } else {
         for (int i = threadIdx.x; i < hidden; i += blockDim.x) {
             float sum = 0.0f;
-            for (int j = 0; j < chosen; ++j) sum = fmaf(weights[j], products[static_cast<size_t>(j) * hidden + i], sum);
+            for (int j = 0; j < chosen; ++j)
+                sum = fmaf(weights[j], to_float(products[static_cast<size_t>(j) * hidden + i]), sum);
             out[i] = from_float<T>(sum);
         }
     }
@@ -384,12 +489,16 @@ template <typename T> __device__ __forceinline__ float dot_part(const T* weight,
     return sum;
 }
 
+// Bytes that a warp fetches early: those of all warps that run at once have to fit into the L2.
+constexpr int MOST_FETCHED = 4096;
+
 // For few tokens: `activated[pair] = activation(gate(x)) * up(x)`, one warp a column. Blocks along the width, then the pairs.
 template <typename T>
 __device__ __forceinline__ void project_in_few(const T* x, const void* const* weights, int pitch, const int* experts,
                                                int chosen, int hidden, int width, int activation, T* activated_out) {
-    pdl_launch();
     pdl_wait();
+    // What follows may read what was chosen, which is there by now, before this is done.
+    pdl_launch();
     const int column = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, pair = blockIdx.y;
     if (column >= width) return;
     const T* const gate = static_cast<const T*>(weights[experts[pair]]) + static_cast<size_t>(column) * pitch;
@@ -428,8 +537,16 @@ __device__ __forceinline__ void project_out_few(const T* activated_in, const voi
                                                 const int* experts, const float* expert_weights, int chosen, int hidden,
                                                 int width, T* out) {
     pdl_launch();
-    pdl_wait();
     const int column = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32, token = blockIdx.y;
+    const int row_bytes = column < hidden ? width * static_cast<int>(sizeof(T)) : 0;
+    // Weights are fetched into the L2 while the projections in end.
+    for (int j = 0; j < min(chosen, MOST_FETCHED / max(row_bytes, 1) + 1); ++j) {
+        const void* const expert = weights[experts[token * chosen + j]];
+        const char* const row = static_cast<const char*>(expert) + static_cast<size_t>(column) * pitch * sizeof(T);
+        for (int at = threadIdx.x % 32 * 128; at < min(row_bytes, MOST_FETCHED); at += 32 * 128)
+            asm volatile("prefetch.global.L2 [%0];" ::"l"(row + at));
+    }
+    pdl_wait();
     if (column >= hidden) return;
     const bool is_wide = width % (16 / sizeof(T)) == 0;
     float sum = 0.0f;
@@ -447,8 +564,7 @@ __device__ __forceinline__ void project_out_few(const T* activated_in, const voi
     const T *x, const void *const *weights, int pitch, const int *slots, const Tile *tiles, int chosen, int hidden,     \
         int width, int activation, T *out
 #define OUT_PARAMETERS(T)                                                                                               \
-    const T *x, const void *const *weights, int pitch, const int *slots, const Tile *tiles, int hidden, int width,      \
-        float *out
+    const T *x, const void *const *weights, int pitch, const int *slots, const Tile *tiles, int hidden, int width, T *out
 #define TENSOR(T, BM)                                                                                                   \
     extern "C" __global__ void __launch_bounds__(tile::THREADS) project_in_##BM##_##T(IN_PARAMETERS(T)) {               \
         project_in_tensor<T, BM>(x, weights, pitch, slots, tiles, chosen, hidden, width, activation, out);              \
@@ -457,9 +573,34 @@ __device__ __forceinline__ void project_out_few(const T* activated_in, const voi
         project_out_tensor<T, BM>(x, weights, pitch, slots, tiles, hidden, width, out);                                 \
     }
 TENSOR(bf16, 32)
+TENSOR(bf16, 64)
 TENSOR(bf16, 128)
 TENSOR(f16, 32)
+TENSOR(f16, 64)
 TENSOR(f16, 128)
+
+// Empty where there are no warpgroups, and not launched there.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define IN_WARPGROUPS(T, TOKENS)                                                                                        \
+    project_in_warpgroups<T, TOKENS>(x, weights, pitch, slots, tiles, chosen, hidden, width, activation, out);
+#define OUT_WARPGROUPS(T, TOKENS)                                                                                       \
+    project_out_warpgroups<T, TOKENS>(x, weights, pitch, slots, tiles, hidden, width, out);
+#else
+#define IN_WARPGROUPS(T, TOKENS)
+#define OUT_WARPGROUPS(T, TOKENS)
+#endif
+#define WARPGROUPS(T, TOKENS)                                                                                           \
+    extern "C" __global__ void __launch_bounds__(tile::THREADS, 1)                                                      \
+        project_in_warpgroups_##TOKENS##_##T(IN_PARAMETERS(T)) {                                                        \
+        IN_WARPGROUPS(T, TOKENS)                                                                                        \
+    }                                                                                                                   \
+    extern "C" __global__ void __launch_bounds__(tile::THREADS, 1)                                                      \
+        project_out_warpgroups_##TOKENS##_##T(OUT_PARAMETERS(T)) {                                                      \
+        OUT_WARPGROUPS(T, TOKENS)                                                                                       \
+    }
+#define ALL_WARPGROUPS(T) WARPGROUPS(T, 16) WARPGROUPS(T, 32) WARPGROUPS(T, 64) WARPGROUPS(T, 128) WARPGROUPS(T, 256)
+ALL_WARPGROUPS(bf16)
+ALL_WARPGROUPS(f16)
 
 #define PLAIN(T)                                                                                                        \
     extern "C" __global__ void __launch_bounds__(tile::THREADS) project_in_plain_##T(IN_PARAMETERS(T)) {                \
@@ -468,8 +609,7 @@ TENSOR(f16, 128)
     extern "C" __global__ void __launch_bounds__(tile::THREADS) project_out_plain_##T(OUT_PARAMETERS(T)) {              \
         project_out_plain<T>(x, weights, pitch, slots, tiles, hidden, width, out);                                      \
     }                                                                                                                   \
-    extern "C" __global__ void combine_##T(const float* products, const float* weights, int chosen, int hidden,         \
-                                           T* out) {                                                                    \
+    extern "C" __global__ void combine_##T(const T* products, const float* weights, int chosen, int hidden, T* out) {    \
         combine<T>(products, weights, chosen, hidden, out);                                                             \
     }                                                                                                                   \
     extern "C" __global__ void project_in_few_##T(const T* x, const void* const* weights, int pitch,                    \

@@ -17,17 +17,18 @@ struct Columns {
 template <typename T, typename Tile>
 __device__ __forceinline__ void multiply_tensor(const T* x, Columns from, const Matrices& weights, int pitch, T* out,
                                                 Columns to, int rows, int inputs, int outputs) {
-    __shared__ __align__(16) unsigned char shared[Tile::SHARED];
+    extern __shared__ __align__(16) unsigned char tile_memory[];
     pdl_launch();
     pdl_wait();
     const int head = blockIdx.z, row0 = blockIdx.y * Tile::M, column0 = blockIdx.x * Tile::N;
     const T* const weight = static_cast<const T*>(weights.at[head]);
+    const bool are_even = (to.width | to.first | to.stride) % 2 == 0;
     x += from.first + head * from.stride;
     out += to.first + head * to.stride;
     Tile tile;
     tile.run([&](int i) { return row0 + i < rows ? x + static_cast<size_t>(row0 + i) * from.width : nullptr; },
              [&](int j) { return column0 + j < outputs ? weight + static_cast<size_t>(column0 + j) * pitch : nullptr; },
-             inputs, shared);
+             inputs, tile_memory);
 #pragma unroll
     for (int mi = 0; mi < Tile::MI; ++mi)
 #pragma unroll
@@ -35,13 +36,17 @@ __device__ __forceinline__ void multiply_tensor(const T* x, Columns from, const 
             const int row = row0 + Tile::row(mi, h);
             if (row >= rows) continue;
 #pragma unroll
-            for (int ni = 0; ni < Tile::NI; ++ni)
-#pragma unroll
-                for (int l = 0; l < 2; ++l) {
-                    const int column = column0 + Tile::column(ni, l);
-                    if (column < outputs)
-                        out[static_cast<size_t>(row) * to.width + column] = from_float<T>(tile.sums[mi][ni][2 * h + l]);
+            for (int ni = 0; ni < Tile::NI; ++ni) {
+                const int column = column0 + Tile::column(ni, 0);
+                T* const place = out + static_cast<size_t>(row) * to.width + column;
+                const float pair[2] = {tile.sums[mi][ni][2 * h], tile.sums[mi][ni][2 * h + 1]};
+                if (are_even && column + 1 < outputs) {
+                    store_floats<T, 2>(place, pair);
+                } else {
+                    if (column < outputs) place[0] = from_float<T>(pair[0]);
+                    if (column + 1 < outputs) place[1] = from_float<T>(pair[1]);
                 }
+            }
         }
 }
 

@@ -1,54 +1,11 @@
 // From rows of f32 logits to tokens.
 //
 // Greedy rows and log-probabilities of given tokens: many blocks a row, the last of which puts their parts together. What shapes
-// the distribution: one block a row, which finds the least logit that is kept by counting, a digit at a time, and never sorts.
+// the distribution: one block a row, or for few rows a cluster of blocks, each with a slice of it. They find the least logit that
+// is kept by counting how far logits are below the best one, and look closer only where the limit lies; nothing is sorted.
 // Masses are integers, so that their sums depend on no order: all ranks choose the same token.
 #include "common.cuh"
-
-constexpr unsigned ALL = 0xffffffffu;
-constexpr int NO_ID = 0x7fffffff;
-
-// Logits that are no numbers count as impossible, and both zeros are one.
-__device__ __forceinline__ float ordered(float x) { return x == x ? x + 0.0f : -INFINITY; }
-
-// A token and its logit; the better of two has the larger logit, or the lower id.
-struct Best {
-    float logit;
-    int id;
-};
-__device__ __forceinline__ bool is_better(const Best& a, const Best& b) {
-    return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
-}
-__device__ __forceinline__ Best warp_best(Best best) {
-#pragma unroll
-    for (int o = 16; o > 0; o >>= 1) {
-        const Best other{__shfl_xor_sync(ALL, best.logit, o), __shfl_xor_sync(ALL, best.id, o)};
-        if (is_better(other, best)) best = other;
-    }
-    return best;
-}
-// Over the block, on all threads. `scratch` holds 32; a barrier precedes the next use.
-__device__ __forceinline__ Best block_best(Best best, Best* scratch) {
-    best = warp_best(best);
-    const int lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    if (lane == 0) scratch[threadIdx.x / 32] = best;
-    __syncthreads();
-    best = warp_best(lane < warps ? scratch[lane] : Best{-INFINITY, NO_ID});
-    __syncthreads();
-    return best;
-}
-
-// What is found for a row, in memory of the host.
-constexpr int MAX_TOP = 16;
-struct Result {
-    int id;
-    float logprob;
-    // Best tokens in `top`; more than MAX_TOP when the ties did not fit.
-    int num_top;
-    int unused;
-    int top_ids[MAX_TOP];
-    float top_logprobs[MAX_TOP];
-};
+#include "sampling.cuh"
 
 // A part of a row: its best token and the sum of exp(logit - best).
 struct Part {
@@ -137,26 +94,6 @@ extern "C" __global__ void __launch_bounds__(PART_THREADS)
     }
 }
 
-// How a row is chosen from; the host's (sampling.rs).
-struct Request {
-    // In [0, 1): where in the distribution the token is.
-    double uniform;
-    // Its row of logits.
-    int row;
-    int is_greedy;
-    float temperature;
-    // 0: off.
-    int top_k;
-    // 1: off.
-    float top_p;
-    // Best tokens to report, at most MAX_TOP.
-    int top_n;
-    // 1 and 0: off.
-    float repetition_penalty, frequency_penalty;
-    // Where its history begins, and how many ids it has.
-    int history, history_len;
-};
-
 constexpr int PENALTY_THREADS = 512, PENALTY_ELEMENTS = 8192;
 
 // Penalties, once for each id of a row's history: blocks along parts of the vocabulary, each of which counts the ids of its
@@ -187,226 +124,340 @@ extern "C" __global__ void __launch_bounds__(PENALTY_THREADS)
     }
 }
 
-// Probability masses: exp(logit - best) in units of 2^-44. Those of a row of 2^18 logits add up to less than 2^63.
-using Mass = unsigned long long;
-constexpr float MASS_UNIT = 17592186044416.0f;
-__device__ __forceinline__ Mass mass_of(float logit, float best) {
-    return logit > -INFINITY ? static_cast<Mass>(expf(logit - best) * MASS_UNIT) : 0;
-}
-
-// Ascends with the logit.
-__device__ __forceinline__ unsigned key_of(float logit) {
-    const unsigned bits = __float_as_uint(logit);
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-__device__ __forceinline__ float logit_of(unsigned key) {
-    return __uint_as_float(key & 0x80000000u ? key & 0x7fffffffu : ~key);
-}
-
-__device__ __forceinline__ Mass warp_total(Mass v) {
-#pragma unroll
-    for (int o = 16; o > 0; o >>= 1) v += __shfl_xor_sync(ALL, v, o);
-    return v;
-}
-
-constexpr int THREADS = 1024, BINS = 2048;
-// First digit: how far a logit is below the best, in steps of 1/64. Logits of a vocabulary spread over hundreds of these, so
-// that few threads meet in one; over the digits of a float they would not.
-constexpr float STEPS = 64.0f;
+constexpr int THREADS = 1024, BINS = 1024, LIST = 2048;
+// How far a logit is below the best, in steps of 1/32. Logits of a vocabulary spread over hundreds of these, so that few threads
+// meet in one; over the digits of a float they would not.
+constexpr float STEPS = 32.0f;
 __device__ __forceinline__ int step_of(float logit, float best) {
     return min(BINS - 1, static_cast<int>((best - logit) * STEPS));
 }
 
-// What is kept of a row: logits above `least`, and the first `ties` of those equal to it.
+// What is kept of a row: logits above `least`, and the first `ties` of those equal to it, all of them when negative.
 struct Kept {
     float least;
-    // All of them when negative.
     int ties;
-    // Mass above `least`.
-    Mass above;
 };
 
-struct Shared {
+struct Histogram {
+    // Of this block's slice. Masses are in two halves, whose atomic additions are quick.
     unsigned counts[BINS], low[BINS], high[BINS];
+    // Of the whole row.
+    unsigned all_counts[BINS];
+    Mass all_masses[BINS];
+};
+struct List {
+    float logits[LIST];
+    Mass masses[LIST];
+};
+// A limit in the order of falling logits: where it lies, what of the wanted count or mass is left there.
+struct Limit {
+    float logit;
+    Mass left;
+};
+constexpr int MOST_BLOCKS = 8;
+
+struct Shared {
+    union {
+        Histogram histogram;
+        List list;
+    };
+    int listed;
+    // What the blocks tell one another: of each its best token, mass and ties.
+    Best bests[MOST_BLOCKS];
+    Mass block_masses[MOST_BLOCKS];
+    int block_ties[MOST_BLOCKS];
+    // What threads tell one another.
     Best best[32];
     Mass masses[32];
     int ties[32];
-    // What `find_bin` found.
     int bin;
     bool suffices;
-    Mass mass;
+    Mass before;
+    Limit limit;
 };
 
-__device__ __forceinline__ void add_mass(Shared& shared, int bin, Mass mass) {
-    const unsigned low = static_cast<unsigned>(mass);
-    unsigned high = static_cast<unsigned>(mass >> 32);
-    const unsigned before = atomicAdd(&shared.low[bin], low);
-    high += before + low < before;
-    if (high != 0) atomicAdd(&shared.high[bin], high);
-}
-__device__ __forceinline__ Mass mass_in(const Shared& shared, int bin) {
-    return static_cast<Mass>(shared.high[bin]) << 32 | shared.low[bin];
-}
+// A row, and the slice of it that is this block's among the BLOCKS of its cluster.
+template <int BLOCKS> struct Slice {
+    const float* logits;
+    int begin, end, rank;
 
-__device__ __forceinline__ void clear(Shared& shared) {
-    for (int i = threadIdx.x; i < BINS; i += THREADS) shared.counts[i] = shared.low[i] = shared.high[i] = 0;
-    __syncthreads();
-}
+    __device__ __forceinline__ Slice(const float* row, int vocab) : logits(row), rank(blockIdx.x % BLOCKS) {
+        const int size = ((vocab + BLOCKS - 1) / BLOCKS + 127) / 128 * 128;
+        begin = min(vocab, rank * size);
+        end = min(vocab, begin + size);
+        is_wide = vocab % 4 == 0;
+    }
 
-// The first bin from `start` in direction `way` at which the wanted count, or the wanted mass, is reached, with what lies
-// before it; of what does not suffice the last bin that holds anything. One warp looks at 32 bins at a time. Says whether it
-// suffices.
-__device__ __forceinline__ bool find_bin(Shared& shared, bool by_mass, bool descending, unsigned count, Mass mass) {
-    if (threadIdx.x < 32) {
-        Mass before = 0, last_before = 0;
-        int found = -1, last = 0;
-        for (int base = 0; base < BINS && found < 0; base += 32) {
-            const int bin = descending ? BINS - 1 - base - threadIdx.x : base + threadIdx.x;
-            const Mass own = by_mass ? mass_in(shared, bin) : shared.counts[bin];
-            Mass sum = own;
+    // Runs `each(logit, id)` for the slice, or for `first..last` by a warp alone.
+    template <typename Each> __device__ __forceinline__ void each(Each each) const {
+        walk<THREADS>(begin, end, threadIdx.x, each);
+    }
+    template <typename Each> __device__ __forceinline__ void each_of_warp(int first, int last, Each each) const {
+        walk<32>(first, last, threadIdx.x % 32, each);
+    }
+
+  private:
+    bool is_wide;
+
+    // With several loads under way, since each takes long. Slices and parts of them begin at whole vectors.
+    template <int COUNT, typename Each>
+    __device__ __forceinline__ void walk(int first, int last, int thread, Each each) const {
+        constexpr int BATCH = 4;
+        for (int base = first; base < last; base += BATCH * COUNT * 4) {
+            float v[BATCH][4];
 #pragma unroll
-            for (int o = 1; o < 32; o *= 2) {
-                const Mass other = __shfl_up_sync(ALL, sum, o);
-                if (threadIdx.x >= o) sum += other;
-            }
-            const Mass wanted = by_mass ? mass : count;
-            const unsigned reached = __ballot_sync(ALL, own > 0 && before + sum >= wanted);
-            const unsigned holding = __ballot_sync(ALL, own > 0);
-            const int lane = reached != 0 ? __ffs(reached) - 1 : holding != 0 ? 31 - __clz(holding) : -1;
-            if (lane >= 0) {
-                last_before = before + __shfl_sync(ALL, sum - own, lane);
-                last = __shfl_sync(ALL, bin, lane);
-            }
-            if (reached != 0) found = last;
-            before += __shfl_sync(ALL, sum, 31);
-        }
-        if (threadIdx.x == 0) {
-            shared.bin = last;
-            shared.mass = last_before;
-            shared.suffices = found >= 0;
-        }
-    }
-    __syncthreads();
-    return shared.suffices;
-}
-
-// Runs `each(logit, id)` for the block's row.
-template <typename Each> __device__ __forceinline__ void for_row(const float* logits, int vocab, Each each) {
-    if (vocab % 4 == 0) {
-        for (int at = threadIdx.x * 4; at < vocab; at += THREADS * 4) {
-            const float4 x = *reinterpret_cast<const float4*>(logits + at);
-            each(ordered(x.x), at), each(ordered(x.y), at + 1), each(ordered(x.z), at + 2), each(ordered(x.w), at + 3);
-        }
-    } else {
-        for (int at = threadIdx.x; at < vocab; at += THREADS) each(ordered(logits[at]), at);
-    }
-}
-
-// Within step `step` (of those at or above `floor`) the logit at which `wanted` of count or mass is reached. What lies above it
-// is added to `above` and taken from `wanted`.
-template <bool BY_MASS>
-__device__ __forceinline__ float refine(Shared& shared, const float* logits, int vocab, float best, int step, float floor,
-                                        Mass& wanted, Mass& above) {
-    unsigned prefix = 0;
-    int shift = 21;
-    for (int digits = 11; shift >= 0; digits = shift == 10 ? 11 : 10) {
-        clear(shared);
-        const unsigned known = shift + digits >= 32 ? 0 : ~0u << (shift + digits);
-        for_row(logits, vocab, [&](float logit, int) {
-            if (logit > -INFINITY && logit >= floor && step_of(logit, best) == step) {
-                const unsigned key = key_of(logit);
-                if ((key & known) == prefix) {
-                    const int bin = key >> shift & ((1 << digits) - 1);
-                    if (BY_MASS) {
-                        add_mass(shared, bin, mass_of(logit, best));
-                    } else {
-                        atomicAdd(&shared.counts[bin], 1);
-                    }
+            for (int b = 0; b < BATCH; ++b) {
+                const int at = base + (b * COUNT + thread) * 4;
+                if (is_wide) {
+                    float4 x = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
+                    if (at < last) x = *reinterpret_cast<const float4*>(logits + at);
+                    v[b][0] = x.x, v[b][1] = x.y, v[b][2] = x.z, v[b][3] = x.w;
+                } else {
+#pragma unroll
+                    for (int k = 0; k < 4; ++k) v[b][k] = at + k < last ? logits[at + k] : -INFINITY;
                 }
             }
-        });
-        __syncthreads();
-        find_bin(shared, BY_MASS, true, static_cast<unsigned>(wanted), wanted);
-        prefix |= static_cast<unsigned>(shared.bin) << shift;
-        wanted -= min(wanted, shared.mass);
-        above += shared.mass;
-        if (shift == 0) break;
-        shift = shift == 21 ? 10 : 0;
-        __syncthreads();
+#pragma unroll
+            for (int b = 0; b < BATCH; ++b) {
+                const int at = base + (b * COUNT + thread) * 4;
+#pragma unroll
+                for (int k = 0; k < 4; ++k) {
+                    if (at + k < last) each(ordered(v[b][k]), at + k);
+                }
+            }
+        }
     }
+};
+
+// All threads of all blocks of the row have come here, and see what the others have written.
+template <int BLOCKS> __device__ __forceinline__ void meet() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (BLOCKS > 1) {
+        asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+        return;
+    }
+#endif
     __syncthreads();
-    return logit_of(prefix);
 }
 
-// Counts, or weighs, the row by steps.
-template <bool COUNTS, bool MASSES>
-__device__ __forceinline__ void fill_steps(Shared& shared, const float* logits, int vocab, float best, float floor) {
-    clear(shared);
-    for_row(logits, vocab, [&](float logit, int) {
-        if (logit > -INFINITY && logit >= floor) {
-            const int step = step_of(logit, best);
-            if (COUNTS) atomicAdd(&shared.counts[step], 1);
+// The same place in the shared memory of another block of the row.
+template <int BLOCKS, typename T> __device__ __forceinline__ T* in_block(T* place, int rank) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    if (BLOCKS > 1) {
+        T* there;
+        asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(place), "r"(rank));
+        return there;
+    }
+#endif
+    return place;
+}
+
+__device__ __forceinline__ void add_mass(Histogram& histogram, int bin, Mass mass) {
+    const unsigned low = static_cast<unsigned>(mass);
+    unsigned high = static_cast<unsigned>(mass >> 32);
+    const unsigned before = atomicAdd(&histogram.low[bin], low);
+    high += before + low < before;
+    if (high != 0) atomicAdd(&histogram.high[bin], high);
+}
+
+// Counts and weighs the row by what `bin_of(logit)` says; nothing below zero.
+template <int BLOCKS, bool COUNTS, bool MASSES, typename BinOf>
+__device__ __forceinline__ void fill(Shared& shared, const Slice<BLOCKS>& slice, float best, BinOf bin_of) {
+    Histogram& own = shared.histogram;
+    for (int i = threadIdx.x; i < BINS; i += THREADS) own.counts[i] = own.low[i] = own.high[i] = 0;
+    __syncthreads();
+    slice.each([&](float logit, int) {
+        const int bin = logit > -INFINITY ? bin_of(logit) : -1;
+        if (bin < 0) return;
+        if (COUNTS) atomicAdd(&own.counts[bin], 1);
+        if (MASSES) {
+            const Mass mass = mass_of(logit, best);
+            if (mass != 0) add_mass(own, bin, mass);
+        }
+    });
+    meet<BLOCKS>();
+    // Each block adds up a part of the bins for all of them.
+    constexpr int PART = BINS / BLOCKS;
+    for (int i = threadIdx.x; i < PART; i += THREADS) {
+        const int bin = slice.rank * PART + i;
+        unsigned count = 0;
+        Mass mass = 0;
+#pragma unroll
+        for (int rank = 0; rank < BLOCKS; ++rank) {
+            if (COUNTS) count += *in_block<BLOCKS>(&own.counts[bin], rank);
             if (MASSES) {
-                const Mass mass = mass_of(logit, best);
-                if (mass != 0) add_mass(shared, step, mass);
+                mass += static_cast<Mass>(*in_block<BLOCKS>(&own.high[bin], rank)) << 32;
+                mass += *in_block<BLOCKS>(&own.low[bin], rank);
+            }
+        }
+#pragma unroll
+        for (int rank = 0; rank < BLOCKS; ++rank) {
+            if (COUNTS) *in_block<BLOCKS>(&own.all_counts[bin], rank) = count;
+            if (MASSES) *in_block<BLOCKS>(&own.all_masses[bin], rank) = mass;
+        }
+    }
+    meet<BLOCKS>();
+}
+
+// Sum over the threads before this one; `total` is that of all.
+__device__ __forceinline__ Mass block_scan(Shared& shared, Mass own, Mass& total) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    auto scan = [&](Mass v) {
+#pragma unroll
+        for (int o = 1; o < 32; o *= 2) {
+            const Mass other = __shfl_up_sync(ALL, v, o);
+            if (lane >= o) v += other;
+        }
+        return v;
+    };
+    const Mass sum = scan(own);
+    if (lane == 31) shared.masses[warp] = sum;
+    __syncthreads();
+    const Mass warps = scan(shared.masses[lane]);
+    total = __shfl_sync(ALL, warps, 31);
+    const Mass before = __shfl_sync(ALL, warps, (warp + 31) % 32);
+    __syncthreads();
+    return (warp > 0 ? before : 0) + sum - own;
+}
+
+// The first bin at which the wanted count, or mass, is reached, from the first on or from the last, into `shared.bin`, and what lies
+// before it into `shared.before`. Says whether it is reached at all.
+__device__ __forceinline__ bool find_bin(Shared& shared, bool by_mass, bool descending, Mass wanted) {
+    const int bin = descending ? BINS - 1 - threadIdx.x : threadIdx.x;
+    const Mass own = by_mass ? shared.histogram.all_masses[bin] : shared.histogram.all_counts[bin];
+    Mass total;
+    const Mass before = block_scan(shared, own, total);
+    // At least one is wanted.
+    wanted = max(wanted, Mass(1));
+    if (before < wanted && before + own >= wanted) {
+        shared.bin = bin;
+        shared.before = before;
+    }
+    __syncthreads();
+    return total >= wanted;
+}
+
+// The limit in step `step` among logits of at least `floor`, when they are too many for a list: by the digits of the numbers.
+template <int BLOCKS, bool BY_MASS>
+__device__ __noinline__ Limit limit_by_digits(Shared& shared, const Slice<BLOCKS>& slice, float best, int step, float floor,
+                                              Mass wanted) {
+    unsigned prefix = 0;
+    for (int shift = 24; shift >= 0; shift -= 8) {
+        const unsigned known = shift == 24 ? 0 : ~0u << (shift + 8);
+        fill<BLOCKS, !BY_MASS, BY_MASS>(shared, slice, best, [&](float logit) {
+            const unsigned key = key_of(logit);
+            const bool is_here = logit >= floor && step_of(logit, best) == step && (key & known) == prefix;
+            return is_here ? static_cast<int>(key >> shift & 255) : -1;
+        });
+        find_bin(shared, BY_MASS, true, wanted);
+        prefix |= static_cast<unsigned>(shared.bin) << shift;
+        wanted -= min(wanted, shared.before);
+        meet<BLOCKS>();
+    }
+    return Limit{logit_of(prefix), wanted};
+}
+
+// The limit in step `step` among logits of at least `floor`: where `wanted` of count or mass is reached.
+template <int BLOCKS, bool BY_MASS>
+__device__ __forceinline__ Limit find_limit(Shared& shared, const Slice<BLOCKS>& slice, float best, int step, float floor,
+                                            Mass wanted) {
+    // The list takes the place of the counts.
+    if (threadIdx.x == 0) shared.listed = 0;
+    meet<BLOCKS>();
+    List& list = *in_block<BLOCKS>(&shared.list, 0);
+    int* const listed = in_block<BLOCKS>(&shared.listed, 0);
+    slice.each([&](float logit, int) {
+        if (logit > -INFINITY && logit >= floor && step_of(logit, best) == step) {
+            const int place = atomicAdd(listed, 1);
+            if (place < LIST) {
+                list.logits[place] = logit;
+                list.masses[place] = BY_MASS ? mass_of(logit, best) : 1;
             }
         }
     });
-    __syncthreads();
+    meet<BLOCKS>();
+    const int count = *listed;
+    if (count > LIST) {
+        meet<BLOCKS>();
+        return limit_by_digits<BLOCKS, BY_MASS>(shared, slice, best, step, floor, wanted);
+    }
+    if (slice.rank == 0) {
+        const Mass least = max(wanted, Mass(1));
+        for (int i = threadIdx.x; i < count; i += THREADS) {
+            const float logit = shared.list.logits[i];
+            Mass above = 0, equal = 0;
+            for (int j = 0; j < count; ++j) {
+                const float other = shared.list.logits[j];
+                const Mass mass = shared.list.masses[j];
+                above += other > logit ? mass : 0;
+                equal += other == logit ? mass : 0;
+            }
+            // All that are equal find the same.
+            if (above < least && above + equal >= least) {
+#pragma unroll
+                for (int rank = 0; rank < BLOCKS; ++rank)
+                    *in_block<BLOCKS>(&shared.limit, rank) = Limit{logit, wanted - min(wanted, above)};
+            }
+        }
+    }
+    meet<BLOCKS>();
+    return shared.limit;
 }
 
 // Top-k, which keeps what ties with the k-th, then top-p, which keeps the first of equals.
-__device__ __forceinline__ Kept shape(Shared& shared, const float* logits, int vocab, float best, int top_k, float top_p) {
-    Kept kept{-INFINITY, -1, 0};
+template <int BLOCKS>
+__device__ __forceinline__ Kept shape(Shared& shared, const Slice<BLOCKS>& slice, int vocab, float best, int top_k, float top_p) {
+    Kept kept{-INFINITY, -1};
     if (top_k > 0 && top_k < vocab) {
-        fill_steps<true, false>(shared, logits, vocab, best, -INFINITY);
-        const bool suffices = find_bin(shared, false, false, top_k, 0);
-        Mass wanted = top_k - shared.mass, above = 0;
-        const int step = shared.bin;
-        __syncthreads();
+        fill<BLOCKS, true, false>(shared, slice, best, [&](float logit) { return step_of(logit, best); });
         // Fewer possible tokens than k: all are kept.
-        if (suffices) kept.least = refine<false>(shared, logits, vocab, best, step, -INFINITY, wanted, above);
+        if (find_bin(shared, false, false, top_k)) {
+            const int step = shared.bin;
+            kept.least = find_limit<BLOCKS, false>(shared, slice, best, step, -INFINITY, top_k - shared.before).logit;
+        }
     }
     if (top_p < 1.0f) {
-        fill_steps<false, true>(shared, logits, vocab, best, kept.least);
-        Mass total = 0;
-        for (int i = threadIdx.x; i < BINS; i += THREADS) total += mass_in(shared, i);
-        total = warp_total(total);
-        if (threadIdx.x % 32 == 0) shared.masses[threadIdx.x / 32] = total;
-        __syncthreads();
-        total = warp_total(shared.masses[threadIdx.x % 32]);
-        Mass wanted = static_cast<Mass>(ceil(static_cast<double>(top_p) * static_cast<double>(total)));
-        const bool suffices = find_bin(shared, true, false, 0, wanted);
-        wanted -= min(wanted, shared.mass);
-        kept.above = shared.mass;
-        const int step = shared.bin;
-        __syncthreads();
-        if (suffices) {
-            kept.least = refine<true>(shared, logits, vocab, best, step, kept.least, wanted, kept.above);
-            const Mass each = mass_of(kept.least, best);
+        const float floor = kept.least;
+        meet<BLOCKS>();
+        fill<BLOCKS, false, true>(shared, slice, best, [&](float logit) { return logit >= floor ? step_of(logit, best) : -1; });
+        Mass total;
+        block_scan(shared, shared.histogram.all_masses[threadIdx.x], total);
+        const Mass wanted = static_cast<Mass>(ceil(static_cast<double>(top_p) * static_cast<double>(total)));
+        if (find_bin(shared, true, false, wanted)) {
+            const int step = shared.bin;
+            const Mass left = wanted - min(wanted, shared.before);
+            const Limit limit = find_limit<BLOCKS, true>(shared, slice, best, step, floor, left);
+            kept.least = limit.logit;
             // At least one, and as many as it takes.
-            kept.ties = each == 0 ? 1 : static_cast<int>(max((wanted + each - 1) / each, Mass(1)));
+            const Mass each = max(mass_of(limit.logit, best), Mass(1));
+            kept.ties = static_cast<int>(max((limit.left + each - 1) / each, Mass(1)));
         }
     }
     return kept;
 }
 
+// Elements of each of 32 parts of `count`: whole vectors for a warp where there are many.
+__device__ __forceinline__ int part_of(int count) {
+    const int unit = count > 4096 ? 128 : 32;
+    return ((count + 31) / 32 + unit - 1) / unit * unit;
+}
+
 // Mass of what is kept in `begin..end`, by 32 parts of `part` elements each, one warp a part: `masses` above the least, and
 // how many equal it.
-__device__ __forceinline__ void weigh_parts(Shared& shared, const float* logits, float best, const Kept& kept, int begin,
+template <int BLOCKS>
+__device__ __forceinline__ void weigh_parts(Shared& shared, const Slice<BLOCKS>& slice, float best, const Kept& kept, int begin,
                                             int end, int part) {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int first = begin + warp * part, last = min(end, first + part);
     Mass mass = 0;
     int ties = 0;
-    for (int i = first + lane; i < last; i += 32) {
-        const float logit = ordered(logits[i]);
+    slice.each_of_warp(first, last, [&](float logit, int) {
         if (logit > kept.least) {
             mass += mass_of(logit, best);
         } else if (logit == kept.least && logit > -INFINITY) {
             ++ties;
         }
-    }
+    });
     mass = warp_total(mass);
     ties = __reduce_add_sync(ALL, ties);
     if (lane == 0) {
@@ -421,132 +472,197 @@ __device__ __forceinline__ int kept_ties(const Kept& kept, int before, int ties)
     return kept.ties < 0 ? ties : min(ties, max(0, kept.ties - before));
 }
 
-// The token at `uniform` of the distribution function, ids ascending, and the mass of all that is kept.
-__device__ __forceinline__ int choose(Shared& shared, const float* logits, int vocab, float best, const Kept& kept,
-                                      double uniform, Mass& total) {
+// A place in the distribution function: what is left to go, and ties that lie before.
+struct Target {
+    Mass left;
+    int ties_before;
+};
+
+// The lane in whose share the target lies, on all lanes; the target is moved to its beginning. Negative: in none.
+__device__ __forceinline__ int find_lane(const Kept& kept, Mass above, int ties, Mass tie_mass, Target& target, Mass& total) {
+    const int lane = threadIdx.x % 32;
+    int ties_end = ties;
+#pragma unroll
+    for (int o = 1; o < 32; o *= 2) {
+        const int other = __shfl_up_sync(ALL, ties_end, o);
+        if (lane >= o) ties_end += other;
+    }
+    const int before = target.ties_before + ties_end - ties;
+    const Mass own = above + kept_ties(kept, before, ties) * tie_mass;
+    Mass end = own;
+#pragma unroll
+    for (int o = 1; o < 32; o *= 2) {
+        const Mass other = __shfl_up_sync(ALL, end, o);
+        if (lane >= o) end += other;
+    }
+    total = __shfl_sync(ALL, end, 31);
+    const unsigned reached = __ballot_sync(ALL, target.left < end);
+    if (reached == 0) {
+        target.left -= min(target.left, total);
+        target.ties_before = __shfl_sync(ALL, before + ties, 31);
+        return -1;
+    }
+    const int found = __ffs(reached) - 1;
+    target.left -= __shfl_sync(ALL, end - own, found);
+    target.ties_before = __shfl_sync(ALL, before, found);
+    return found;
+}
+
+// The token at the target in `begin..end`, ids ascending; every warp finds it. Negative: none, as infinite logits have it.
+template <int BLOCKS>
+__device__ __forceinline__ int find_token(Shared& shared, const Slice<BLOCKS>& slice, float best, const Kept& kept,
+                                          Target target) {
+    int begin = slice.begin, end = slice.end;
     const Mass tie_mass = kept.least > -INFINITY ? mass_of(kept.least, best) : 0;
     const int lane = threadIdx.x % 32;
-    int begin = 0, end = vocab, ties_before = 0;
-    Mass target = 0;
-    bool is_first = true;
-    while (is_first || end - begin > 128) {
-        const int part = ((end - begin + 31) / 32 + 31) / 32 * 32;
-        weigh_parts(shared, logits, best, kept, begin, end, part);
-        // Every warp does the same.
-        const int own_ties = shared.ties[lane];
-        int ties = own_ties;
-#pragma unroll
-        for (int o = 1; o < 32; o *= 2) {
-            const int other = __shfl_up_sync(ALL, ties, o);
-            if (lane >= o) ties += other;
-        }
-        const int before = ties_before + ties - own_ties;
-        const Mass own = shared.masses[lane] + kept_ties(kept, before, own_ties) * tie_mass;
-        Mass sum = own;
-#pragma unroll
-        for (int o = 1; o < 32; o *= 2) {
-            const Mass other = __shfl_up_sync(ALL, sum, o);
-            if (lane >= o) sum += other;
-        }
-        if (is_first) {
-            total = __shfl_sync(ALL, sum, 31);
-            if (total == 0) return -1;
-            target = min(static_cast<Mass>(uniform * static_cast<double>(total)), total - 1);
-            is_first = false;
-        }
-        const unsigned reached = __ballot_sync(ALL, target < sum);
-        // Only infinite logits lead here.
-        if (reached == 0) return -1;
-        const int chosen = __ffs(reached) - 1;
-        target -= __shfl_sync(ALL, sum - own, chosen);
-        ties_before = __shfl_sync(ALL, before, chosen);
-        begin += chosen * part;
-        end = min(end, begin + part);
+    Mass total;
+    while (end - begin > 128) {
+        const int part = part_of(end - begin);
+        weigh_parts(shared, slice, best, kept, begin, end, part);
+        const int found = find_lane(kept, shared.masses[lane], shared.ties[lane], tie_mass, target, total);
         __syncthreads();
+        if (found < 0) return -1;
+        begin += found * part;
+        end = min(end, begin + part);
     }
-    // The first warp's answer counts; all of them look.
     for (int base = begin; base < end; base += 32) {
-        const int at = base + lane;
-        const float logit = at < end ? ordered(logits[at]) : -INFINITY;
-        const bool is_tie = logit == kept.least && logit > -INFINITY;
-        const unsigned ties = __ballot_sync(ALL, is_tie);
-        const int before = ties_before + __popc(ties & ((1u << lane) - 1));
-        const bool is_kept = logit > kept.least || (is_tie && kept_ties(kept, before, 1) == 1);
-        const Mass own = is_kept ? mass_of(logit, best) : 0;
-        Mass sum = own;
-#pragma unroll
-        for (int o = 1; o < 32; o *= 2) {
-            const Mass other = __shfl_up_sync(ALL, sum, o);
-            if (lane >= o) sum += other;
-        }
-        const unsigned reached = __ballot_sync(ALL, target < sum);
-        if (reached != 0) return base + __ffs(reached) - 1;
-        target -= __shfl_sync(ALL, sum, 31);
-        ties_before += __popc(ties);
+        const float logit = base + lane < end ? ordered(slice.logits[base + lane]) : -INFINITY;
+        const Mass above = logit > kept.least ? mass_of(logit, best) : 0;
+        const int is_tie = logit == kept.least && logit > -INFINITY;
+        const int found = find_lane(kept, above, is_tie, tie_mass, target, total);
+        if (found >= 0) return base + found;
     }
     return -1;
 }
 
+// Mass of all that is kept. Where the target, at `uniform` of it, lies in this block's slice, `target` becomes its place there.
+template <int BLOCKS>
+__device__ __forceinline__ Mass weigh(Shared& shared, const Slice<BLOCKS>& slice, float best, const Kept& kept, double uniform,
+                                      bool& is_here, Target& target) {
+    const int lane = threadIdx.x % 32;
+    weigh_parts(shared, slice, best, kept, slice.begin, slice.end, part_of(slice.end - slice.begin));
+    const Mass above = warp_total(shared.masses[lane]);
+    const int ties = __reduce_add_sync(ALL, shared.ties[lane]);
+    if (threadIdx.x < BLOCKS) {
+        *in_block<BLOCKS>(&shared.block_masses[slice.rank], threadIdx.x) = above;
+        *in_block<BLOCKS>(&shared.block_ties[slice.rank], threadIdx.x) = ties;
+    }
+    meet<BLOCKS>();
+    const Mass tie_mass = kept.least > -INFINITY ? mass_of(kept.least, best) : 0;
+    const Mass their_mass = lane < BLOCKS ? shared.block_masses[lane] : 0;
+    const int their_ties = lane < BLOCKS ? shared.block_ties[lane] : 0;
+    Mass total;
+    target = Target{0, 0};
+    find_lane(kept, their_mass, their_ties, tie_mass, target, total);
+    target = Target{min(static_cast<Mass>(uniform * static_cast<double>(total)), total - min(total, Mass(1))), 0};
+    Mass again;
+    is_here = find_lane(kept, their_mass, their_ties, tie_mass, target, again) == slice.rank;
+    return total;
+}
+
+// The best token of the row, on all threads of all blocks.
+template <int BLOCKS> __device__ __forceinline__ Best best_of_blocks(Shared& shared, const Slice<BLOCKS>& slice, Best best) {
+    best = block_best(best, shared.best);
+    if (BLOCKS == 1) return best;
+    if (threadIdx.x < BLOCKS) *in_block<BLOCKS>(&shared.bests[slice.rank], threadIdx.x) = best;
+    meet<BLOCKS>();
+    const int lane = threadIdx.x % 32;
+    best = warp_best(lane < BLOCKS ? shared.bests[lane] : Best{-INFINITY, NO_ID});
+    // Before the next one is told.
+    meet<BLOCKS>();
+    return best;
+}
+
 // The best tokens of what is kept, one look at the row for each.
-__device__ __forceinline__ void report_top(Shared& shared, const float* logits, int vocab, const Kept& kept, float shift,
-                                           int top_n, Result& result) {
+template <int BLOCKS>
+__device__ __forceinline__ void report_top(Shared& shared, const Slice<BLOCKS>& slice, const Kept& kept, float shift, int top_n,
+                                           Result& result) {
+    const bool writes = slice.rank == 0 && threadIdx.x == 0;
     Best last{INFINITY, -1};
     float nth = -INFINITY;
     int ties = 0, found = 0;
     for (; found <= MAX_TOP; ++found) {
         Best best{-INFINITY, NO_ID};
-        for_row(logits, vocab, [&](float logit, int id) {
+        slice.each([&](float logit, int id) {
             const Best token{logit, id};
             if (is_better(last, token) && is_better(token, best)) best = token;
         });
-        best = block_best(best, shared.best);
+        best = best_of_blocks<BLOCKS>(shared, slice, best);
         const bool is_tie = best.logit == kept.least;
         ties += is_tie;
         const bool is_kept = best.logit > kept.least || (is_tie && kept_ties(kept, ties - 1, 1) == 1);
         if (best.id == NO_ID || best.logit == -INFINITY || !is_kept || (found >= top_n && best.logit < nth)) break;
-        if (found < MAX_TOP && threadIdx.x == 0) {
+        if (found < MAX_TOP && writes) {
             result.top_ids[found] = best.id;
             result.top_logprobs[found] = best.logit - shift;
         }
         nth = best.logit;
         last = best;
     }
-    if (threadIdx.x == 0) result.num_top = found;
+    if (writes) result.num_top = found;
 }
 
-// Chooses a token for each request, one block each: temperature, top-k, top-p, then the random choice or the best.
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    choose_tokens(float* logits, int vocab, const Request* requests, Result* results) {
+// Chooses a token for a request: temperature, top-k, top-p, then the random choice or the best.
+template <int BLOCKS>
+__device__ __forceinline__ void choose(float* logits, int vocab, const Request* requests, Result* results) {
     __shared__ Shared shared;
     pdl_launch();
     pdl_wait();
-    const Request request = requests[blockIdx.x];
-    Result& result = results[blockIdx.x];
+    const Request request = requests[blockIdx.x / BLOCKS];
+    Result& result = results[blockIdx.x / BLOCKS];
     logits += static_cast<size_t>(request.row) * vocab;
-    Best best{-INFINITY, NO_ID};
+    const Slice<BLOCKS> slice(logits, vocab);
     const bool is_scaled = !request.is_greedy && request.temperature != 1.0f;
-    if (is_scaled) {
-        for (int i = threadIdx.x; i < vocab; i += THREADS) {
-            const float logit = ordered(logits[i]) / request.temperature;
-            logits[i] = logit;
-            if (is_better(Best{logit, i}, best)) best = Best{logit, i};
+    Best best{-INFINITY, NO_ID};
+    slice.each([&](float logit, int id) {
+        if (is_scaled) {
+            logit /= request.temperature;
+            logits[id] = logit;
         }
-    } else {
-        for_row(logits, vocab, [&](float logit, int id) {
-            if (is_better(Best{logit, id}, best)) best = Best{logit, id};
-        });
-    }
-    best = block_best(best, shared.best);
-    Kept kept{-INFINITY, -1, 0};
-    if (!request.is_greedy) kept = shape(shared, logits, vocab, best.logit, request.top_k, request.top_p);
-    Mass total = 0;
-    int id = choose(shared, logits, vocab, best.logit, kept, request.uniform, total);
+        if (is_better(Best{logit, id}, best)) best = Best{logit, id};
+    });
+    // Every block is there before another one reaches into it.
+    meet<BLOCKS>();
+    best = best_of_blocks<BLOCKS>(shared, slice, best);
+    Kept kept{-INFINITY, -1};
+    if (!request.is_greedy) kept = shape<BLOCKS>(shared, slice, vocab, best.logit, request.top_k, request.top_p);
+    bool is_here = false;
+    Target target{0, 0};
+    const Mass total = weigh<BLOCKS>(shared, slice, best.logit, kept, request.uniform, is_here, target);
     const float shift = best.logit + static_cast<float>(log(static_cast<double>(total) / static_cast<double>(MASS_UNIT)));
-    if (request.is_greedy || id < 0) id = best.id;
-    if (threadIdx.x == 0) {
+    // One block writes: whose slice has the token, or, where nothing is drawn, the first.
+    const bool draws = !request.is_greedy && total > 0;
+    __syncthreads();
+    int id = best.id;
+    if (draws && is_here) {
+        const int drawn = find_token(shared, slice, best.logit, kept, target);
+        id = drawn < 0 ? best.id : drawn;
+    }
+    if ((draws ? is_here : slice.rank == 0) && threadIdx.x == 0) {
         result.id = id;
         result.logprob = ordered(logits[id]) - shift;
-        result.num_top = 0;
+        if (request.top_n == 0) result.num_top = 0;
     }
-    if (request.top_n > 0) report_top(shared, logits, vocab, kept, shift, request.top_n, result);
+    if (request.top_n > 0) report_top<BLOCKS>(shared, slice, kept, shift, request.top_n, result);
+    // No block ends while another one may reach into it.
+    meet<BLOCKS>();
+}
+
+// One block a request.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    choose_tokens(float* logits, int vocab, const Request* requests, Result* results) {
+    choose<1>(logits, vocab, requests, results);
+}
+
+// A cluster of MOST_BLOCKS a request, since Hopper.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define CLUSTER
+#else
+#define CLUSTER __cluster_dims__(MOST_BLOCKS, 1, 1)
+#endif
+extern "C" __global__ void CLUSTER __launch_bounds__(THREADS, 1)
+    choose_tokens_in_clusters(float* logits, int vocab, const Request* requests, Result* results) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    choose<MOST_BLOCKS>(logits, vocab, requests, results);
+#endif
 }

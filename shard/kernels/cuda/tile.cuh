@@ -38,7 +38,9 @@ __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], 
 // BM rows times 128 weight rows: eight warps, two along the rows and four along the weights, each with BM / 2 x 32.
 // A thread's sums: `sums[mi][ni][2 * h + l]` is row `row(mi, h)`, weight row `column(ni, l)`.
 template <typename T, int BM> struct Tensor {
-    static constexpr int M = BM, N = 128, K = 32, STAGES = 3, MI = BM / 32, NI = 4;
+    // Rows of 128 bytes: halves of them would be fetched one after the other.
+    static constexpr int M = BM, N = 128, K = 64, STAGES = 3, MI = BM / 32, NI = 4;
+    // Dynamic shared memory, in bytes; `tensor_tile_bytes` of module.rs says the same.
     static constexpr int SHARED = STAGES * (M + N) * K * static_cast<int>(sizeof(T));
     float sums[MI][NI][4];
 
@@ -48,36 +50,34 @@ template <typename T, int BM> struct Tensor {
     __device__ __forceinline__ static int column(int ni, int l) {
         return threadIdx.x / 32 % 4 * 32 + ni * 8 + threadIdx.x % 4 * 2 + l;
     }
-    // Places of 16 bytes in a row of 64 are exchanged so that eight rows of a column lie in different banks.
-    __device__ __forceinline__ static int place(int row, int chunk) {
-        return row * K + ((chunk ^ (row >> 1 & 3)) << 3);
-    }
+    // Places of 16 bytes in a row are exchanged so that eight rows of a column lie in different banks.
+    __device__ __forceinline__ static int place(int row, int chunk) { return row * K + ((chunk ^ (row & 7)) << 3); }
 
     // `a(i)` and `b(j)` point to the k elements of row i and weight row j, or are null where there is none. Rows are
     // aligned to 16 bytes and k is a multiple of 8.
     template <typename A, typename B> __device__ __forceinline__ void run(A a, B b, int k, unsigned char* shared) {
         T* const stages = reinterpret_cast<T*>(shared);
-        constexpr int A_COPIES = (M * 4 + THREADS - 1) / THREADS, B_COPIES = N * 4 / THREADS;
-        const int chunk = threadIdx.x % 4, first = threadIdx.x / 4;
+        constexpr int CHUNKS = K / 8, STRIDE = THREADS / CHUNKS;
+        constexpr int A_COPIES = M / STRIDE, B_COPIES = N / STRIDE;
+        const int chunk = threadIdx.x % CHUNKS, first = threadIdx.x / CHUNKS;
         const T *a_rows[A_COPIES], *b_rows[B_COPIES];
 #pragma unroll
-        for (int i = 0; i < A_COPIES; ++i) a_rows[i] = first + i * 64 < M ? a(first + i * 64) : nullptr;
+        for (int i = 0; i < A_COPIES; ++i) a_rows[i] = a(first + i * STRIDE);
 #pragma unroll
-        for (int i = 0; i < B_COPIES; ++i) b_rows[i] = b(first + i * 64);
+        for (int i = 0; i < B_COPIES; ++i) b_rows[i] = b(first + i * STRIDE);
         const T* const any = b(0);
         auto load = [&](int stage, int from) {
             T* const to = stages + stage * (M + N) * K;
             const int at = from + chunk * 8;
 #pragma unroll
             for (int i = 0; i < A_COPIES; ++i) {
-                const int row = first + i * 64;
                 const bool is_there = a_rows[i] != nullptr && at < k;
-                if (row < M) copy_async(to + place(row, chunk), is_there ? a_rows[i] + at : any, is_there);
+                copy_async(to + place(first + i * STRIDE, chunk), is_there ? a_rows[i] + at : any, is_there);
             }
 #pragma unroll
             for (int i = 0; i < B_COPIES; ++i) {
                 const bool is_there = b_rows[i] != nullptr && at < k;
-                copy_async(to + M * K + place(first + i * 64, chunk), is_there ? b_rows[i] + at : any, is_there);
+                copy_async(to + M * K + place(first + i * STRIDE, chunk), is_there ? b_rows[i] + at : any, is_there);
             }
         };
 #pragma unroll

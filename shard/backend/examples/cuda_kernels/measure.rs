@@ -66,13 +66,23 @@ pub(crate) fn microseconds(
     backend: &mut CudaBackend,
     rows: usize,
     count: usize,
+    operation: impl FnMut(&mut CudaBackend, usize) -> Result<(), BackendError>,
+) -> Result<f64, BackendError> {
+    microseconds_of_step(backend, &decode_step(rows), count, operation)
+}
+
+/// The same in a step of the caller's; one with several tokens a sequence is launched call by call.
+pub(crate) fn microseconds_of_step(
+    backend: &mut CudaBackend,
+    step: &StepInput,
+    count: usize,
     mut operation: impl FnMut(&mut CudaBackend, usize) -> Result<(), BackendError>,
 ) -> Result<f64, BackendError> {
     // A new cache makes the backend forget what it has recorded.
     let layout = KvLayout { num_layers: 1, num_kv_heads: 1, head_dim: 64, block_size: 16, dtype: DType::F16 };
     let _cache = backend.kv_cache(layout, 1)?;
-    let mut mark = backend.buffer(rows, 1, DType::F32)?;
-    backend.begin_step(&decode_step(rows))?;
+    let mut mark = backend.buffer(step.num_tokens(), 1, DType::F32)?;
+    backend.begin_step(step)?;
     backend.scale(&mut mark, 1.0)?;
     let mut times = Vec::new();
     for run in 0..RUNS + 3 {

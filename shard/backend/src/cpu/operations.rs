@@ -13,6 +13,7 @@ use super::{
     norm, rope,
 };
 use crate::sampling::{Sampled, SamplingRow};
+use crate::step_check::CacheUse;
 use crate::{
     Activation, AttentionShape, Backend, BackendError, DType, DeviceInfo, HeadColumns, HostMatrix, KvLayout,
     MemoryInfo, QuantizedMatrix, RopeFrequencies, Routing, SplitNorm, StepInput,
@@ -538,7 +539,7 @@ impl CpuBackend {
         );
         let fits = (self.step_number, cache.num_blocks(), layout.block_size);
         if self.checked.get() != fits {
-            crate::step_check::check_cache(&self.step, cache.num_blocks(), layout.block_size)?;
+            CacheUse::of(&self.step).check(cache.num_blocks(), layout.block_size)?;
             self.checked.set(fits);
         }
         Ok(())

@@ -1,7 +1,7 @@
 //! Attention over the paged cache.
 //!
-//! Sequences with one query take the decode kernel, the others the prefill kernel, both on tensor cores; models in f32 and
-//! heads of other sizes take a plain kernel for all of them.
+//! Sequences with one query take the decode kernel, the others the prefill kernel, both on tensor cores; Hopper has a prefill
+//! kernel of its own. Models in f32 and heads of other sizes take a plain kernel for all of them.
 
 use std::sync::Arc;
 
@@ -16,13 +16,21 @@ use super::step::{QUERY_TILE, StepInputs};
 use super::{CudaBuffer, CudaKvCache, DeviceFacts};
 use crate::{AttentionShape, BackendError, DType};
 
-/// Query heads of a tile of the decode kernel.
-const TILE_ROWS: usize = 16;
+/// Query heads of a KV head that the decode kernel computes together, and rows of a part it leaves.
+const FEW_HEADS: usize = 8;
+const MOST_HEADS: usize = 16;
 const DECODE_WARPS: usize = 4;
 const DECODE_THREADS: u32 = 32 * DECODE_WARPS as u32;
 /// Rings of more pages gain nothing.
 const MOST_STAGES: usize = 4;
+/// Blocks of the decode kernel that a multiprocessor runs at most.
+const MOST_BLOCKS: usize = 4;
 const PREFILL_THREADS: u32 = 2 * QUERY_TILE as u32;
+const HOPPER_THREADS: u32 = 384;
+/// Tiles of keys, and of values, in shared memory of the Hopper kernel.
+const HOPPER_STAGES: usize = 2;
+/// The Hopper kernel aligns its shared memory by itself.
+const HOPPER_ALIGNMENT: usize = 1024;
 const PLAIN_THREADS: u32 = 128;
 /// Largest head of the plain kernel.
 const MOST_PLAIN_DIM: usize = 512;
@@ -67,24 +75,54 @@ struct Parts {
 impl Argument for Attention {}
 impl Argument for Parts {}
 
+/// A kernel for bf16 and for f16.
+type Both = [Function; 2];
+
 /// The instantiations for heads of at most `dim` elements.
 struct Size {
     dim: usize,
-    decode: [Function; 2],
-    prefill: [Function; 2],
-    /// Blocks of the decode kernel that a multiprocessor runs at a time.
-    decode_blocks: usize,
+    /// For at most [`FEW_HEADS`] query heads of a KV head at a time, and for [`MOST_HEADS`] where registers allow it; each with
+    /// the blocks that a multiprocessor runs at a time.
+    decode: (Both, usize),
+    decode_many: Option<(Both, usize)>,
+    prefill: Both,
     /// Keys of a tile of the prefill kernel.
     prefill_keys: usize,
 }
 
-/// Head size, blocks of the decode kernel a multiprocessor, keys of a tile of the prefill kernel; as in the sources.
-const SIZES: [(usize, usize, usize); 5] =
-    [(64, 2, 64), (96, 2, 64), (128, 2, 64), (192, 1, 32), (256, 1, 32)];
+/// Head size, blocks of the decode kernels a multiprocessor, keys of a tile of the prefill kernel; as in the sources.
+const SIZES: [(usize, usize, Option<usize>, usize); 5] = [
+    (64, 4, Some(4), 64),
+    (96, 3, Some(3), 64),
+    (128, 3, Some(2), 64),
+    (192, 2, None, 32),
+    (256, 1, None, 32),
+];
+
+/// Head sizes of the Hopper kernel, which takes exactly these, and keys of a tile.
+const HOPPER_SIZES: [(usize, usize); 3] = [(64, 128), (128, 128), (256, 64)];
+
+/// A Hopper kernel.
+struct HopperSize {
+    dim: usize,
+    kernel: Both,
+    shared: usize,
+}
+
+/// How the decode kernel is launched.
+#[derive(Debug, Clone, Copy)]
+struct DecodePlan {
+    function: Function,
+    blocks: usize,
+    shared: usize,
+    stages: usize,
+}
 
 /// Kernels.
 pub(super) struct Attentions {
     sizes: Vec<Size>,
+    /// Empty where the device is another.
+    hopper: Vec<HopperSize>,
     plain: ByTypes,
     num_sms: usize,
     /// Bytes of shared memory of a block, and of all blocks of a multiprocessor.
@@ -100,13 +138,12 @@ const fn row_bytes(dim: usize) -> usize {
     16 * if chunks.is_multiple_of(8) { chunks } else { chunks | 1 }
 }
 
-/// Shared memory of a block of the decode kernel for `seqs` sequences, and the pages a warp has room for: as many as let
-/// `room` bytes be enough. None: not even two fit.
-fn decode_shared(dim: usize, group: usize, seqs: usize, room: usize) -> Option<(usize, usize)> {
+/// Shared memory of a block of the decode kernel for `seqs` sequences and `heads` heads at a time, and the pages a warp has
+/// room for: as many as let `room` bytes be enough. None: not even two fit.
+fn decode_shared(dim: usize, heads: usize, seqs: usize, room: usize) -> Option<(usize, usize)> {
     let stage = DECODE_WARPS * 2 * PAGE_KEYS * row_bytes(dim);
-    let query = if dim > 128 { TILE_ROWS * row_bytes(dim) } else { 0 };
-    let tree = 2 * group.min(TILE_ROWS) * (dim + 8) * size_of::<f32>();
-    let fixed = query + tree + (2 * seqs + 1) * size_of::<i32>();
+    let sums = DECODE_WARPS * heads * (dim + 4) * size_of::<f32>();
+    let fixed = sums + (2 * seqs + 1) * size_of::<i32>();
     let stages = (room.checked_sub(fixed)? / stage).min(MOST_STAGES);
     (stages >= 2).then_some((fixed + stages * stage, stages))
 }
@@ -124,29 +161,42 @@ impl Attentions {
         let shared = |attribute| Ok(usize::try_from(context.attribute(attribute)?).unwrap_or(0));
         let block_shared = shared(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         let sm_shared = shared(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)?;
-        let both = |module: &Module, name: &str, dim: usize| {
-            let functions = [
-                module.function(&format!("{name}_{dim}_bf16"))?,
-                module.function(&format!("{name}_{dim}_f16"))?,
-            ];
+        let both = |module: &Module, name: &str| {
+            let functions =
+                [module.function(&format!("{name}_bf16"))?, module.function(&format!("{name}_f16"))?];
             for function in functions {
                 function.allow_shared_memory((block_shared - RESERVED_SHARED) as u32)?;
             }
             Ok::<_, BackendError>(functions)
         };
+        let decode_of = |dim: usize, heads: usize| both(&decode, &format!("attention_decode_{dim}_{heads}"));
         let mut sizes = Vec::new();
-        for (dim, decode_blocks, prefill_keys) in SIZES {
+        for (dim, blocks, many_blocks, prefill_keys) in SIZES {
+            let many = many_blocks.map(|blocks| Ok((decode_of(dim, MOST_HEADS)?, blocks)));
             sizes.push(Size {
                 dim,
-                decode: both(&decode, "attention_decode", dim)?,
-                prefill: both(&prefill, "attention_prefill", dim)?,
-                decode_blocks,
+                decode: (decode_of(dim, FEW_HEADS)?, blocks),
+                decode_many: many.transpose()?,
+                prefill: both(&prefill, &format!("attention_prefill_{dim}"))?,
                 prefill_keys,
             });
         }
-        let most_blocks = 2 * facts.num_sms;
+        let mut hopper = Vec::new();
+        // Without machine code for it the kernel is empty.
+        if facts.capability == (9, 0) && kernels::architectures().contains(&"sm_90a") {
+            let module = Module::load(context, "attention_hopper")?;
+            for (dim, keys) in HOPPER_SIZES {
+                hopper.push(HopperSize {
+                    dim,
+                    kernel: both(&module, &format!("attention_hopper_{dim}"))?,
+                    shared: HOPPER_ALIGNMENT + (QUERY_TILE + 2 * HOPPER_STAGES * keys) * dim * 2,
+                });
+            }
+        }
+        let most_blocks = MOST_BLOCKS * facts.num_sms;
         Ok(Self {
             sizes,
+            hopper,
             plain: Module::load(context, "attention_plain")?
                 .by_types("attention_plain", &ACTIVATIONS_AND_CACHE)?,
             num_sms: facts.num_sms,
@@ -180,46 +230,56 @@ impl Attentions {
         let facts = step.facts();
         out.resize(facts.num_tokens);
         let attention = attention(step, (qkv, shape), (layer, cache), out);
-        let group = shape.num_heads / shape.num_kv_heads;
-        let Some((size, (decode_shared, stages))) = self.size_for(
-            shape.head_dim,
-            (qkv.dtype(), cache.layout().dtype),
-            (group, facts.num_decode_seqs),
-        ) else {
-            return self.attend_plainly(queue, step, &attention, (qkv.dtype(), cache.layout().dtype));
-        };
+        let dtypes = (qkv.dtype(), cache.layout().dtype);
         let which = usize::from(qkv.dtype() == DType::F16);
+        let group = shape.num_heads / shape.num_kv_heads;
+        let Some((size, plan)) = self.size_for(shape.head_dim, dtypes, (group, facts.num_decode_seqs), which)
+        else {
+            return self.attend_plainly(queue, step, &attention, dtypes);
+        };
         if facts.num_decode_seqs > 0 {
-            let blocks = size.decode_blocks * self.num_sms;
-            let parts = self.parts(workspace, blocks, size.dim, stages);
+            let parts = self.parts(workspace, plan.blocks, size.dim, plan.stages);
             let launch = Launch {
-                function: size.decode[which],
-                grid: [blocks as u32, 1, 1],
+                function: plan.function,
+                grid: [plan.blocks as u32, 1, 1],
                 block: DECODE_THREADS,
-                shared_bytes: decode_shared as u32,
+                shared_bytes: plan.shared as u32,
             };
             queue.launch(&launch, args![attention, parts, step.decode_seqs()])?;
         }
-        if facts.num_prefill_tiles > 0 {
-            let tiles = facts.num_prefill_tiles as i32;
-            let launch = Launch {
-                function: size.prefill[which],
-                grid: [(facts.num_prefill_tiles * shape.num_heads) as u32, 1, 1],
-                block: PREFILL_THREADS,
-                shared_bytes: prefill_shared(size.dim, size.prefill_keys) as u32,
-            };
-            queue.launch(&launch, args![attention, step.prefill_tiles(), tiles])?;
+        if facts.num_prefill_tiles == 0 {
+            return Ok(());
         }
-        Ok(())
+        let tiles = facts.num_prefill_tiles as i32;
+        let grid = [(facts.num_prefill_tiles * shape.num_heads) as u32, 1, 1];
+        let hopper = self.hopper.iter().find(|hopper| hopper.dim == shape.head_dim);
+        if let (Some(hopper), Some(pages)) = (hopper, cache.pages(layer)) {
+            let launch = Launch {
+                function: hopper.kernel[which],
+                grid,
+                block: HOPPER_THREADS,
+                shared_bytes: hopper.shared as u32,
+            };
+            return queue.launch(&launch, args![attention, step.prefill_tiles(), tiles, *pages]);
+        }
+        let launch = Launch {
+            function: size.prefill[which],
+            grid,
+            block: PREFILL_THREADS,
+            shared_bytes: prefill_shared(size.dim, size.prefill_keys) as u32,
+        };
+        queue.launch(&launch, args![attention, step.prefill_tiles(), tiles])
     }
 
-    /// The tensor-core kernels that take these heads, with the decode kernel's shared memory and stages; none: the plain one does.
+    /// The tensor-core kernels that take these heads, and how the decode kernel is launched for `seqs` sequences; none: the plain
+    /// kernel takes them.
     fn size_for(
         &self,
         head_dim: usize,
         (activations, cache): (DType, DType),
         (group, seqs): (usize, usize),
-    ) -> Option<(&Size, (usize, usize))> {
+        which: usize,
+    ) -> Option<(&Size, DecodePlan)> {
         if activations != cache || activations == DType::F32 || !head_dim.is_multiple_of(8) {
             return None;
         }
@@ -228,15 +288,21 @@ impl Attentions {
         if prefill_shared(size.dim, size.prefill_keys) > most {
             return None;
         }
-        let share = (self.sm_shared / size.decode_blocks).saturating_sub(RESERVED_SHARED).min(most);
-        let shared = decode_shared(size.dim, group, seqs, share)
-            .or_else(|| decode_shared(size.dim, group, seqs, most))?;
-        Some((size, shared))
+        let (kernel, most_blocks, heads) = match size.decode_many {
+            Some((kernel, blocks)) if group > FEW_HEADS => (kernel, blocks, group.min(MOST_HEADS)),
+            _ => (size.decode.0, size.decode.1, group.min(FEW_HEADS)),
+        };
+        let (blocks, (shared, stages)) = (1..=most_blocks).rev().find_map(|blocks| {
+            let share = (self.sm_shared / blocks).saturating_sub(RESERVED_SHARED).min(most);
+            Some((blocks, decode_shared(size.dim, heads, seqs, share)?))
+        })?;
+        let function = kernel[which];
+        Some((size, DecodePlan { function, blocks: blocks * self.num_sms, shared, stages }))
     }
 
     /// Where the decode kernel leaves parts of heads.
     fn parts(&self, workspace: &DeviceMemory, blocks: usize, dim: usize, stages: usize) -> Parts {
-        let rows = 2 * blocks * TILE_ROWS;
+        let rows = 2 * blocks * MOST_HEADS;
         let sums_bytes = rows * dim * size_of::<f32>();
         assert!(
             sums_bytes + rows * 2 * size_of::<f32>() <= workspace.bytes(),
@@ -320,11 +386,11 @@ mod tests {
 
     #[test]
     fn a_ring_takes_the_room_there_is() {
-        // An H100's multiprocessor has 228 KiB, half of it for each of two blocks.
-        let half = 228 * 1024 / 2 - RESERVED_SHARED;
-        let (bytes, stages) = decode_shared(128, 4, 128, half).unwrap();
-        assert_eq!(stages, 3);
-        assert!(bytes <= half);
+        // An H100's multiprocessor has 228 KiB, a third of it for each of three blocks.
+        let third = 228 * 1024 / 3 - RESERVED_SHARED;
+        let (bytes, stages) = decode_shared(128, 4, 128, third).unwrap();
+        assert_eq!(stages, 2);
+        assert!(bytes <= third);
         assert_eq!(decode_shared(128, 4, 128, 60 * 1024), None);
         assert_eq!(decode_shared(256, 1, 1, 227 * 1024).unwrap().1, 3);
     }

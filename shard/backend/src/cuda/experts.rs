@@ -9,13 +9,13 @@ use std::sync::Arc;
 use super::driver::{Context, DeviceMemory, DevicePtr};
 use super::elementwise::{activation_number, check_type};
 use super::launch::{Argument, Launch, Queue, args};
-use super::module::{ByType, Function, Module};
+use super::module::{ByType, Function, Module, tensor_tile_bytes, warpgroup_tile_bytes};
 use super::upload::Uploader;
-use super::{CudaBuffer, CudaLinear, CudaVector};
+use super::{CudaBuffer, CudaLinear, CudaVector, DeviceFacts};
 use crate::{Activation, BackendError, DType, GroupRank, RouterScores, Routing, WeightNormalization};
 
-/// Steps of at most so many tokens stream weights for each of them.
-const FEW_ROWS: usize = 8;
+/// Steps of at most so many tokens may stream weights for each of them.
+const FEW_ROWS: usize = 16;
 const THREADS: u32 = 256;
 /// Warps of a block, each of which computes a column when weights are streamed.
 const WARPS: usize = THREADS as usize / 32;
@@ -23,7 +23,7 @@ const WARPS: usize = THREADS as usize / 32;
 const SCRATCH_BYTES: usize = 512 << 20;
 /// Arrays of the scratch begin at multiples of this many bytes.
 const ALIGNMENT: usize = 256;
-const TILE_BYTES: usize = 16;
+const TILE_BYTES: usize = 20;
 /// What alignment adds to all of them together, at most.
 const PADDING: usize = 6 * ALIGNMENT;
 
@@ -92,7 +92,7 @@ impl CudaExperts {
 
     /// Bytes of work for a token and one of its experts.
     fn scratch_bytes_a_pair(&self) -> usize {
-        12 + TILE_BYTES + self.width * self.dtype.size_bytes() + 4 * self.hidden
+        12 + TILE_BYTES + (self.width + self.hidden) * self.dtype.size_bytes()
     }
 
     /// Where the arrays of `rows` tokens with `chosen` experts each begin.
@@ -110,7 +110,7 @@ impl CudaExperts {
             slots: array(4 * pairs),
             tiles: array(TILE_BYTES * pairs),
             activated: array(pairs * self.width * self.dtype.size_bytes()),
-            products: array(4 * pairs * self.hidden),
+            products: array(pairs * self.hidden * self.dtype.size_bytes()),
         }
     }
 }
@@ -185,6 +185,7 @@ struct Tiled {
     rows: usize,
     /// Columns of a tile of the projections in and out.
     columns: [usize; 2],
+    shared_bytes: u32,
 }
 
 /// Kernels.
@@ -194,11 +195,23 @@ pub(super) struct ExpertKernels {
     combine: ByType,
     project_in_few: ByType,
     project_out_few: ByType,
-    /// Of bfloat16, then float16; by rows of a tile.
-    tensor: [[Tiled; 2]; 2],
+    /// Of bfloat16, then float16; the smallest tiles first.
+    tensor: [Vec<Tiled>; 2],
+    /// These tiles are of warpgroups.
+    has_warpgroups: bool,
     plain: [ByType; 2],
     /// Grows while experts are made; its address is then fixed.
     scratch: RefCell<Option<DeviceMemory>>,
+}
+
+/// Whether weights are to be streamed for each token: that reads those of an expert once for each token that has it, tiles read them
+/// once, after sorting. `tiles_stream` says that tiles read them nearly as fast.
+fn is_few(rows: usize, chosen: usize, num_experts: usize, tiles_stream: bool) -> bool {
+    // Experts that tokens share seldom coincide: how many there are if each is as likely as the others.
+    let missed = (1.0 - chosen as f64 / num_experts as f64).powi(rows as i32);
+    let distinct = num_experts as f64 * (1.0 - missed);
+    let worth = if tiles_stream { 1.1 } else { 1.25 };
+    rows == 1 || rows <= FEW_ROWS && ((rows * chosen) as f64) < worth * distinct
 }
 
 /// One part of a step: some tokens, and where their arrays are.
@@ -231,15 +244,28 @@ impl Part<'_> {
 
 impl ExpertKernels {
     /// Loads them.
-    pub(super) fn load(context: &Arc<Context>) -> Result<Self, BackendError> {
+    pub(super) fn load(context: &Arc<Context>, facts: DeviceFacts) -> Result<Self, BackendError> {
         let module = Module::load(context, "experts")?;
-        let tiled = |rows: usize, name: &str| -> Result<Tiled, BackendError> {
-            Ok(Tiled {
-                project_in: module.function(&format!("project_in_{rows}_{name}"))?,
-                project_out: module.function(&format!("project_out_{rows}_{name}"))?,
-                rows,
-                columns: [64, 128],
-            })
+        let has_warpgroups = facts.capability == (9, 0)
+            && kernels::architectures().contains(&"sm_90a")
+            && module.function("project_in_warpgroups_16_bf16")?.is_for_hopper_or_later()?;
+        let tiled = |name: &str| -> Result<Vec<Tiled>, BackendError> {
+            let (prefix, sizes, shared_bytes): (_, &[usize], fn(usize) -> u32) = if has_warpgroups {
+                ("warpgroups_", &[16, 32, 64, 128, 256], warpgroup_tile_bytes)
+            } else {
+                ("", &[32, 64, 128], tensor_tile_bytes)
+            };
+            let of_size = |&rows: &usize| {
+                let shared_bytes = shared_bytes(rows);
+                let function = |side: &str| -> Result<Function, BackendError> {
+                    let function = module.function(&format!("project_{side}_{prefix}{rows}_{name}"))?;
+                    function.allow_shared_memory(shared_bytes)?;
+                    Ok(function)
+                };
+                let [project_in, project_out] = [function("in")?, function("out")?];
+                Ok(Tiled { project_in, project_out, rows, columns: [64, 128], shared_bytes })
+            };
+            sizes.iter().map(of_size).collect()
         };
         Ok(Self {
             choose: module.function("choose_experts")?,
@@ -247,7 +273,8 @@ impl ExpertKernels {
             combine: module.by_type("combine")?,
             project_in_few: module.by_type("project_in_few")?,
             project_out_few: module.by_type("project_out_few")?,
-            tensor: [[tiled(32, "bf16")?, tiled(128, "bf16")?], [tiled(32, "f16")?, tiled(128, "f16")?]],
+            tensor: [tiled("bf16")?, tiled("f16")?],
+            has_warpgroups,
             plain: [module.by_type("project_in_plain")?, module.by_type("project_out_plain")?],
             scratch: RefCell::new(None),
         })
@@ -312,7 +339,11 @@ impl ExpertKernels {
             };
             let logits = router_logits.ptr() + (first * experts.len() * size_of::<f32>()) as DevicePtr;
             self.choose(&part, logits, (routing, correction))?;
-            if rows <= FEW_ROWS { self.stream(&part)? } else { self.multiply(&part)? }
+            if is_few(rows, chosen, experts.len(), self.has_warpgroups) {
+                self.stream(&part)?
+            } else {
+                self.multiply(&part)?
+            }
         }
         Ok(())
     }
@@ -384,15 +415,19 @@ impl ExpertKernels {
     fn tiles(&self, part: &Part<'_>) -> Tiled {
         let experts = part.experts;
         let is_aligned = experts.hidden.is_multiple_of(8) && experts.width.is_multiple_of(8);
-        let [few, many] = match experts.dtype {
-            DType::BF16 if is_aligned => self.tensor[0],
-            DType::F16 if is_aligned => self.tensor[1],
-            dtype => {
-                let [project_in, project_out] = [self.plain[0].of(dtype), self.plain[1].of(dtype)];
-                return Tiled { project_in, project_out, rows: 32, columns: [32, 32] };
-            }
+        let sizes = match experts.dtype {
+            DType::BF16 if is_aligned => &self.tensor[0],
+            DType::F16 if is_aligned => &self.tensor[1],
+            _ => &Vec::new(),
         };
-        if part.pairs() <= few.rows * experts.len() { few } else { many }
+        // Most experts' tokens should fit into one tile, since weights are read for each; some have more than the average.
+        let wanted = part.pairs() * 3 / 2 / experts.len();
+        let fitting = sizes.iter().find(|tiled| tiled.rows >= wanted).or(sizes.last());
+        fitting.copied().unwrap_or_else(|| {
+            let [project_in, project_out] =
+                [self.plain[0].of(experts.dtype), self.plain[1].of(experts.dtype)];
+            Tiled { project_in, project_out, rows: 32, columns: [32, 32], shared_bytes: 0 }
+        })
     }
 
     /// For many tokens: tiles of tokens times tiles of weights, then the sums.
@@ -418,9 +453,9 @@ impl ExpertKernels {
         queue.launch(&sort, args![ids, pairs, num_experts, tile_rows, most_tiles, slots, tiles])?;
         let launch = |function: Function, columns: usize, tile: usize| Launch {
             function,
-            grid: [columns.div_ceil(tile) as u32, max_tiles as u32, 1],
+            grid: [(columns.div_ceil(tile) * max_tiles) as u32, 1, 1],
             block: THREADS,
-            shared_bytes: 0,
+            shared_bytes: tiled.shared_bytes,
         };
         queue.launch(
             &launch(tiled.project_in, experts.width, tiled.columns[0]),

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::driver::{Context, DevicePtr};
 use super::launch::{Argument, Launch, Queue, args};
+use super::matmul::Task;
 use super::module::{Function, Module};
 use super::{CudaBuffer, CudaLinear, CudaVector};
 use crate::{BackendError, DType};
@@ -83,6 +84,17 @@ impl Gemvs {
             DType::F32 => return None,
         };
         fits.then(|| kernels[x.rows() - 1])
+    }
+
+    /// Whether a product is one of these.
+    pub(super) fn accepts(&self, task: Task<'_>) -> bool {
+        let weight = task.weight;
+        let shared_bytes = task.rows * weight.in_features * weight.dtype.size_bytes();
+        (1..=MAX_ROWS).contains(&task.rows)
+            && weight.dtype != DType::F32
+            && (task.out_dtype == DType::F32 || task.out_dtype == weight.dtype)
+            && weight.in_features.is_multiple_of(PIECE)
+            && shared_bytes <= MAX_SHARED_BYTES as usize
     }
 
     /// `out = x weight^T (+ bias)`; false: this product is for others.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::driver::{Context, DevicePtr};
 use super::elementwise::check_type;
 use super::launch::{Argument, Launch, Queue, args};
-use super::module::{ByType, Function, Module};
+use super::module::{ByType, Function, Module, tensor_tile_bytes};
 use super::{CudaBuffer, CudaLinear};
 use crate::{BackendError, DType, HeadColumns};
 
@@ -37,7 +37,11 @@ impl Heads {
     pub(super) fn load(context: &Arc<Context>) -> Result<Self, BackendError> {
         let module = Module::load(context, "heads")?;
         let tensor = |rows: usize| -> Result<(usize, [Function; 2]), BackendError> {
-            let function = |name: &str| module.function(&format!("matmul_heads_{rows}_{name}"));
+            let function = |name: &str| -> Result<Function, BackendError> {
+                let function = module.function(&format!("matmul_heads_{rows}_{name}"))?;
+                function.allow_shared_memory(tensor_tile_bytes(rows))?;
+                Ok(function)
+            };
             Ok((rows, [function("bf16")?, function("f16")?]))
         };
         Ok(Self {
@@ -47,16 +51,18 @@ impl Heads {
         })
     }
 
-    /// The kernel, and rows and columns of its tiles: tensor cores want 16 bits and rows that are aligned to 16 bytes.
-    fn matmul_kernel(&self, x: &CudaBuffer, columns: HeadColumns) -> (Function, usize, usize) {
+    /// The kernel, rows and columns of its tiles, and its shared memory: tensor cores want 16 bits and rows that are aligned to
+    /// 16 bytes.
+    fn matmul_kernel(&self, x: &CudaBuffer, columns: HeadColumns) -> (Function, [usize; 2], u32) {
         let HeadColumns { first, stride, width } = columns;
         let is_aligned = [x.width(), first, stride, width].iter().all(|size| size.is_multiple_of(8));
         let [few, many] = &self.tensor;
         let (rows, functions) = if x.rows() <= few.0 { few } else { many };
+        let tensor = |function| (function, [*rows, TENSOR_COLUMNS], tensor_tile_bytes(*rows));
         match x.dtype() {
-            DType::BF16 if is_aligned => (functions[0], *rows, TENSOR_COLUMNS),
-            DType::F16 if is_aligned => (functions[1], *rows, TENSOR_COLUMNS),
-            dtype => (self.plain.of(dtype), PLAIN_TILE, PLAIN_TILE),
+            DType::BF16 if is_aligned => tensor(functions[0]),
+            DType::F16 if is_aligned => tensor(functions[1]),
+            dtype => (self.plain.of(dtype), [PLAIN_TILE; 2], 0),
         }
     }
 
@@ -85,7 +91,7 @@ impl Heads {
         check_type("multiplying heads", x.dtype(), first.dtype)?;
         check_type("multiplying heads", out.dtype(), first.dtype)?;
         out.resize(x.rows());
-        let (function, tile_rows, tile_columns) = self.matmul_kernel(x, from);
+        let (function, [tile_rows, tile_columns], shared_bytes) = self.matmul_kernel(x, from);
         for (group, weights) in weights.chunks(HEADS).enumerate() {
             let mut matrices = Matrices([0; HEADS]);
             matrices.0.iter_mut().zip(weights).for_each(|(place, weight)| *place = weight.ptr());
@@ -101,7 +107,7 @@ impl Heads {
                     weights.len() as u32,
                 ],
                 block: THREADS,
-                shared_bytes: 0,
+                shared_bytes,
             };
             let [rows, inputs, outputs] = [x.rows(), from.width, to.width].map(|size| size as i32);
             let pitch = first.row_stride as i32;

@@ -1,17 +1,67 @@
-//! Matrix products.
+//! Matrix products: which kernel computes which, and what is beside it.
 
 use std::sync::Arc;
 
 use super::cublaslt::{CublasLt, Operands, Product, WORKSPACE_BYTES};
-use super::driver::{Context, DeviceMemory};
+use super::driver::{Context, DeviceMemory, DevicePtr};
 use super::elementwise::activation_number;
+use super::few_rows::FewRows;
 use super::gemv::Gemvs;
 use super::launch::{Launch, Queue, args};
 use super::module::{ByType, ByTypes, Module};
-use super::{CudaBuffer, CudaLinear, CudaVector, DeviceFacts};
+use super::skinny::{Shape, Skinny};
+use super::{CudaBackend, CudaBuffer, CudaLinear, CudaVector, DeviceFacts};
 use crate::{Activation, BackendError, DType};
 
 const THREADS: u32 = 256;
+/// Most rows for which a warp an output is quicker than tensor cores.
+const GEMV_ROWS: usize = 4;
+/// Elements of a weight from which on reading it takes longer than putting shared tiles together.
+const LARGE: usize = 50_000_000;
+/// Elements of a weight that only the logits' matrix of a large vocabulary has.
+const HUGE: usize = 1 << 27;
+/// Most rows for which gate, up and activation are one launch, and the same for large weights on Hopper.
+const GATED_FEW_ROWS: usize = 16;
+const GATED_SKINNY_ROWS: usize = 32;
+
+/// A way to compute a product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MatmulKernel {
+    /// cuBLASLt.
+    Library,
+    /// A warp an output, for up to four rows of activations.
+    Gemv,
+    /// Weights read into the operands of tensor cores, for up to 32 rows of activations.
+    FewRows,
+    /// Weights streamed through tensor cores, for few rows of activations; Hopper only.
+    Skinny {
+        /// Rows it is made for.
+        tokens: usize,
+        /// Warpgroups a block, each of which takes 64 rows of the weights.
+        groups: usize,
+    },
+}
+
+/// A product whose weights and activations have the same type.
+#[derive(Clone, Copy)]
+pub(super) struct Task<'a> {
+    pub(super) x: DevicePtr,
+    pub(super) weight: &'a CudaLinear,
+    /// Zero: none.
+    pub(super) bias: DevicePtr,
+    pub(super) out: DevicePtr,
+    pub(super) rows: usize,
+    pub(super) out_dtype: DType,
+}
+
+/// `OutType` of the kernels.
+pub(super) fn out_type(dtype: DType) -> i32 {
+    match dtype {
+        DType::F32 => 0,
+        DType::BF16 => 1,
+        DType::F16 => 2,
+    }
+}
 
 /// From the activations' type to the weight's.
 const CONVERSIONS: [(DType, DType); 4] = [
@@ -24,18 +74,22 @@ const CONVERSIONS: [(DType, DType); 4] = [
 /// Kernels and library.
 pub(super) struct Matmuls {
     library: CublasLt,
+    skinny: Option<Skinny>,
     gemvs: Gemvs,
+    few_rows: FewRows,
     add_bias: ByType,
     convert: ByTypes,
 }
 
 impl Matmuls {
     /// Loads them.
-    pub(super) fn load(context: &Arc<Context>, _facts: DeviceFacts) -> Result<Self, BackendError> {
+    pub(super) fn load(context: &Arc<Context>, facts: DeviceFacts) -> Result<Self, BackendError> {
         let module = Module::load(context, "matmul")?;
         Ok(Self {
             library: CublasLt::open()?,
+            skinny: Skinny::load(context, facts)?,
             gemvs: Gemvs::load(context)?,
+            few_rows: FewRows::load(context)?,
             add_bias: module.by_type("add_bias")?,
             convert: module.by_types("convert", &CONVERSIONS)?,
         })
@@ -59,38 +113,22 @@ impl Matmuls {
             out.width()
         );
         out.resize(x.rows());
-        let rows = x.rows();
-        if queue.is_dry() || rows == 0 {
+        if queue.is_dry() || x.rows() == 0 {
             return Ok(());
         }
-        if self.gemvs.multiply(queue, x, (weight, bias), out)? {
-            return Ok(());
+        if x.dtype() != weight.dtype {
+            self.multiply_converted(queue, workspace, x, weight, out)?;
+            return self.add_bias(queue, bias, out);
         }
-        let product = Product {
-            rows,
-            outputs: weight.out_features,
-            inputs: weight.in_features,
-            weight_stride: weight.row_stride,
-            dtype: weight.dtype,
-            out_dtype: out.dtype(),
-        };
-        let operands = Operands { x: x.ptr(), weight: weight.ptr(), out: out.ptr() };
-        if x.dtype() == weight.dtype {
-            self.library.multiply(queue.stream(), workspace.ptr(), product, operands)?;
-        } else {
-            self.multiply_converted(queue, workspace, x, (product, operands))?;
-        }
-        match bias {
-            Some(bias) => self.add_bias(queue, bias, out),
-            None => Ok(()),
-        }
+        let kernel = self.choose(task(x, (weight, bias), out), workspace);
+        self.multiply((queue, workspace), kernel, (x, weight, bias), out)
     }
 
     /// `out = activation(gate) * up` with gate and up the halves of `x weight^T (+ bias)`, where that is one launch; false: it is
     /// not.
     pub(super) fn gated(
-        &self,
-        queue: &Queue,
+        &mut self,
+        (queue, workspace): (&Queue, &DeviceMemory),
         x: &CudaBuffer,
         (weight, bias): (&CudaLinear, Option<&CudaVector>),
         activation: Activation,
@@ -105,7 +143,88 @@ impl Matmuls {
             out.width()
         );
         out.resize(x.rows());
-        self.gemvs.multiply_gated(queue, x, (weight, bias), activation_number(activation), out)
+        let activation = activation_number(activation);
+        if x.rows() > GEMV_ROWS && x.dtype() == weight.dtype && out.dtype() == weight.dtype {
+            let task = task(x, (weight, bias), out);
+            return self.gated_by_tensor_cores((queue, workspace), task, activation);
+        }
+        self.gemvs.multiply_gated(queue, x, (weight, bias), activation, out)
+    }
+
+    fn gated_by_tensor_cores(
+        &mut self,
+        (queue, workspace): (&Queue, &DeviceMemory),
+        task: Task<'_>,
+        activation: i32,
+    ) -> Result<bool, BackendError> {
+        if queue.is_dry() {
+            return Ok(true);
+        }
+        let is_large = task.weight.out_features * task.weight.in_features >= LARGE;
+        match &mut self.skinny {
+            _ if task.rows <= GATED_FEW_ROWS => self.few_rows.multiply_gated(queue, task, activation),
+            Some(skinny) if is_large && task.rows <= GATED_SKINNY_ROWS => {
+                skinny.multiply_gated(queue, workspace, task, activation)
+            }
+            _ => Ok(false),
+        }
+    }
+
+    /// The kernel for a product, by what whole steps took (`step_bench`). Alone the kernels for few rows are quicker than the
+    /// library for every weight (`cuda_kernels matmul`); between attention and norms they are so for the largest only. Both
+    /// tables are in `shard/kernels/README.md`.
+    fn choose(&self, task: Task<'_>, workspace: &DeviceMemory) -> MatmulKernel {
+        if task.rows <= GEMV_ROWS && self.gemvs.accepts(task) {
+            return MatmulKernel::Gemv;
+        }
+        if task.weight.out_features * task.weight.in_features < HUGE {
+            return MatmulKernel::Library;
+        }
+        if FewRows::accepts(task) && task.rows <= 16 {
+            return MatmulKernel::FewRows;
+        }
+        let mut skinny = self.skinny_kernels(task, workspace);
+        skinny.next().filter(|_| task.rows <= 64).unwrap_or(MatmulKernel::Library)
+    }
+
+    /// All that can compute it.
+    fn kernels(&self, task: Task<'_>, workspace: &DeviceMemory) -> Vec<MatmulKernel> {
+        let gemv = self.gemvs.accepts(task).then_some(MatmulKernel::Gemv);
+        let few_rows = FewRows::accepts(task).then_some(MatmulKernel::FewRows);
+        let skinny = self.skinny_kernels(task, workspace);
+        gemv.into_iter().chain(few_rows).chain(skinny).chain([MatmulKernel::Library]).collect()
+    }
+
+    fn skinny_kernels(&self, task: Task<'_>, workspace: &DeviceMemory) -> impl Iterator<Item = MatmulKernel> {
+        let shapes = Skinny::shapes(task.rows).filter(move |&shape| {
+            self.skinny.as_ref().is_some_and(|skinny| skinny.accepts(shape, task.weight, workspace))
+        });
+        shapes.map(|Shape { tokens, groups, .. }| MatmulKernel::Skinny { tokens, groups })
+    }
+
+    fn multiply(
+        &mut self,
+        (queue, workspace): (&Queue, &DeviceMemory),
+        kernel: MatmulKernel,
+        (x, weight, bias): (&CudaBuffer, &CudaLinear, Option<&CudaVector>),
+        out: &CudaBuffer,
+    ) -> Result<(), BackendError> {
+        let task = task(x, (weight, bias), out);
+        match (kernel, &mut self.skinny) {
+            (MatmulKernel::Skinny { tokens, groups }, Some(skinny)) => {
+                let shape =
+                    Skinny::shapes(task.rows).find(|shape| shape.tokens == tokens && shape.groups == groups);
+                shape.map_or(Ok(()), |shape| skinny.multiply(queue, workspace, shape, task))
+            }
+            (MatmulKernel::FewRows, _) => self.few_rows.multiply(queue, task).map(|_| ()),
+            (MatmulKernel::Gemv, _) => self.gemvs.multiply(queue, x, (weight, bias), out).map(|_| ()),
+            _ => {
+                let operands = Operands { x: task.x, weight: weight.ptr(), out: task.out };
+                let product = product(task.rows, weight, task.out_dtype);
+                self.library.multiply(queue.stream(), workspace.ptr(), product, operands)?;
+                self.add_bias(queue, bias, out)
+            }
+        }
     }
 
     /// A product of activations of another type than the weight's: a router's weight is float32, and so is the residual stream,
@@ -115,8 +234,11 @@ impl Matmuls {
         queue: &Queue,
         workspace: &DeviceMemory,
         x: &CudaBuffer,
-        (product, operands): (Product, Operands),
+        weight: &CudaLinear,
+        out: &CudaBuffer,
     ) -> Result<(), BackendError> {
+        let operands = Operands { x: x.ptr(), weight: weight.ptr(), out: out.ptr() };
+        let product = product(x.rows(), weight, out.dtype());
         let function = self.convert.of(x.dtype(), product.dtype)?;
         let row_bytes = product.inputs * product.dtype.size_bytes();
         let rows_at_once = ((workspace.bytes() - WORKSPACE_BYTES) / row_bytes).max(1);
@@ -136,8 +258,13 @@ impl Matmuls {
         Ok(())
     }
 
-    fn add_bias(&self, queue: &Queue, bias: &CudaVector, out: &CudaBuffer) -> Result<(), BackendError> {
-        assert!(bias.width == out.width(), "a bias of {} for {} columns", bias.width, out.width());
+    fn add_bias(
+        &self,
+        queue: &Queue,
+        bias: Option<&CudaVector>,
+        out: &CudaBuffer,
+    ) -> Result<(), BackendError> {
+        let Some(bias) = bias else { return Ok(()) };
         let (to, from, rows, width) = (out.ptr(), bias.ptr(), out.rows() as i32, out.width() as i32);
         let launch = Launch {
             function: self.add_bias.of(out.dtype()),
@@ -146,5 +273,68 @@ impl Matmuls {
             shared_bytes: 0,
         };
         queue.launch(&launch, args![to, from, rows, width])
+    }
+}
+
+fn task<'a>(
+    x: &CudaBuffer,
+    (weight, bias): (&'a CudaLinear, Option<&CudaVector>),
+    out: &CudaBuffer,
+) -> Task<'a> {
+    if let Some(bias) = bias {
+        let outputs = weight.out_features;
+        assert!(bias.width == outputs, "a bias of {} for {outputs} columns", bias.width);
+    }
+    Task {
+        x: x.ptr(),
+        weight,
+        bias: bias.map_or(0, CudaVector::ptr),
+        out: out.ptr(),
+        rows: x.rows(),
+        out_dtype: out.dtype(),
+    }
+}
+
+fn product(rows: usize, weight: &CudaLinear, out_dtype: DType) -> Product {
+    Product {
+        rows,
+        outputs: weight.out_features,
+        inputs: weight.in_features,
+        weight_stride: weight.row_stride,
+        dtype: weight.dtype,
+        out_dtype,
+    }
+}
+
+impl CudaBackend {
+    /// The kernels that can compute `x weight^T` into `out`, to compare them: what [`crate::Backend::matmul`] takes comes
+    /// first.
+    pub fn matmul_kernels(&self, x: &CudaBuffer, weight: &CudaLinear, out: &CudaBuffer) -> Vec<MatmulKernel> {
+        if x.dtype() != weight.dtype {
+            return Vec::new();
+        }
+        let task = task(x, (weight, None), out);
+        let chosen = self.matmuls.choose(task, &self.workspace);
+        let mut kernels = self.matmuls.kernels(task, &self.workspace);
+        kernels.sort_by_key(|&kernel| kernel != chosen);
+        kernels
+    }
+
+    /// `out = x weight^T (+ bias)` by one of [`CudaBackend::matmul_kernels`].
+    ///
+    /// # Errors
+    /// The device's.
+    pub fn matmul_with(
+        &mut self,
+        kernel: MatmulKernel,
+        x: &CudaBuffer,
+        (weight, bias): (&CudaLinear, Option<&CudaVector>),
+        out: &mut CudaBuffer,
+    ) -> Result<(), BackendError> {
+        out.resize(x.rows());
+        if self.queue.is_dry() {
+            return Ok(());
+        }
+        self.matmuls.multiply((&self.queue, &self.workspace), kernel, (x, weight, bias), out)
     }
 }

@@ -15,6 +15,7 @@ mod driver;
 mod elementwise;
 mod embedding;
 mod experts;
+mod few_rows;
 mod gemv;
 mod graph;
 mod heads;
@@ -27,6 +28,7 @@ mod norm;
 mod operations;
 mod rope;
 mod sampling;
+mod skinny;
 mod step;
 mod upload;
 
@@ -40,6 +42,7 @@ pub use ceilings::Ceilings;
 pub use experts::CudaExperts;
 pub use kv_cache::CudaKvCache;
 pub use linear::{CudaLinear, CudaVector};
+pub use matmul::MatmulKernel;
 pub use rope::CudaRope;
 
 use crate::BackendError;
@@ -175,8 +178,8 @@ impl CudaBackend {
             ropes: rope::Ropes::load(&context)?,
             attentions: attention::Attentions::load(&context, facts)?,
             heads: heads::Heads::load(&context)?,
-            experts: experts::ExpertKernels::load(&context)?,
-            samplers: sampling::Samplers::load(&context)?,
+            experts: experts::ExpertKernels::load(&context, facts)?,
+            samplers: sampling::Samplers::load(&context, facts)?,
             host: Vec::new(),
             step,
             options,

@@ -148,7 +148,29 @@ pub(super) const MIXED_TYPES: [(DType, DType); 7] = [
     (DType::F16, DType::F32),
 ];
 
+/// Shared memory of a tile of `rows` rows on tensor cores, see `Tensor` in `tile.cuh`: three stages of 64 columns of two bytes,
+/// of the rows and of 128 weight rows.
+pub(super) const fn tensor_tile_bytes(rows: usize) -> u32 {
+    (3 * (rows + 128) * 128) as u32
+}
+
+/// Shared memory of a tile of `tokens` rows by warpgroups, see `Tile` in `warpgroup.cuh`: four stages of 64 columns of two bytes, of
+/// the rows and of 128 weight rows, and what aligning them takes.
+pub(super) const fn warpgroup_tile_bytes(tokens: usize) -> u32 {
+    (4 * (tokens + 128) * 128 + 1024) as u32
+}
+
 impl Function {
+    /// Whether its code was compiled for Hopper or a later architecture, and not from portable code by the driver.
+    pub(super) fn is_for_hopper_or_later(self) -> Result<bool, BackendError> {
+        let mut version = 0;
+        let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PTX_VERSION;
+        // SAFETY: the function's module is loaded; a place for a number.
+        let code = unsafe { sys::cuFuncGetAttribute(&raw mut version, attribute, self.raw) };
+        check("asking what a kernel was compiled for", code)?;
+        Ok(version >= 90)
+    }
+
     /// Allows it `bytes` of shared memory where that is more than the 48 KiB every kernel may have.
     pub(super) fn allow_shared_memory(self, bytes: u32) -> Result<(), BackendError> {
         let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;

@@ -292,7 +292,7 @@ impl Backend for CudaBackend {
         activation: Activation,
         (gate_up, out): (&mut CudaBuffer, &mut CudaBuffer),
     ) -> Result<(), BackendError> {
-        if self.matmuls.gated(&self.queue, x, (weight, bias), activation, out)? {
+        if self.matmuls.gated((&self.queue, &self.workspace), x, (weight, bias), activation, out)? {
             return Ok(());
         }
         self.matmul(x, weight, bias, gate_up)?;

@@ -8,10 +8,10 @@ use std::sync::Arc;
 
 use bytemuck::{Pod, Zeroable};
 
-use super::CudaBuffer;
 use super::driver::{Context, DeviceMemory, DevicePtr, PinnedMemory};
 use super::launch::{Launch, Queue, args};
 use super::module::{Function, Module};
+use super::{CudaBuffer, DeviceFacts};
 use crate::cpu::sampling::Sampler;
 use crate::cpu::sampling::random::uniform;
 use crate::sampling::{Sampled, SamplingParams, SamplingRow};
@@ -27,6 +27,8 @@ const PART_THREADS: u32 = 256;
 const PENALTY_ELEMENTS: usize = 8192;
 const PENALTY_THREADS: u32 = 512;
 const CHOOSE_THREADS: u32 = 1024;
+/// Blocks that choose a row's token together where there are few rows.
+const CLUSTER: usize = 8;
 /// Bytes of a part's result.
 const PART_BYTES: usize = 16;
 /// Places for the best tokens of a row.
@@ -77,7 +79,8 @@ struct Work {
     /// Requests of rows with penalties, and of rows that one block each chooses from.
     penalized: Vec<Request>,
     requests: Vec<Request>,
-    history: Vec<u32>,
+    /// Ids of the histories of `penalized`.
+    history_len: usize,
     /// Rows that the host chooses from.
     on_host: Vec<usize>,
 }
@@ -87,6 +90,8 @@ pub(super) struct Samplers {
     best_of_rows: Function,
     penalize: Function,
     choose_tokens: Function,
+    /// The same by clusters of blocks, and the most rows that have room for theirs at once.
+    choose_in_clusters: (Function, usize),
     /// See [`ROWS_AT`].
     staging: PinnedMemory,
     inputs: DeviceMemory,
@@ -109,13 +114,13 @@ impl Work {
         self.greedy.clear();
         self.penalized.clear();
         self.requests.clear();
-        self.history.clear();
+        self.history_len = 0;
         self.on_host.clear();
         for (index, row) in rows.iter().enumerate() {
             let params = row.params;
             let is_greedy = params.is_greedy();
             let is_penalized = has_penalties(params) && !row.history.is_empty();
-            let history_fits = !is_penalized || self.history.len() + row.history.len() <= MAX_HISTORY;
+            let history_fits = !is_penalized || self.history_len + row.history.len() <= MAX_HISTORY;
             if params.typical_p < 1.0 || row.top_n > MOST_TOP || !history_fits {
                 self.on_host.push(index);
                 continue;
@@ -134,9 +139,9 @@ impl Work {
                 history_len: 0,
             };
             if is_penalized {
-                request.history = self.history.len() as i32;
+                request.history = self.history_len as i32;
                 request.history_len = row.history.len() as i32;
-                self.history.extend_from_slice(row.history);
+                self.history_len += row.history.len();
                 self.penalized.push(request);
             }
             if is_greedy && row.top_n == 0 {
@@ -150,12 +155,15 @@ impl Work {
 
 impl Samplers {
     /// Loads them.
-    pub(super) fn load(context: &Arc<Context>) -> Result<Self, BackendError> {
+    pub(super) fn load(context: &Arc<Context>, facts: DeviceFacts) -> Result<Self, BackendError> {
         let module = Module::load(context, "sampling")?;
+        let clustered = module.function("choose_tokens_in_clusters")?;
+        let clusters = if clustered.is_for_hopper_or_later()? { facts.num_sms / CLUSTER } else { 0 };
         Ok(Self {
             best_of_rows: module.function("best_of_rows")?,
             penalize: module.function("penalize")?,
             choose_tokens: module.function("choose_tokens")?,
+            choose_in_clusters: (clustered, clusters),
             staging: PinnedMemory::new(context, INPUT_BYTES, "sampling requests")?,
             inputs: DeviceMemory::new(context, INPUT_BYTES, "sampling requests")?,
             answers: PinnedMemory::new(context, MAX_ROWS * size_of::<Answer>(), "sampled tokens")?,
@@ -211,8 +219,11 @@ impl Samplers {
         sampled: &mut [Sampled],
     ) -> Result<(), BackendError> {
         let is_all_greedy = work.greedy.len() == rows.len();
-        if !(is_all_greedy && work.penalized.is_empty()) {
-            self.upload(work, queue)?;
+        if !work.penalized.is_empty()
+            || !work.requests.is_empty()
+            || !is_all_greedy && !work.greedy.is_empty()
+        {
+            self.upload(work, rows, queue)?;
         }
         let (inputs, width) = (self.inputs.ptr(), vocab as i32);
         if !work.penalized.is_empty() {
@@ -230,12 +241,12 @@ impl Samplers {
             self.launch_best((queue, workspace), (vocab, logits), (list, 0), work.greedy.len())?;
         }
         if !work.requests.is_empty() {
-            let launch = Launch {
-                function: self.choose_tokens,
-                grid: [work.requests.len() as u32, 1, 1],
-                block: CHOOSE_THREADS,
-                shared_bytes: 0,
-            };
+            let count = work.requests.len();
+            let (clustered, most) = self.choose_in_clusters;
+            let (function, blocks) =
+                if count <= most { (clustered, count * CLUSTER) } else { (self.choose_tokens, count) };
+            let launch =
+                Launch { function, grid: [blocks as u32, 1, 1], block: CHOOSE_THREADS, shared_bytes: 0 };
             let requests = inputs + (work.penalized.len() * size_of::<Request>()) as DevicePtr;
             let answers = self.answers.ptr() + (work.greedy.len() * size_of::<Answer>()) as DevicePtr;
             queue.launch(&launch, args![logits, width, requests, answers])?;
@@ -269,7 +280,7 @@ impl Samplers {
     }
 
     /// Puts requests, rows and histories on the device.
-    fn upload(&mut self, work: &Work, queue: &Queue) -> Result<(), BackendError> {
+    fn upload(&mut self, work: &Work, rows: &[SamplingRow<'_>], queue: &Queue) -> Result<(), BackendError> {
         let staging = self.staging.as_mut_slice();
         let size = size_of::<Request>();
         let (penalized, requests) = (work.penalized.len(), work.requests.len());
@@ -278,8 +289,14 @@ impl Samplers {
             .copy_from_slice(bytemuck::cast_slice(&work.requests));
         let greedy = size_of_val(work.greedy.as_slice());
         staging[ROWS_AT..ROWS_AT + greedy].copy_from_slice(bytemuck::cast_slice(&work.greedy));
-        let history = size_of_val(work.history.as_slice());
-        staging[HISTORY_AT..HISTORY_AT + history].copy_from_slice(bytemuck::cast_slice(&work.history));
+        let history = work.history_len * size_of::<u32>();
+        let mut place = &mut staging[HISTORY_AT..HISTORY_AT + history];
+        for request in &work.penalized {
+            let bytes: &[u8] = bytemuck::cast_slice(rows[request.row as usize].history);
+            let (own, rest) = place.split_at_mut(bytes.len());
+            own.copy_from_slice(bytes);
+            place = rest;
+        }
         // The requests, and all else where there is any: each copy is a call.
         let end = match (history, greedy) {
             (0, 0) => requests * size,

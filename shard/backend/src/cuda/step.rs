@@ -1,9 +1,11 @@
 //! The inputs of a step on the device, at fixed addresses, so that recorded graphs depend on nothing else.
 
+use std::cell::Cell;
 use std::sync::Arc;
 
 use super::driver::{Context, DeviceMemory, DevicePtr, PinnedMemory, Stream};
-use crate::{BackendError, StepInput, step_check};
+use crate::step_check::{self, CacheUse};
+use crate::{BackendError, StepInput};
 
 /// Queries that one block of the prefill attention computes, see [`StepInputs::prefill_tiles`].
 pub(super) const QUERY_TILE: usize = 128;
@@ -11,6 +13,8 @@ pub(super) const QUERY_TILE: usize = 128;
 /// Elements of the header: number of tokens, of sequences, width of the block tables, number of prefill tiles, of sequences
 /// with one token.
 const HEADER: usize = 8;
+/// Where in the header the width of the block tables is.
+const BLOCK_TABLE_STRIDE: usize = 2;
 
 /// What the host knows of the step.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -83,8 +87,8 @@ pub(super) struct StepInputs {
     staging: PinnedMemory,
     memory: DeviceMemory,
     facts: StepFacts,
-    // Slots and blocks were checked against a cache of this many blocks of this size.
-    bounds: Option<(u32, u32)>,
+    /// The cache that slots and tables are known to lie in, as blocks and their size: every layer asks.
+    checked: Cell<Option<(usize, usize)>>,
 }
 
 impl StepInputs {
@@ -104,7 +108,7 @@ impl StepInputs {
             staging: PinnedMemory::new(context, bytes, "the inputs of steps")?,
             memory: DeviceMemory::zeroed(context, bytes, "the inputs of steps")?,
             facts: StepFacts::default(),
-            bounds: None,
+            checked: Cell::new(None),
         })
     }
 
@@ -156,7 +160,7 @@ impl StepInputs {
             max_context: step.context_lens.iter().copied().max().unwrap_or(0) as usize,
             max_position: step.position_ids.iter().max().map(|&position| position as usize),
         };
-        self.bounds = largest_slot_and_block(step);
+        self.checked.set(None);
         // One copy of everything up to the end of the tables that are used: a few microseconds more than the arrays alone
         // and a call less each.
         let used = (layout.block_tables + step.block_tables.len()) * size_of::<u32>();
@@ -183,16 +187,22 @@ impl StepInputs {
 
     /// That slots and blocks lie within a cache: kernels rely on it.
     pub(super) fn check_cache(&self, num_blocks: usize, block_size: usize) -> Result<(), BackendError> {
-        let refuse = |reason: String| Err(BackendError::Device { operation: "attention".to_owned(), reason });
-        match self.bounds {
-            Some((slot, _)) if slot as usize >= num_blocks * block_size => {
-                refuse(format!("slot {slot} in a cache of {}", num_blocks * block_size))
-            }
-            Some((_, block)) if block as usize >= num_blocks => {
-                refuse(format!("block {block} in a cache of {num_blocks}"))
-            }
-            _ => Ok(()),
+        if self.checked.get() == Some((num_blocks, block_size)) {
+            return Ok(());
         }
+        let words: &[u32] = bytemuck::cast_slice(self.staging.as_slice());
+        let (num_tokens, num_seqs) = (self.facts.num_tokens, self.facts.num_seqs);
+        let max_blocks = words[BLOCK_TABLE_STRIDE] as usize;
+        let array = |at: usize, len: usize| &words[at..at + len];
+        CacheUse {
+            slot_mapping: array(self.layout.slot_mapping, num_tokens),
+            context_lens: array(self.layout.context_lens, num_seqs),
+            block_tables: array(self.layout.block_tables, num_seqs * max_blocks),
+            max_blocks,
+        }
+        .check(num_blocks, block_size)?;
+        self.checked.set(Some((num_blocks, block_size)));
+        Ok(())
     }
 
     /// What the host knows of the step.
@@ -268,11 +278,4 @@ impl StepInputs {
 /// Page-locked memory as words.
 fn words(bytes: &mut [u8]) -> &mut [u32] {
     bytemuck::cast_slice_mut(bytes)
-}
-
-/// The largest slot and the largest block among those that are read.
-fn largest_slot_and_block(step: &StepInput) -> Option<(u32, u32)> {
-    let slot = step.slot_mapping.iter().copied().max()?;
-    let block = step.block_tables.iter().copied().max().unwrap_or(0);
-    Some((slot, block))
 }

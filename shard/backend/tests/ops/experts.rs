@@ -196,6 +196,10 @@ fn sizes_agree<B: Backend>(backend: &mut B) {
         (70, 80, 16, 33),
         (40, 136, 72, 5),
         (300, 64, 144, 4),
+        (100, 64, 72, 6),
+        (130, 520, 264, 4),
+        (40, 520, 136, 5),
+        (600, 64, 72, 2),
     ] {
         agrees(backend, Sizes { rows, hidden, width, experts }, &PLAIN, false);
     }

@@ -5,8 +5,8 @@ use backend::{
     StepInput,
 };
 
-use crate::cases::{Random, on_every_backend, prompt, upload};
-use crate::tolerances::{ROPE, assert_close};
+use crate::cases::{Random, on_every_backend, prompt, rounded, upload, upload_as};
+use crate::tolerances::{ROPE, assert_close, rope_of};
 
 /// Ignores what holds for long prompts.
 fn reference(head: &mut [f64], frequencies: &RopeFrequencies, position: u32) {
@@ -25,11 +25,14 @@ fn reference(head: &mut [f64], frequencies: &RopeFrequencies, position: u32) {
 
 fn agrees<B: Backend>(backend: &mut B) {
     let mut random = Random(7);
-    for (tokens, head_dim, rotary, style) in [
-        (1, 64, 64, RopeStyle::Half),
-        (17, 20, 8, RopeStyle::Half),
-        (65, 64, 32, RopeStyle::Interleaved),
-        (3, 6, 6, RopeStyle::Interleaved),
+    for (tokens, head_dim, rotary, style, dtype) in [
+        (1, 64, 64, RopeStyle::Half, DType::F32),
+        (17, 20, 8, RopeStyle::Half, DType::F32),
+        (65, 64, 32, RopeStyle::Interleaved, DType::F32),
+        (3, 6, 6, RopeStyle::Interleaved, DType::F32),
+        (129, 128, 128, RopeStyle::Half, DType::BF16),
+        (7, 128, 64, RopeStyle::Interleaved, DType::F16),
+        (2, 20, 20, RopeStyle::Half, DType::BF16),
     ] {
         let shape = AttentionShape {
             num_heads: 3,
@@ -43,11 +46,12 @@ fn agrees<B: Backend>(backend: &mut B) {
         let inv_freq = (0..rotary / 2).map(|i| 10_000f32.powf(-2.0 * i as f32 / rotary as f32)).collect();
         let frequencies = RopeFrequencies { inv_freq, scale: 1.25, style, beyond: None };
         let rope = backend.rope(frequencies.clone()).unwrap();
-        let layout = KvLayout { num_layers: 2, num_kv_heads: 1, head_dim, block_size: 16, dtype: DType::F32 };
-        let mut cache = backend.kv_cache(layout, 8).unwrap();
+        let layout = KvLayout { num_layers: 2, num_kv_heads: 1, head_dim, block_size: 16, dtype };
+        let mut cache = backend.kv_cache(layout, 10).unwrap();
         for offset in [0, 1000] {
-            let x = random.vector(tokens * shape.qkv_width());
-            let mut qkv = upload(backend, &x, shape.qkv_width());
+            let mut x = random.vector(tokens * shape.qkv_width());
+            x.iter_mut().for_each(|x| *x = rounded(*x, dtype));
+            let mut qkv = upload_as(backend, &x, shape.qkv_width(), dtype);
             let mut step = prompt(tokens);
             step.position_ids.iter_mut().for_each(|position| *position += offset);
             backend.begin_step(&step).unwrap();
@@ -59,9 +63,10 @@ fn agrees<B: Backend>(backend: &mut B) {
                     .for_each(|head| reference(head, &frequencies, position));
             }
             let magnitude = vec![4.0; expected.len()];
-            assert_close(&format!("{style:?}"), &backend.read(&qkv).unwrap(), &expected, &magnitude, ROPE);
+            let what = format!("{style:?} {dtype}");
+            assert_close(&what, &backend.read(&qkv).unwrap(), &expected, &magnitude, rope_of(dtype));
 
-            let mut untouched = upload(backend, &x, shape.qkv_width());
+            let mut untouched = upload_as(backend, &x, shape.qkv_width(), dtype);
             backend.begin_step(&step).unwrap();
             backend.rope_and_store_kv(&mut untouched, None, &shape, 0, &mut cache).unwrap();
             assert_eq!(backend.read(&untouched).unwrap(), x, "without rope nothing turns");

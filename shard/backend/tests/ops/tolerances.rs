@@ -54,6 +54,16 @@ pub(crate) const fn attention(dtype: DType) -> Tolerance {
     }
 }
 
+/// Attention of activations of `dtype` over a cache that holds what the expected values are made of; the magnitude is the
+/// result's. The weights of the values are rounded as well as the result.
+pub(crate) const fn attention_of(dtype: DType) -> Tolerance {
+    match dtype {
+        DType::F32 => tolerance(2e-6, 0.0),
+        DType::F16 => tolerance(5e-4, 5e-4),
+        DType::BF16 => tolerance(4e-3, 4e-3),
+    }
+}
+
 /// A mixture of experts with weights of `dtype`; the magnitude is that of the projections out of products of the absolute sums
 /// of the projections in.
 pub(crate) const fn experts(dtype: DType) -> Tolerance {
@@ -70,6 +80,14 @@ pub(crate) const QUANTIZED_EXPERTS: Tolerance = tolerance(1e-6, 1.6e-5);
 pub(crate) const NORM: Tolerance = tolerance(1e-6, 1e-6);
 /// Rotary embedding: the angle is rounded to f32 on both sides.
 pub(crate) const ROPE: Tolerance = tolerance(1e-6, 1e-6);
+/// The same of activations of `dtype`, whose rounding the result has.
+pub(crate) const fn rope_of(dtype: DType) -> Tolerance {
+    match dtype {
+        DType::F32 => ROPE,
+        DType::F16 => tolerance(1e-6, 5e-4),
+        DType::BF16 => tolerance(1e-6, 4e-3),
+    }
+}
 /// Gated activations.
 pub(crate) const ACTIVATION: Tolerance = tolerance(2e-6, 2e-6);
 /// Log-probabilities.
