@@ -4,10 +4,12 @@ CARGO ?= cargo
 PYTHON ?= python3
 PORT ?= 3000
 MODEL ?= smollm2
+SECONDS ?= 60
+TARGETS ?=
 BIN := $(or $(CARGO_TARGET_DIR),target)/release
 
 .DEFAULT_GOAL := help
-.PHONY: help build model serve test fmt-check clippy tidy check bench-decode bench-start bench-streams nvcc kernels gpu-kit
+.PHONY: help build model serve test fmt-check clippy tidy check fuzz bench-decode bench-start bench-streams nvcc kernels gpu-kit
 
 help: ## Show the commands
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -38,6 +40,9 @@ tidy: ## Check the invariants of ARCHITECTURE.md
 	$(CARGO) xtask tidy
 
 check: fmt-check tidy clippy ## Formatting, invariants and lints
+
+fuzz: ## Fuzz what reads files and requests, guided by coverage (SECONDS=60 of each, TARGETS=all)
+	$(PYTHON) fuzz/run.py --seconds $(SECONDS) $(TARGETS)
 
 nvcc: ## Install the CUDA compiler from PyPI into target/nvcc (270 MB); builds after it have CUDA kernels
 	@sh scripts/install_nvcc.sh target/nvcc

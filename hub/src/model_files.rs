@@ -12,6 +12,7 @@ use crate::config::{ModelConfig, one_line};
 use crate::error::HubError;
 use crate::generation_config::GenerationConfig;
 use crate::gguf::Gguf;
+use crate::panic_guard::catch_panic;
 use crate::tokenizer::{Tokenizer, decoding_tokenizer_from_json, tokenizer_from_json};
 use crate::tokenizer_files::TokenizerConfig;
 use crate::{gguf_config, gguf_tokenizer};
@@ -258,10 +259,19 @@ fn read_tokenizer(path: &Path, read: ReadJson) -> Result<Tokenizer, HubError> {
     let bytes = bounded::read(path, MAX_TOKENIZER_BYTES)?;
     let wrong = |problem: String| HubError::Tokenizer { origin: origin(path), problem: one_line(&problem) };
     // The library checks much, but not all that a file may hold.
-    match std::panic::catch_unwind(|| read(&bytes)) {
-        Ok(tokenizer) => tokenizer.map_err(|error| wrong(error.to_string())),
-        Err(_) => Err(wrong("its parts contradict one another".to_owned())),
+    match catch_panic(|| read(&bytes)) {
+        Ok(tokenizer) => tokenizer.map(as_it_is).map_err(|error| wrong(error.to_string())),
+        Err(panic) => Err(wrong(format!("its parts contradict one another: {panic}"))),
     }
+}
+
+/// Without the padding and cutting that some files ask for, left over from training: they would change prompts behind the
+/// caller's back, and a hostile file could pad each to any length.
+fn as_it_is(mut tokenizer: Tokenizer) -> Tokenizer {
+    tokenizer.with_padding(None);
+    // Only cutting lengths can be refused, and none is given.
+    let _ = tokenizer.with_truncation(None);
+    tokenizer
 }
 
 fn origin(path: &Path) -> String {
@@ -305,6 +315,23 @@ mod tests {
         check(&[("a", 0), ("b", 7)], 8, 64).unwrap();
         // As Gemma 3 has it.
         check(&[("a", 0), ("b", 1)], 2, 2).unwrap();
+    }
+
+    #[test]
+    fn padding_and_cutting_are_not_for_prompts() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("tokenizer.json");
+        let tokenizer = json!({
+            "version": "1.0", "added_tokens": [], "normalizer": null, "pre_tokenizer": {"type": "Whitespace"},
+            "post_processor": null, "decoder": null,
+            "truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0},
+            "padding": {"strategy": {"Fixed": 20}, "direction": "Right", "pad_to_multiple_of": 1_u64 << 40,
+                "pad_id": 0, "pad_type_id": 0, "pad_token": "a"},
+            "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"},
+        });
+        std::fs::write(&path, tokenizer.to_string()).unwrap();
+        let tokenizer = tokenizer_from_file(&path).unwrap();
+        assert_eq!(tokenizer.encode("b a b", true).unwrap().get_ids(), [1, 0, 1]);
     }
 
     #[test]

@@ -73,6 +73,7 @@ fn summary(report: &Report) -> serde_json::Value {
         "shard_stops": report.shard_stops,
         "router_kills": report.router_kills,
         "answers_compared": report.answers,
+        "near_ties_left_out": report.near_ties_left_out,
         "tokens": report.tokens,
         "errors": report.errors,
         "streams_lost_with_router": report.lost_with_router,
@@ -90,9 +91,8 @@ fn main() -> Result<()> {
     // Every kill is meant to be answered; the budget is not what is tested here.
     let unlimited = ["--max-restarts", "1000000", "--stall-timeout", "2"].map(str::to_string);
     let server = Server::of(&options.model).args(flags).args(unlimited).start()?;
-    let requests = requests(2 * options.chaos.streams, options.tokens);
-    let expected = undisturbed(server.port(), &requests)?;
-    let report = chaos::run(&server, &options.chaos, &requests, &expected)?;
+    let known = undisturbed(server.port(), requests(2 * options.chaos.streams, options.tokens))?;
+    let report = chaos::run(&server, &options.chaos, &known)?;
     writeln!(std::io::stdout(), "{}", summary(&report))?;
     if !report.errors.is_empty() || report.blocks_left > 0 {
         bail!("{} errors, {} blocks left", report.errors.len(), report.blocks_left);

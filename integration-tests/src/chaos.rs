@@ -7,9 +7,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
 use serde::Serialize;
-use serde_json::Value;
 
-use crate::workload::{Answer, AskError, ask};
+use crate::workload::{AskError, Known, ask};
 use crate::{Server, http, process_tree};
 
 /// Longer than any recovery, on any machine.
@@ -43,7 +42,9 @@ pub struct Report {
     pub router_kills: usize,
     /// Streams that were read to their end and compared.
     pub answers: usize,
-    /// Their tokens.
+    /// Requests that were not asked, see [`Known::near_ties`].
+    pub near_ties_left_out: usize,
+    /// Tokens of all streams.
     pub tokens: usize,
     /// Streams that ended otherwise, or said something else, with the reason.
     pub errors: Vec<String>,
@@ -86,16 +87,16 @@ impl Progress {
     }
 }
 
-/// Runs `requests` over and over on `server`, which must be ready, and compares with the `undisturbed` answers.
+/// Runs the known requests over and over on `server`, which must be ready, and compares the answers.
 ///
 /// # Errors
 /// When the server does not recover.
-pub fn run(server: &Server, chaos: &Chaos, requests: &[Value], undisturbed: &[Answer]) -> Result<Report> {
+pub fn run(server: &Server, chaos: &Chaos, known: &Known) -> Result<Report> {
     let progress = Progress::default();
     let outcome = std::thread::scope(|scope| {
         for stream in 0..chaos.streams {
             let progress = &progress;
-            scope.spawn(move || keep_asking(server.port(), stream, requests, undisturbed, progress));
+            scope.spawn(move || keep_asking(server.port(), stream, known, progress));
         }
         let outcome = kill_again_and_again(server, chaos, &progress);
         progress.is_over.store(true, Ordering::Relaxed);
@@ -106,12 +107,14 @@ pub fn run(server: &Server, chaos: &Chaos, requests: &[Value], undisturbed: &[An
     report.tokens = progress.tokens.load(Ordering::Relaxed);
     report.shard_recovery_ms.sort_by(f64::total_cmp);
     report.router_recovery_ms.sort_by(f64::total_cmp);
+    report.near_ties_left_out = known.near_ties;
     report.blocks_left = server.blocks_used()?;
     Ok(report)
 }
 
 /// One client: a stream after the other. Each is finished, whatever happens.
-fn keep_asking(port: u16, first: usize, requests: &[Value], undisturbed: &[Answer], progress: &Progress) {
+fn keep_asking(port: u16, first: usize, known: &Known, progress: &Progress) {
+    let Known { requests, answers: undisturbed, .. } = known;
     let mut number = first;
     while !progress.is_over.load(Ordering::Relaxed) {
         number = (number * 7 + 3) % requests.len();

@@ -122,10 +122,44 @@ pub fn requests(count: usize, longest: usize) -> Vec<Value> {
         .collect()
 }
 
-/// The undisturbed answers, one after the other.
+/// Requests with their undisturbed answers.
+#[derive(Debug)]
+pub struct Known {
+    /// Requests whose answer is the same alone and in company.
+    pub requests: Vec<Value>,
+    /// Their answers.
+    pub answers: Vec<Answer>,
+    /// How many requests were left out: a random number or two logits so near to a tie that the last bits of the
+    /// arithmetic, which depend on the company, decide.
+    pub near_ties: usize,
+}
+
+/// Asks for everything alone, then in batches of several sizes, and keeps what is always answered alike.
 ///
 /// # Errors
-/// When one fails.
-pub fn undisturbed(port: u16, requests: &[Value]) -> Result<Vec<Answer>> {
-    requests.iter().map(|request| ask(port, request, || ()).with_context(|| request.to_string())).collect()
+/// When there is no answer.
+pub fn undisturbed(port: u16, requests: Vec<Value>) -> Result<Known> {
+    let alone: Vec<Answer> = requests
+        .iter()
+        .map(|request| ask(port, request, || ()).with_context(|| request.to_string()))
+        .collect::<Result<_>>()?;
+    let mut is_stable = vec![true; requests.len()];
+    for at_once in [requests.len().div_ceil(2), requests.len()] {
+        for first in (0..requests.len()).step_by(at_once) {
+            let group = first..requests.len().min(first + at_once);
+            let answers: Vec<_> = std::thread::scope(|scope| {
+                let ask = |request| scope.spawn(move || ask(port, request, || ()));
+                let threads: Vec<_> = requests[group.clone()].iter().map(ask).collect();
+                threads.into_iter().map(std::thread::ScopedJoinHandle::join).collect()
+            });
+            for (number, answer) in group.zip(answers) {
+                let answer = answer.ok().context("a client panicked")??;
+                is_stable[number] &= answer.check(&alone[number]).is_ok();
+            }
+        }
+    }
+    let near_ties = is_stable.iter().filter(|is_stable| !**is_stable).count();
+    let known = requests.into_iter().zip(alone).zip(is_stable).filter(|(_, is_stable)| *is_stable);
+    let (requests, answers) = known.map(|(known, _)| known).unzip();
+    Ok(Known { requests, answers, near_ties })
 }

@@ -18,10 +18,12 @@ pub enum ClientError {
     /// The shard answered with an error. TGI's texts begin the same way.
     #[error("Server error: {0}")]
     Generation(String),
-    /// The shard has gone, or its engine has: whatever it held of any request is lost, and no later call will be answered
-    /// by it.
+    /// The shard has gone: whatever it held of any request is lost, and no later call will be answered by it.
     #[error("Server error: {0}")]
     Lost(String),
+    /// The same, and the shard could still say why: its engine failed at this call.
+    #[error("Server error: {0}")]
+    EngineFailed(String),
     /// The shards answered nothing, or contradicted one another.
     #[error("shards disagree: {0}")]
     Disagreement(String),
@@ -30,7 +32,7 @@ pub enum ClientError {
 impl ClientError {
     /// Whether a new connection to new shards is the only way on.
     pub fn is_lost(&self) -> bool {
-        matches!(self, ClientError::Lost(_) | ClientError::Connection { .. })
+        matches!(self, ClientError::Lost(_) | ClientError::EngineFailed(_) | ClientError::Connection { .. })
     }
 }
 
@@ -39,9 +41,13 @@ impl From<tonic::Status> for ClientError {
     /// whose engine has ended says so with `UNAVAILABLE`; what it merely refuses is `INTERNAL`, as TGI's shards answer
     /// every failure.
     fn from(status: tonic::Status) -> Self {
-        let is_lost =
-            status.source().is_some() || matches!(status.code(), Code::Unavailable | Code::Cancelled);
         let text = status.message().to_string();
-        if is_lost { ClientError::Lost(text) } else { ClientError::Generation(text) }
+        if status.source().is_some() || status.code() == Code::Cancelled {
+            ClientError::Lost(text)
+        } else if status.code() == Code::Unavailable {
+            ClientError::EngineFailed(text)
+        } else {
+            ClientError::Generation(text)
+        }
     }
 }

@@ -173,7 +173,7 @@ async fn check_started_together(clients: &mut [ShardClient]) -> Result<(), Clien
         return Ok(());
     }
     let answers = match try_join_all(clients.iter_mut().map(ShardClient::handshake)).await {
-        Err(error @ ClientError::Lost(_)) => return Err(error),
+        Err(error) if error.is_lost() => return Err(error),
         Err(_) => return Ok(()),
         Ok(answers) => answers,
     };
@@ -188,20 +188,29 @@ async fn check_started_together(clients: &mut [ShardClient]) -> Result<(), Clien
 
 /// Waits for all ranks before it reports an error: a call that went to one rank must have ended on all of them
 /// before the next one starts, or their order would differ from rank to rank. That a rank is lost outranks what others
-/// say, because it ends all of them.
+/// say, because it ends all of them; and that it has gone without a word outranks engines that failed, because theirs
+/// fail when they miss it.
 fn settle<T>(answers: Vec<Result<T, ClientError>>) -> Result<Vec<T>, ClientError> {
     let mut values = Vec::with_capacity(answers.len());
     let mut failure: Option<ClientError> = None;
     for answer in answers {
         match answer {
             Ok(value) => values.push(value),
-            Err(error) if failure.as_ref().is_none_or(|known| error.is_lost() && !known.is_lost()) => {
+            Err(error) if failure.as_ref().is_none_or(|known| weight(&error) > weight(known)) => {
                 failure = Some(error);
             }
             Err(_) => {}
         }
     }
     failure.map_or(Ok(values), Err)
+}
+
+fn weight(error: &ClientError) -> u8 {
+    match error {
+        ClientError::Lost(_) | ClientError::Connection { .. } => 2,
+        ClientError::EngineFailed(_) => 1,
+        ClientError::Generation(_) | ClientError::Disagreement(_) => 0,
+    }
 }
 
 fn merge(steps: Vec<StepResult>) -> Result<StepResult, ClientError> {
@@ -259,8 +268,10 @@ mod tests {
     #[test]
     fn a_lost_rank_outranks_what_the_others_say() {
         let refused = || Err::<u32, _>(ClientError::Generation("batch 1 is not cached".to_string()));
-        let answers = vec![refused(), Ok(1), Err(ClientError::Lost("gone".to_string())), refused()];
-        assert!(settle(answers).unwrap_err().is_lost());
+        let failed = || Err(ClientError::EngineFailed("rank 1 is lost".to_string()));
+        let answers = vec![refused(), failed(), Ok(1), Err(ClientError::Lost("gone".to_string())), failed()];
+        assert!(matches!(settle(answers), Err(ClientError::Lost(_))));
+        assert!(matches!(settle(vec![refused(), failed()]), Err(ClientError::EngineFailed(_))));
     }
 
     #[test]

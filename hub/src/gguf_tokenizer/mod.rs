@@ -13,6 +13,7 @@ use tokenizers::AddedToken;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::processors::template::{SpecialToken, TemplateProcessing};
 
+use crate::config::one_line;
 use crate::error::HubError;
 use crate::gguf::{Array, Gguf, Value, quote};
 use crate::gguf_config::MetadataReader;
@@ -88,7 +89,7 @@ fn byte_pair_tokenizer(reader: &MetadataReader<'_>) -> Result<Tokenizer, HubErro
 }
 
 fn broken(reader: &MetadataReader<'_>, error: tokenizers::Error) -> HubError {
-    HubError::Tokenizer { origin: reader.origin.to_owned(), problem: error.to_string() }
+    HubError::Tokenizer { origin: reader.origin.to_owned(), problem: one_line(&error.to_string()) }
 }
 
 /// The tokens by id and by text.

@@ -8,6 +8,9 @@ use minijinja::{Error, ErrorKind, Value};
 use serde::Serialize;
 use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
 
+/// Spaces a level; Python's users write 2 or 4.
+const MAX_INDENT: usize = 16;
+
 /// Lets a template refuse its messages.
 pub(super) fn raise_exception(text: String) -> Result<String, Error> {
     Err(Error::new(ErrorKind::SyntaxError, text))
@@ -28,6 +31,10 @@ pub(super) fn strftime_now(format: String) -> Result<String, Error> {
 /// for HTML. Models were trained on this spelling.
 pub(super) fn tojson(value: &Value, kwargs: Kwargs) -> Result<Value, Error> {
     let indent: Option<usize> = kwargs.get("indent")?;
+    if let Some(given) = indent.filter(|&indent| indent > MAX_INDENT) {
+        let text = format!("indent of tojson is {given}, expected at most {MAX_INDENT}");
+        return Err(Error::new(ErrorKind::InvalidOperation, text));
+    }
     // Python knows more; what does not change the spelling of what we write is let through.
     let _: Option<Value> = kwargs.get("ensure_ascii")?;
     kwargs.assert_all_used()?;

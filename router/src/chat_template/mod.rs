@@ -5,6 +5,7 @@
 //! message, as with TGI.
 
 mod functions;
+mod limits;
 mod messages;
 
 use minijinja::Environment;
@@ -31,7 +32,7 @@ pub enum TemplateError {
 
 impl From<minijinja::Error> for TemplateError {
     fn from(error: minijinja::Error) -> Self {
-        TemplateError::Render(error.to_string())
+        TemplateError::Render(limits::describe(&error))
     }
 }
 
@@ -47,27 +48,32 @@ impl ChatTemplate {
     /// Compiles a template.
     ///
     /// # Errors
-    /// It is not valid Jinja.
+    /// It is not valid Jinja, or too long.
     pub fn new(
         source: &str,
         bos_token: Option<String>,
         eos_token: Option<String>,
     ) -> Result<Self, TemplateError> {
+        limits::check_source(source)?;
         let mut environment = Environment::new();
+        limits::set(&mut environment);
         environment.set_syntax(SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build()?);
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", functions::raise_exception);
         environment.add_function("strftime_now", functions::strftime_now);
         environment.add_filter("tojson", functions::tojson);
-        environment.add_template_owned(TEMPLATE_NAME, patch(source))?;
-        Ok(Self { environment, bos_token, eos_token })
+        let source = patch(source);
+        limits::with_deep_stack(move || {
+            environment.add_template_owned(TEMPLATE_NAME, source)?;
+            Ok(Self { environment, bos_token, eos_token })
+        })
     }
 
     /// Renders a conversation. When the last message is the assistant's, the prompt ends right after its content
     /// so that the model continues it.
     ///
     /// # Errors
-    /// The template refused the messages.
+    /// The template refused the messages, or takes too long for them.
     pub fn render(&self, messages: &[ChatMessage]) -> Result<String, TemplateError> {
         let messages: Vec<TemplateMessage> = messages.iter().map(TemplateMessage::from).collect();
         let inputs = TemplateInputs {
@@ -76,8 +82,9 @@ impl ChatTemplate {
             eos_token: self.eos_token.as_deref(),
             add_generation_prompt: true,
         };
-        let template = self.environment.get_template(TEMPLATE_NAME)?;
-        let prompt = template.render(Serde(&inputs))?;
+        let prompt = limits::with_deep_stack(|| {
+            Ok(self.environment.get_template(TEMPLATE_NAME)?.render(Serde(&inputs))?)
+        })?;
         Ok(match messages.last() {
             Some(last) if last.role == "assistant" => continue_after(prompt, &last.content),
             _ => prompt,
@@ -194,6 +201,80 @@ mod tests {
             render("{% for m in messages %}[{{ m.content }}]{% endfor %}", messages).unwrap(),
             r#"[What is ![](http://x/y.png)?][[{"id":"0"}]][42]"#
         );
+    }
+
+    /// What stands in for templates that are published, with a system message and without.
+    #[test]
+    fn published_templates_stay_within_the_limits() {
+        let turn = |role: &str, text: &str| format!(r#"{{"role":"{role}","content":"{text}"}}"#);
+        let seeds = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/seeds/chat_template");
+        for (name, end) in [
+            ("chatml", "<|im_start|>assistant\n"),
+            ("llama3", "<|start_header_id|>assistant<|end_header_id|>\n\n"),
+            ("qwen", "<|im_start|>assistant\n"),
+            ("gemma", "<start_of_turn>model\n"),
+            ("mistral", "[/INST]"),
+            ("deepseek", "<think>\n"),
+        ] {
+            let source = std::fs::read_to_string(seeds.join(format!("{name}.jinja"))).unwrap();
+            // 1,001 messages of 2,000 characters: as long as a request may be.
+            let long = "word ".repeat(400);
+            let mut messages = vec![turn("system", "Be brief.")];
+            messages.extend((0..500).flat_map(|_| [turn("user", &long), turn("assistant", &long)]));
+            messages.push(turn("user", "Why?"));
+            for messages in [&messages[messages.len() - 1..], &messages[..]] {
+                let prompt = render(&source, &format!("[{}]", messages.join(","))).unwrap();
+                assert!(
+                    prompt.trim_end_matches('\n').ends_with(end.trim_end_matches('\n')),
+                    "{name}: {prompt:.200}"
+                );
+                assert!(prompt.contains("Why?"), "{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn hostile_templates_end_in_one_line() {
+        let started = std::time::Instant::now();
+        for (source, expected) in [
+            ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+            ("{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}", "recursion"),
+            ("{% include '<string>' %}", "could not render include"),
+            ("{% for a in range(9999) %}{% for b in range(9999) %}x{% endfor %}{% endfor %}", "does not end"),
+            (
+                "{% set n = namespace(x='ab') %}{% for a in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
+                "does not end",
+            ),
+            ("{{ 'x' * 999999999 }}", "does not end"),
+            (
+                "{% set n = namespace(x=[]) %}{% for a in range(9999) %}{% for b in range(99) %}{% set n.x = [n.x] %}\
+                {% endfor %}{% endfor %}",
+                "does not end",
+            ),
+            (
+                "{{ [1] | tojson(indent=999999999999) }}",
+                "indent of tojson is 999999999999, expected at most 16",
+            ),
+            ("{{ raise_exception('a\nb' * 9999) }}", "a ba b"),
+        ] {
+            let error = render(source, HELLO).unwrap_err();
+            assert!(error.contains(expected), "{source}: {error}");
+            assert!(!error.contains('\n') && error.len() < 1100, "{source}: {error}");
+        }
+        // As deep as they can be.
+        for (start, level, end) in
+            [("{{ a", ".b", " }}"), ("{{ a", "|e", " }}"), ("{% if a %}", "{% elif b %}", "{% endif %}")]
+        {
+            let levels = ((128 << 10) - start.len() - end.len()) / level.len();
+            let source = format!("{start}{}{end}", level.repeat(levels));
+            match render(&source, HELLO) {
+                Ok(text) => assert!(text.is_empty(), "{level}"),
+                Err(error) => assert!(error.len() < 1100, "{level}"),
+            }
+        }
+        let error = render(&" ".repeat(2 << 20), HELLO).unwrap_err();
+        assert_eq!(error, "the chat template has 2097152 bytes, expected at most 131072");
+        assert!(started.elapsed() < std::time::Duration::from_secs(60));
     }
 
     #[test]

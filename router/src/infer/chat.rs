@@ -12,10 +12,19 @@ impl Infer {
     /// # Errors
     /// The template refused the messages, or a parameter cannot be honoured.
     pub fn prepare_chat(&self, request: &ChatRequest) -> Result<GenerateRequest, InferError> {
-        check_supported(request).map_err(|error| self.count(error))?;
+        let parameters = chat_parameters(request).map_err(|error| self.count(error))?;
         let inputs = self.apply_chat_template(&request.messages)?;
-        Ok(GenerateRequest { inputs, parameters: chat_parameters(request) })
+        Ok(GenerateRequest { inputs, parameters })
     }
+}
+
+/// OpenAI's parameters as ours.
+///
+/// # Errors
+/// A parameter cannot be honoured.
+pub fn chat_parameters(request: &ChatRequest) -> Result<GenerateParameters, InferError> {
+    check_supported(request)?;
+    Ok(translate(request))
 }
 
 /// What cannot be honoured is refused, never ignored.
@@ -53,7 +62,7 @@ fn is_empty(value: &Value) -> bool {
     }
 }
 
-fn chat_parameters(request: &ChatRequest) -> GenerateParameters {
+fn translate(request: &ChatRequest) -> GenerateParameters {
     let (do_sample, temperature) = openai_sampling(request.temperature);
     GenerateParameters {
         do_sample,
@@ -90,12 +99,12 @@ mod tests {
         let request = chat(
             r#","temperature":0,"presence_penalty":-0.5,"max_tokens":7,"stop":"x","top_logprobs":3,"model":"any""#,
         );
-        let parameters = chat_parameters(&request);
+        let parameters = translate(&request);
         assert_eq!((parameters.do_sample, parameters.temperature), (false, None));
         assert_eq!(parameters.repetition_penalty, Some(1.5));
         assert_eq!((parameters.max_new_tokens, parameters.top_n_tokens), (Some(7), Some(3)));
         assert_eq!(parameters.stop, ["x"]);
-        assert!(chat_parameters(&chat("")).do_sample);
+        assert!(translate(&chat("")).do_sample);
         assert!(check_supported(&request).is_ok());
     }
 

@@ -15,23 +15,34 @@ impl Infer {
         request: CompletionRequest,
         max_client_batch_size: usize,
     ) -> Result<Vec<GenerateRequest>, InferError> {
-        check(&request, max_client_batch_size).map_err(|error| self.count(error))?;
-        let (do_sample, temperature) = openai_sampling(request.temperature);
-        let parameters = GenerateParameters {
-            do_sample,
-            temperature,
-            repetition_penalty: request.repetition_penalty,
-            frequency_penalty: request.frequency_penalty,
-            top_p: request.top_p,
-            max_new_tokens: request.max_tokens,
-            stop: request.stop.map(Vec::from).unwrap_or_default(),
-            details: true,
-            seed: request.seed,
-            ..Default::default()
-        };
-        let with = |inputs| GenerateRequest { inputs, parameters: parameters.clone() };
-        Ok(request.prompt.0.into_iter().map(with).collect())
+        completion_requests(request, max_client_batch_size).map_err(|error| self.count(error))
     }
+}
+
+/// One generate request for each prompt, in their order, with OpenAI's parameters as ours.
+///
+/// # Errors
+/// More prompts than `max_client_batch_size`, or a parameter that cannot be honoured.
+pub fn completion_requests(
+    request: CompletionRequest,
+    max_client_batch_size: usize,
+) -> Result<Vec<GenerateRequest>, InferError> {
+    check(&request, max_client_batch_size)?;
+    let (do_sample, temperature) = openai_sampling(request.temperature);
+    let parameters = GenerateParameters {
+        do_sample,
+        temperature,
+        repetition_penalty: request.repetition_penalty,
+        frequency_penalty: request.frequency_penalty,
+        top_p: request.top_p,
+        max_new_tokens: request.max_tokens,
+        stop: request.stop.map(Vec::from).unwrap_or_default(),
+        details: true,
+        seed: request.seed,
+        ..Default::default()
+    };
+    let with = |inputs| GenerateRequest { inputs, parameters: parameters.clone() };
+    Ok(request.prompt.0.into_iter().map(with).collect())
 }
 
 fn check(request: &CompletionRequest, max_client_batch_size: usize) -> Result<(), InferError> {

@@ -13,6 +13,8 @@ use std::time::Instant;
 
 use tokio::sync::OwnedSemaphorePermit;
 
+pub use chat::chat_parameters;
+pub use completions::completion_requests;
 pub use error::InferError;
 pub use generate::Generated;
 pub use permits::Permits;

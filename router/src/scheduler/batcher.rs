@@ -15,7 +15,7 @@ use proto::v3::{Batch, CachedBatch};
 use proto::{ClientError, StepResult};
 use tokio::sync::mpsc::UnboundedReceiver;
 
-use super::queue::{BatchLimits, NewBatch, Queue};
+use super::queue::{BatchLimits, LossCause, NewBatch, Queue};
 use super::running::{self, Afterwards, Entries};
 use super::shard_group::{ShardGroup, Unrecoverable};
 use super::step_client::StepClient;
@@ -86,7 +86,9 @@ impl<G: ShardGroup> Batcher<G> {
                     Some(command) => self.accept(command).await,
                     None => return Ok(()),
                 },
-                () = closed, if !self.is_lost => self.lose("nobody computed anything", &mut Entries::new()),
+                () = closed, if !self.is_lost => {
+                    self.lose("nobody computed anything", LossCause::Outside, &mut Entries::new());
+                },
             }
             self.accept_waiting().await;
             self.serve_queue().await?;
@@ -278,7 +280,11 @@ impl<G: ShardGroup> Batcher<G> {
     /// any more.
     async fn fail(&mut self, error: &ClientError, batch_ids: &[u64], entries: &mut Entries) {
         if error.is_lost() {
-            return self.lose(&error.to_string(), entries);
+            let cause = match error {
+                ClientError::EngineFailed(_) => LossCause::Engine,
+                _ => LossCause::Outside,
+            };
+            return self.lose(&error.to_string(), cause, entries);
         }
         tracing::error!("{} running requests failed: {error}", entries.len());
         self.health.set(false);

@@ -53,7 +53,7 @@ pub struct Entry {
     pub allocation: Option<BlockAllocation>,
     /// The tokens that it has been told: where it goes on when the shards are lost.
     pub generated: Vec<u32>,
-    /// How often in a row shards were lost while they computed it, without a token in between.
+    /// How often in a row an engine failed while it computed this, without a token in between.
     pub losses: u32,
 }
 

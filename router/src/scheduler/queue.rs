@@ -13,9 +13,18 @@ use super::block_allocator::BlockAllocator;
 use super::entry::Entry;
 use super::wire;
 
-/// A request that was there each time when shards died so often in a row, and got no token in between, is taken for the
-/// cause: it is answered with an error before it uses up everybody's restarts.
+/// A request that was there each time when engines failed so often in a row, and got no token in between, is taken for
+/// the cause: it is answered with an error before it uses up everybody's restarts.
 const MAX_LOSSES: u32 = 3;
+
+/// What the shards died of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum LossCause {
+    /// An engine failed at what it was given.
+    Engine,
+    /// They were killed, or nobody knows: no request can be blamed.
+    Outside,
+}
 
 /// What the shards are, as far as batching goes.
 #[derive(Clone, Debug)]
@@ -110,14 +119,19 @@ impl Queue {
     /// their blocks, which stand for nothing any more. Answers how many were taken back.
     ///
     /// Those that cannot go on get `error`.
-    pub fn resume(&mut self, lost: HashMap<u64, Entry>, error: &SchedulerError) -> usize {
+    pub(super) fn resume(
+        &mut self,
+        lost: HashMap<u64, Entry>,
+        cause: LossCause,
+        error: &SchedulerError,
+    ) -> usize {
         let mut resumed = 0;
         for (id, mut entry) in lost {
             entry.allocation = None;
-            entry.losses += 1;
+            entry.losses += u32::from(cause == LossCause::Engine);
             let text = if entry.losses >= MAX_LOSSES {
                 format!(
-                    "the shards died {MAX_LOSSES} times in a row while they computed this request: {error}"
+                    "the engine failed {MAX_LOSSES} times in a row while it computed this request: {error}"
                 )
             } else if !entry.generated.is_empty() && !self.settings.supports_resume {
                 error.to_string()

@@ -4,18 +4,19 @@
 //! the same ones, because random numbers depend on nothing but seed and position.
 
 use super::batcher::Batcher;
+use super::queue::LossCause;
 use super::running::Entries;
 use super::shard_group::{Regained, ShardGroup, Unrecoverable};
 use super::{Command, SchedulerError};
 
 impl<G: ShardGroup> Batcher<G> {
     /// Takes the running requests back into the queue.
-    pub(super) fn lose(&mut self, what_was_seen: &str, entries: &mut Entries) {
+    pub(super) fn lose(&mut self, what_was_seen: &str, cause: LossCause, entries: &mut Entries) {
         self.is_lost = true;
         self.health.begin_recovery();
         let running = entries.len();
-        let resumed =
-            self.queue.resume(std::mem::take(entries), &SchedulerError::Step(what_was_seen.to_string()));
+        let error = SchedulerError::Step(what_was_seen.to_string());
+        let resumed = self.queue.resume(std::mem::take(entries), cause, &error);
         self.metrics.requests_interrupted(resumed);
         self.metrics.set_queue_size(self.queue.len());
         tracing::warn!(

@@ -91,16 +91,30 @@ async fn shards_that_cannot_resume_fail_what_has_begun_and_nothing_else() {
 }
 
 #[tokio::test]
-async fn a_request_that_kills_three_times_without_a_token_is_taken_for_the_cause() {
+async fn a_request_at_which_the_engine_fails_three_times_without_a_token_is_taken_for_the_cause() {
     let deadly = fixture(true, |knobs| knobs.max_batch_size = Some(1));
-    deadly.shard.0.lock().unwrap().deaths = ["prefill 0 [0]", "prefill 1 [0]", "prefill 2 [0]"].into();
+    let deaths = ["prefill 0 [0]", "prefill 1 [0]", "prefill 2 [0]"];
+    {
+        let mut state = deadly.shard.0.lock().unwrap();
+        (state.deaths, state.dies_with_a_word) = (deaths.into(), true);
+    }
     let (cause, innocent) = (deadly.request(3, 4), deadly.request(3, 2));
     deadly.run().await;
-    assert!(texts(cause).unwrap_err().contains("died 3 times in a row while they computed this request"));
+    assert!(texts(cause).unwrap_err().contains("failed 3 times in a row while it computed this request"));
     assert_eq!(texts(innocent), Ok(vec![0, 1]));
 
+    let killed = fixture(true, |_| ());
+    killed.shard.0.lock().unwrap().deaths = deaths.into();
+    let victim = killed.request(3, 4);
+    killed.run().await;
+    assert_eq!(texts(victim), Ok(vec![0, 1, 2, 3]), "who is killed from outside blames nobody");
+
     let fixture = fixture(true, |_| ());
-    fixture.shard.0.lock().unwrap().deaths = ["decode [0]", "decode [1]", "decode [2]", "decode [3]"].into();
+    {
+        let mut state = fixture.shard.0.lock().unwrap();
+        state.deaths = ["decode [0]", "decode [1]", "decode [2]", "decode [3]"].into();
+        state.dies_with_a_word = true;
+    }
     let unlucky = fixture.request(3, 9);
     fixture.run().await;
     assert_eq!(texts(unlucky), Ok((0..9).collect()), "a token in between acquits");

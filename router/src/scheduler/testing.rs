@@ -68,6 +68,8 @@ pub(super) struct ShardState {
     pub(super) chunk: u32,
     /// The shard dies of the first of these calls, then the next life of the second, and so on.
     pub(super) deaths: VecDeque<&'static str>,
+    /// It can still say that its engine failed.
+    pub(super) dies_with_a_word: bool,
     pub(super) is_dead: bool,
     /// Tokens that the cache of the next life holds; 0: as many as before.
     pub(super) next_cache: u32,
@@ -101,6 +103,9 @@ impl FakeShard {
             state.deaths.pop_front();
             state.is_dead = true;
             state.cached.clear();
+            if state.dies_with_a_word {
+                return Err(ClientError::EngineFailed("out of numbers".to_string()));
+            }
             return Err(ClientError::Lost("it was killed".to_string()));
         }
         if state.fail == Some(name) {

@@ -29,10 +29,13 @@ pub(super) fn load(
         Some(path) => TokenizerConfig::from_file(path)?,
         None => files.tokenizer_config()?,
     };
+    let tokenizer = files.tokenizer()?;
+    // The shards check theirs; this one makes the ids that they look up.
+    files.check_vocabulary(&tokenizer)?;
     Ok(ModelParts {
         model_id: model.model_id.clone(),
         sha: files.sha.clone(),
-        tokenizer: files.tokenizer()?,
+        tokenizer,
         template: compile_template(config),
     })
 }
@@ -45,4 +48,29 @@ fn compile_template(config: TokenizerConfig) -> Result<ChatTemplate, TemplateErr
         tracing::warn!("the chat template cannot be used, chat requests will be refused: {error}");
     }
     template
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tokenizer_of_another_model_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
+        write("model.safetensors", "");
+        write(
+            "tokenizer.json",
+            r#"{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,
+            "pre_tokenizer":null,"post_processor":null,"decoder":null,
+            "model":{"type":"WordLevel","vocab":{"a":0,"b":7},"unk_token":"a"}}"#,
+        );
+        let model = ModelRef::new(dir.path().display().to_string());
+        let load = || load(&model, &HubOptions::default(), None);
+        write("config.json", r#"{"vocab_size": 7}"#);
+        let error = load().map(|_| ()).unwrap_err().to_string();
+        assert!(error.contains("its largest token id is 7, expected ids below"), "{error}");
+        write("config.json", r#"{"vocab_size": 8}"#);
+        assert!(load().is_ok_and(|parts| parts.template.is_err()));
+    }
 }

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 
-use hub::Tokenizer;
+use hub::{Tokenizer, catch_panic};
 use tokio::sync::oneshot;
 
 use crate::types::SimpleToken;
@@ -113,6 +113,12 @@ fn work(tokenizer: &Tokenizer, jobs: &Receiver<Job>) {
     }
 }
 
+/// A damaged tokenizer makes the library panic on some texts: that is the request's misfortune, not the thread's.
+fn guarded<T, E: ToString>(call: impl FnOnce() -> Result<T, E>) -> Result<T, ValidationError> {
+    let call = || call().map_err(|error| error.to_string());
+    catch_panic(call).flatten().map_err(ValidationError::Tokenizer)
+}
+
 fn encode(
     tokenizer: &Tokenizer,
     text: String,
@@ -120,9 +126,7 @@ fn encode(
     truncate: Option<usize>,
 ) -> Result<(String, Vec<u32>), ValidationError> {
     // The fast variant tracks no offsets, which nobody needs here.
-    let encoding = tokenizer
-        .encode_fast(text.as_str(), add_special_tokens)
-        .map_err(|error| ValidationError::Tokenizer(error.to_string()))?;
+    let encoding = guarded(|| tokenizer.encode_fast(text.as_str(), add_special_tokens))?;
     let ids = encoding.get_ids();
     let first_kept = truncate.map_or(0, |truncate| ids.len().saturating_sub(truncate));
     let ids = ids[first_kept..].to_vec();
@@ -134,9 +138,7 @@ fn tokenize(
     text: &str,
     add_special_tokens: bool,
 ) -> Result<Vec<SimpleToken>, ValidationError> {
-    let encoding = tokenizer
-        .encode(text, add_special_tokens)
-        .map_err(|error| ValidationError::Tokenizer(error.to_string()))?;
+    let encoding = guarded(|| tokenizer.encode(text, add_special_tokens))?;
     let tokens = encoding.get_ids().iter().zip(encoding.get_offsets());
     Ok(tokens
         .map(|(&id, &(start, stop))| {
@@ -173,6 +175,22 @@ mod tests {
         for _ in 0..3 {
             let (text, ids) = tokenization.encode("a b ä".to_string(), true, Some(2)).await.unwrap();
             assert_eq!((text.as_str(), ids.as_slice()), ("a b ä", [2, 0].as_slice()));
+        }
+    }
+
+    #[tokio::test]
+    async fn a_tokenizer_that_panics_costs_one_request() {
+        // The library cuts text into chunks of no length.
+        let json = r#"{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,
+            "pre_tokenizer":{"type":"FixedLength","length":0},"post_processor":null,"decoder":null,
+            "model":{"type":"WordLevel","vocab":{"a":0},"unk_token":"a"}}"#;
+        let tokenizer = hub::tokenizer_from_json(json.as_bytes()).unwrap();
+        let tokenization = Tokenization::start(tokenizer.into(), 1).unwrap();
+        for _ in 0..2 {
+            let error = tokenization.encode("ab".to_string(), true, None).await.unwrap_err().to_string();
+            assert!(error.contains("chunk size must be non-zero"), "{error}");
+            assert!(tokenization.tokenize("ab".to_string(), true).await.is_err());
+            assert!(tokenization.encode(String::new(), false, None).await.is_ok());
         }
     }
 

@@ -84,9 +84,9 @@ fn is_sampled(parameters: &GenerateParameters) -> bool {
 }
 
 fn check_chooser(parameters: &GenerateParameters) -> Result<NextTokenChooserParameters, ValidationError> {
-    // Written so that NaN fails, too.
+    // Written so that NaN fails, too. Infinite is what a number becomes that is too large for 32 bits.
     let positive = |value: Option<f32>, error| match value.unwrap_or(1.0) {
-        value if value > 0.0 => Ok(value),
+        value if value > 0.0 && value.is_finite() => Ok(value),
         _ => Err(error),
     };
     let temperature = positive(parameters.temperature, ValidationError::Temperature)?;
@@ -164,6 +164,9 @@ mod tests {
             (r#"{"best_of":2,"do_sample":true,"seed":1}"#, "`seed` must not be set when `best_of` > 1"),
             (r#"{"temperature":0}"#, "`temperature` must be strictly positive"),
             (r#"{"repetition_penalty":-1}"#, "`repetition_penalty` must be strictly positive"),
+            (r#"{"repetition_penalty":1e300}"#, "`repetition_penalty` must be strictly positive"),
+            (r#"{"temperature":1e39}"#, "`temperature` must be strictly positive"),
+            (r#"{"temperature":1e-50}"#, "`temperature` must be strictly positive"),
             (r#"{"frequency_penalty":2.5}"#, "`frequency_penalty` must be >= -2.0 and <= 2.0"),
             (r#"{"top_p":1.0}"#, "`top_p` must be > 0.0 and < 1.0"),
             (r#"{"typical_p":0.0}"#, "`typical_p` must be > 0.0 and < 1.0"),

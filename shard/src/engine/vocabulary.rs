@@ -3,7 +3,10 @@
 use std::collections::HashSet;
 use std::sync::OnceLock;
 
-use hub::Tokenizer;
+use hub::{Tokenizer, catch_panic};
+
+/// Token ids in a message.
+const MAX_IDS_SHOWN: usize = 8;
 
 /// Makes the tokenizer for texts.
 pub(crate) type MakeTokenizer = Box<dyn Fn() -> Result<Tokenizer, String> + Send>;
@@ -33,19 +36,12 @@ impl Vocabulary {
     /// # Errors
     /// The tokenizer's own words, or why it could not be made.
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>, String> {
-        let tokenizer = self.encoding.get_or_init(|| {
-            let mut tokenizer = (self.make_encoding)()?;
-            // Some tokenizer.json files ask for padding or cutting, which would change prompts behind the caller's back.
-            tokenizer.with_padding(None);
-            // Only cutting lengths can be refused, and none is given.
-            let _ = tokenizer.with_truncation(None);
-            Ok(tokenizer)
-        });
-        let encoding = tokenizer
-            .as_ref()
-            .map_err(String::clone)?
-            .encode_fast(text, add_special_tokens)
-            .map_err(|error| format!("the prompt cannot be tokenized: {error}"))?;
+        let tokenizer = self.encoding.get_or_init(|| (self.make_encoding)());
+        let tokenizer = tokenizer.as_ref().map_err(String::clone)?;
+        let encode = || tokenizer.encode_fast(text, add_special_tokens).map_err(|error| error.to_string());
+        // A damaged tokenizer.json makes the library panic only once it is used.
+        let encoding = catch_panic(encode).flatten();
+        let encoding = encoding.map_err(|error| format!("the prompt cannot be tokenized: {error}"))?;
         Ok(encoding.get_ids().to_vec())
     }
 
@@ -54,9 +50,11 @@ impl Vocabulary {
     /// # Errors
     /// The tokenizer's own words.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String, String> {
-        self.tokenizer
-            .decode(ids, skip_special_tokens)
-            .map_err(|error| format!("the tokens {ids:?} cannot be turned into text: {error}"))
+        let decode = || self.tokenizer.decode(ids, skip_special_tokens).map_err(|error| error.to_string());
+        catch_panic(decode).flatten().map_err(|error| {
+            let last = &ids[ids.len().saturating_sub(MAX_IDS_SHOWN)..];
+            format!("the {} tokens that end in {last:?} cannot be turned into text: {error}", ids.len())
+        })
     }
 
     /// Whether a token is a mark such as the end of the text rather than text.
@@ -67,5 +65,26 @@ impl Vocabulary {
     /// The tokens that end a text.
     pub fn eos_token_ids(&self) -> &[u32] {
         &self.eos_token_ids
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_makes_the_library_panic_is_an_error() {
+        // It strips the same space from both sides, and chunks of no length from texts.
+        let json = r#"{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,
+            "pre_tokenizer":{"type":"FixedLength","length":0},"post_processor":null,
+            "decoder":{"type":"Strip","content":" ","start":1,"stop":1},
+            "model":{"type":"WordLevel","vocab":{" ":0,"a":1},"unk_token":"a"}}"#;
+        let read = move || hub::tokenizer_from_json(json.as_bytes()).map_err(|error| error.to_string());
+        let vocabulary = Vocabulary::new(read().unwrap(), Box::new(read), vec![]);
+        let error = vocabulary.decode(&[1, 0], false).unwrap_err();
+        assert!(error.starts_with("the 2 tokens that end in [1, 0] cannot be turned into text: "), "{error}");
+        assert_eq!(vocabulary.decode(&[1], false).unwrap(), "a");
+        let error = vocabulary.encode("a", false).unwrap_err();
+        assert_eq!(error, "the prompt cannot be tokenized: chunk size must be non-zero");
     }
 }

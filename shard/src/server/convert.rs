@@ -25,7 +25,7 @@ enum Purpose {
 ///
 /// # Errors
 /// One line about the first request that asks for something that is missing, wrong or not supported.
-pub(super) fn new_batch(batch: v3::Batch) -> Result<NewBatch, String> {
+pub fn new_batch(batch: v3::Batch) -> Result<NewBatch, String> {
     convert_batch(batch, Purpose::Answer)
 }
 
@@ -33,7 +33,7 @@ pub(super) fn new_batch(batch: v3::Batch) -> Result<NewBatch, String> {
 ///
 /// # Errors
 /// As [`new_batch`].
-pub(super) fn warmup_request(request: v3::WarmupRequest) -> Result<WarmupRequest, String> {
+pub fn warmup_request(request: v3::WarmupRequest) -> Result<WarmupRequest, String> {
     Ok(WarmupRequest {
         batch: convert_batch(request.batch.unwrap_or_default(), Purpose::Warmup)?,
         max_input_tokens: request.max_input_tokens.map(|tokens| tokens as usize),

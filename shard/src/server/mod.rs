@@ -26,6 +26,7 @@ use control::Control;
 use service::GenerationService;
 
 pub use control::Identity;
+pub use convert::{new_batch, warmup_request};
 pub use socket::{BoundSocket, SocketFile};
 
 /// Prompts of a full batch as text are large; upstream's shards accept messages of this size too.
