@@ -164,7 +164,7 @@ fn a_killed_router_is_back_and_the_shards_have_dropped_its_batches() {
 
 #[test]
 fn a_stopped_shard_is_found_killed_and_replaced() {
-    let server = server(&["--num-shard", "2", "--stall-timeout", "2"]);
+    let server = server(&["--num-shard", "2", "--stall-timeout", "10"]);
     let Known { requests, answers: expected, .. } = known(&server, STREAMS);
     let stopped = server.children("shard")[1];
     let answers = ask_all(server.port(), &requests, || process_tree::send(stopped, Signal::SIGSTOP));
