@@ -44,8 +44,11 @@ check: fmt-check tidy clippy ## Formatting, invariants and lints
 fuzz: ## Fuzz what reads files and requests, guided by coverage (SECONDS=60 of each, TARGETS=all)
 	$(PYTHON) fuzz/run.py --seconds $(SECONDS) $(TARGETS)
 
-nvcc: ## Install the CUDA compiler from PyPI into target/nvcc (270 MB); builds after it have CUDA kernels
+nvcc: target/nvcc/nvidia/cu13/bin/nvcc ## Install the CUDA compiler from PyPI into target/nvcc (270 MB); builds after it have CUDA kernels
+
+target/nvcc/nvidia/cu13/bin/nvcc:
 	@sh scripts/install_nvcc.sh target/nvcc
+	@touch shard/kernels/build.rs # cargo does not see that there is a compiler now
 
 kernels: nvcc ## Compile every CUDA kernel for every architecture
 	$(CARGO) build --release --locked -p kernels

@@ -153,7 +153,7 @@ fn a_killed_router_is_back_and_the_shards_have_dropped_its_batches() {
     let is_lost = |answer: &Result<Answer, AskError>| matches!(answer, Err(AskError::Connection(_)));
     assert!(answers.iter().any(is_lost), "its connections die with it: {answers:?}");
     assert!(answers.iter().all(|answer| is_lost(answer) || answer.is_ok()), "{answers:?}");
-    wait_for("recovery", &server, || server.log().contains("Serving again"));
+    wait_for("recovery", &server, || server.log().contains("Recovering -> Serving"));
     assert_eq!(server.children("shard"), shards, "the weights stay loaded");
     assert_eq!(server.blocks_used().unwrap(), 0);
     for (answer, expected) in ask_all(server.port(), &requests, || ()).iter().zip(&expected) {
@@ -181,7 +181,7 @@ fn one_death_too_many_ends_streams_with_an_error_and_the_service_with_its_own_co
     let server = server(&["--max-restarts", "1"]);
     let family = server.children("router");
     process_tree::send(server.children("shard")[0], Signal::SIGKILL);
-    wait_for("recovery", &server, || server.log().contains("Serving again"));
+    wait_for("recovery", &server, || server.log().contains("Recovering -> Serving"));
     let answers = try_all(server.port(), &requests(STREAMS, LONG), || {
         process_tree::send(server.children("shard")[0], Signal::SIGKILL);
     });

@@ -2,6 +2,7 @@
 
 use backend::{Backend, DType, QuantizedMatrix};
 
+// A backend that dequantizes is not asked: its products are those of `matmul`.
 use crate::cases::{Random, on_every_backend, prompt, upload};
 use crate::tolerances::{self, assert_close};
 
@@ -73,6 +74,9 @@ fn kinds() -> Vec<(u32, usize, Factors)> {
 
 /// A batch of rows against a matrix of every kind.
 fn agrees_with_plain_sums<B: Backend>(backend: &mut B) {
+    if !backend.keeps_quantized() {
+        return;
+    }
     let mut random = Random(21);
     let shapes = [(32, 5), (96, 16), (576, 33), (1536, 17), (128, 100), (64, 48)];
     for (case, (bits, group_size, factors)) in kinds().into_iter().enumerate() {
@@ -135,6 +139,9 @@ fn quantized_matmul_agrees_with_plain_sums() {
 
 /// Queries and keys of Q4_K beside values of Q6_K, and other neighbours.
 fn stacks_parts_of_any_kind<B: Backend>(backend: &mut B) {
+    if !backend.keeps_quantized() {
+        return;
+    }
     let mut random = Random(22);
     let kinds = [
         [(4, 32, Factors::Full), (6, 16, Factors::FullZero(32))],
@@ -161,6 +168,9 @@ fn quantized_linear_stacks_parts_of_any_kind() {
 
 /// Rows of a table are what [`QuantizedMatrix::read_row`] says, to the rounding of a sum.
 fn embeds<B: Backend>(backend: &mut B) {
+    if !backend.keeps_quantized() {
+        return;
+    }
     let mut random = Random(23);
     for (bits, group_size, factors) in kinds() {
         let table = random_matrix(&mut random, (37, 128), (bits, group_size), factors);
@@ -187,6 +197,9 @@ fn embed_reads_quantized_rows() {
 
 /// Activations far from 1, and none: a group's scale must neither overflow nor vanish. What is no number stays visible.
 fn extreme_activations<B: Backend>(backend: &mut B) {
+    if !backend.keeps_quantized() {
+        return;
+    }
     let mut random = Random(24);
     let matrix = random_matrix(&mut random, (16, 64), (8, 32), Factors::Zero(128));
     for factor in [0.0, 1e-37, 1e-20, 1e20, 1e34] {
@@ -208,6 +221,9 @@ fn quantized_matmul_of_extreme_activations() {
 }
 
 fn refuses_bad_parts<B: Backend>(backend: &mut B) {
+    if !backend.keeps_quantized() {
+        return;
+    }
     let good = random_matrix(&mut Random(25), (4, 64), (4, 32), Factors::Half);
     let refusal = |parts: &[QuantizedMatrix]| match backend.quantized_linear(parts) {
         Ok(_) => panic!("accepted"),
