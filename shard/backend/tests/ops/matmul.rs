@@ -216,6 +216,9 @@ fn gates_what_it_multiplies<B: Backend>(backend: &mut B) {
                         allowed.push(
                             (slope * up).abs() * error_of_gate
                                 + value.abs() * error_of_up
+                                // Of second order: activations are hardly steeper than 1 and bend by at most 1.
+                                + 1.2 * error_of_gate * error_of_up
+                                + 0.5 * error_of_gate * error_of_gate * up.abs()
                                 + rounding * (value * up).abs(),
                         );
                     }
