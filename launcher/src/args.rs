@@ -8,7 +8,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use clap::{Parser, ValueEnum};
+use clap::{Parser, Subcommand, ValueEnum};
 
 /// Serves a large language model: plans the memory, starts one shard per device and a router before them, supervises
 /// them, and drains them when it is asked to stop.
@@ -16,8 +16,11 @@ use clap::{Parser, ValueEnum};
 /// Every option can be set by the environment variable shown beside it. A SIGTERM, SIGINT or SIGHUP finishes the running
 /// requests and exits with 0; a second one ends everything now.
 #[derive(Parser, Clone, Debug)]
-#[command(name = "launcher", version, max_term_width = 110)]
+#[command(name = "launcher", version, max_term_width = 110, args_conflicts_with_subcommands = true)]
 pub struct Args {
+    /// What else than serving.
+    #[command(subcommand)]
+    pub command: Option<Command>,
     /// Which model.
     #[command(flatten, next_help_heading = "Model")]
     pub model: ModelArgs,
@@ -45,6 +48,27 @@ pub struct Args {
     /// Variables that have no option in the manual.
     #[command(flatten)]
     pub hidden: HiddenArgs,
+}
+
+/// What else than serving the launcher does.
+#[derive(Subcommand, Clone, Debug)]
+pub enum Command {
+    /// Show what this user's running launchers do: phase, processes, step counters, requests, restarts.
+    ///
+    /// Exits with 1 when none runs.
+    Status(StatusArgs),
+}
+
+/// How the state is shown.
+#[derive(clap::Args, Clone, Debug)]
+pub struct StatusArgs {
+    /// As a JSON array, one object a launcher.
+    #[arg(long)]
+    pub json: bool,
+
+    /// Where launchers are looked for.
+    #[arg(long, env = "QUARTET_STATUS_DIR", hide = true)]
+    pub status_dir: Option<PathBuf>,
 }
 
 /// Which model, in which precision.
@@ -315,6 +339,10 @@ pub struct HiddenArgs {
     /// Where programs are searched that are not beside the launcher.
     #[arg(long, env = "PATH", hide = true)]
     pub search_path: Option<OsString>,
+
+    /// Directory of the sockets at which launchers are asked for their state.
+    #[arg(long, env = "QUARTET_STATUS_DIR", hide = true)]
+    pub status_dir: Option<PathBuf>,
 
     /// Visible CUDA devices; counted only when the device is CUDA.
     #[arg(long, env = "CUDA_VISIBLE_DEVICES", hide = true)]

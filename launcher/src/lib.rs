@@ -6,7 +6,8 @@
 //! - [`weights`]: the model's files. [`runtime_dir`]: where the sockets live. [`command`]: the children's command lines.
 //! - [`supervisor`]: the state machine and the event loop, with [`child`], [`log_relay`], [`readiness`] and [`liveness`] as its
 //!   hands.
-//! - [`startup_ledger`]: where the time went. [`error`]: why it ended. [`env_report`]: `--env`.
+//! - [`orphans`]: what a sub-reaper has to do. [`router_http`]: what is asked of the router.
+//! - [`status`] and [`status_socket`]: what `launcher status` shows. [`startup_ledger`]: where the time went. [`error`]: why it ended. [`env_report`]: `--env`.
 
 pub mod args;
 pub mod budget;
@@ -18,11 +19,15 @@ pub mod error;
 pub mod liveness;
 pub mod log_relay;
 pub mod memory;
+pub mod orphans;
 pub mod plan;
 pub mod preflight;
 pub mod programs;
 pub mod readiness;
+pub mod router_http;
 pub mod runtime_dir;
 pub mod startup_ledger;
+pub mod status;
+pub mod status_socket;
 pub mod supervisor;
 pub mod weights;

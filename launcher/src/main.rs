@@ -1,21 +1,25 @@
 //! Entry point: parse → plan → supervise → exit code.
 
+use std::io::Write;
 use std::time::Instant;
 
 use clap::Parser;
-use launcher::args::Args;
+use launcher::args::{Args, Command, StatusArgs};
 use launcher::devices::{Devices, Machine};
 use launcher::env_report::EnvReport;
 use launcher::error::{Failure, LauncherError};
 use launcher::programs::{ROUTER_NAMES, SHARD_NAMES, SearchPath};
 use launcher::startup_ledger::StartupLedger;
 use launcher::supervisor::{Launch, supervise};
-use launcher::{plan, preflight};
+use launcher::{plan, preflight, status_socket};
 use process::{ExitCode, Program, init_logging, max_level};
 
 fn main() -> std::process::ExitCode {
     let ledger = StartupLedger::new(Instant::now());
     let args = Args::parse();
+    if let Some(Command::Status(args)) = &args.command {
+        return show_status(args);
+    }
     let settings = args.log.settings(Program::Launcher);
     let logger_level = max_level(&settings.filter);
     init_logging(settings);
@@ -62,4 +66,29 @@ fn run(launch: Launch) -> Result<(), Failure> {
     // A download that was told to stop must not hold us back.
     runtime.shutdown_background();
     outcome
+}
+
+/// `launcher status`: nothing but the answer on standard output.
+fn show_status(args: &StatusArgs) -> std::process::ExitCode {
+    let directory = args.status_dir.clone().unwrap_or_else(status_socket::default_directory);
+    let found = match status_socket::ask_all(&directory) {
+        Ok(found) => found,
+        Err(reason) => {
+            eprintln!("{reason}");
+            return ExitCode::Failure.into();
+        }
+    };
+    let text = if args.json {
+        serde_json::to_string_pretty(&found).unwrap_or_default()
+    } else {
+        found.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
+    };
+    if !text.is_empty() && writeln!(std::io::stdout(), "{text}").is_err() {
+        return ExitCode::Failure.into();
+    }
+    if found.is_empty() {
+        eprintln!("no launcher of this user is running (looked in {})", directory.display());
+        return ExitCode::Failure.into();
+    }
+    ExitCode::Ok.into()
 }
