@@ -5,11 +5,13 @@
 //! - [`conformance`]: every way of asking for the same thing gives the reference's tokens.
 //! - [`golden`]: reference outputs and the one table of tolerances.
 //! - [`workload`] and [`chaos`]: streams with known answers, and processes that are killed under them.
+//! - [`faults`]: one fault in one phase, and what is seen of it.
 //! - [`process_tree`]: which processes live, for the tests that kill some.
 
 pub mod args;
 pub mod chaos;
 pub mod conformance;
+pub mod faults;
 pub mod golden;
 pub mod http;
 pub mod process_tree;

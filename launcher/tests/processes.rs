@@ -66,6 +66,7 @@ impl Service {
             .env_clear()
             .env("QUARTET_BIN_DIR", dir.path())
             .env("FAKE_DIR", dir.path())
+            .env("QUARTET_STATUS_DIR", dir.path().join("status"))
             .env("LOG_COLORIZE", "1")
             .envs(environment.iter().copied())
             .args(["--port", &port.to_string(), "--hostname", "127.0.0.1"])
@@ -314,6 +315,20 @@ fn a_shard_that_stands_still_is_killed_and_replaced() {
     assert!(!is_alive(stopped));
     let log = service.read("stdout");
     assert!(log.contains("shard rank 1 stalled: it has not answered for"), "{log}");
+    service.signal(Signal::SIGTERM);
+    assert_eq!(service.ended().code, Some(0));
+}
+
+#[test]
+fn what_a_child_leaves_behind_is_adopted_ended_and_reaped() {
+    let service = Service::start(&[], &[("FAKE_SHARD", "has-a-child"), ("PATH", "/usr/bin:/bin")]);
+    service.wait_until_serving();
+    let orphan = service.pid_of("orphan");
+    let status = std::fs::read_to_string(format!("/proc/{orphan}/status")).unwrap();
+    assert!(status.contains(&format!("\nPPid:\t{}\n", service.launcher.id())), "{status}");
+    kill(service.pid_of("shard-0"), Signal::SIGKILL).unwrap();
+    service.wait_for("end of the orphan", |_| !Path::new(&format!("/proc/{orphan}")).exists());
+    service.wait_for_log("Serving again");
     service.signal(Signal::SIGTERM);
     assert_eq!(service.ended().code, Some(0));
 }

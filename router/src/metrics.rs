@@ -385,7 +385,10 @@ fn describe() {
     describe_counter!("quartet_recovery_count", "Times that new shards took over from ones that died");
     describe_histogram!("quartet_recovery_duration", "Seconds from the loss of the shards to the next step");
     describe_counter!("quartet_request_resumed", "Running requests that went on after a loss of the shards");
-    describe_gauge!("quartet_requests_in_flight", "Requests that were let in and are not answered to their end");
+    describe_gauge!(
+        "quartet_requests_in_flight",
+        "Requests that were let in and are not answered to their end"
+    );
     describe_gauge!("quartet_startup_seconds", "Seconds from the launcher's start to the first connection");
     describe_gauge!(
         "quartet_startup_phase_seconds",

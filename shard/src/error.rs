@@ -94,6 +94,16 @@ mod tests {
             sequence: 3,
             reason: "gone".to_string(),
         };
+        let too_large = || BackendError::OutOfMemory {
+            what: "the weights".to_string(),
+            needed_bytes: 2,
+            available_bytes: 1,
+        };
+        let fallen_off = BackendError::DeviceLost {
+            device: "GPU 0".to_string(),
+            operation: "decode".to_string(),
+            reason: "ECC".to_string(),
+        };
         for (error, code) in [
             (ShardError::Usage(vec!["a".to_string(), "b".to_string()]), ExitCode::Usage),
             (ModelError::Unusable(vec!["a".to_string()]).into(), ExitCode::ModelUnusable),
@@ -101,6 +111,9 @@ mod tests {
             (ShardError::EngineFailed(device().into()), ExitCode::EngineFailed),
             (ShardError::EngineFailed(lost.into()), ExitCode::PeerLost),
             (ShardError::EnginePanicked(String::new()), ExitCode::EngineFailed),
+            (ShardError::EngineFailed(too_large().into()), ExitCode::OutOfMemory),
+            (ShardError::Backend(too_large()), ExitCode::OutOfMemory),
+            (ShardError::EngineFailed(fallen_off.into()), ExitCode::DeviceLost),
         ] {
             assert_eq!(error.exit_code(), code, "{error}");
         }

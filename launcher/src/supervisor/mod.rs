@@ -130,10 +130,7 @@ fn restart_policy(args: &Args) -> RestartPolicy {
 }
 
 /// A service that cannot be asked for its state serves all the same.
-fn open_status_socket(
-    args: &Args,
-    ask: mpsc::Sender<status_socket::StatusRequest>,
-) -> Option<StatusSocket> {
+fn open_status_socket(args: &Args, ask: mpsc::Sender<status_socket::StatusRequest>) -> Option<StatusSocket> {
     let directory = args.hidden.status_dir.clone().unwrap_or_else(status_socket::default_directory);
     StatusSocket::open(&directory, ask)
         .inspect_err(|error| {

@@ -56,7 +56,9 @@ impl AppState {
         health: HealthFlag,
     ) -> Self {
         let pulse = Pulse::new(settings.liveness_timeout);
-        Self { inner: Arc::new(Inner { infer, info, settings, shards, health, pulse, startup: OnceLock::new() }) }
+        Self {
+            inner: Arc::new(Inner { infer, info, settings, shards, health, pulse, startup: OnceLock::new() }),
+        }
     }
 
     pub(super) fn infer(&self) -> &Infer {
