@@ -26,7 +26,8 @@ struct Options {
 
 fn options() -> Result<Options, String> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let mut options = Options { json: false, threads: cores, dtype: DType::BF16, isa: None, read_only: false };
+    let mut options =
+        Options { json: false, threads: cores, dtype: DType::BF16, isa: None, read_only: false };
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         let mut value = || arguments.next().ok_or(format!("{argument} needs a value"));
