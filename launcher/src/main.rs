@@ -3,19 +3,24 @@
 use std::time::Instant;
 
 use clap::Parser;
-use launcher::args::Args;
-use launcher::devices::{Devices, Machine};
+use launcher::args::{Args, Command};
+use launcher::devices::Devices;
 use launcher::env_report::EnvReport;
 use launcher::error::{Failure, LauncherError};
+use launcher::machine::Machine;
 use launcher::programs::{ROUTER_NAMES, SHARD_NAMES, SearchPath};
 use launcher::startup_ledger::StartupLedger;
 use launcher::supervisor::{Launch, supervise};
-use launcher::{plan, preflight};
+use launcher::{plan, preflight, weights};
 use process::{ExitCode, Program, init_logging, max_level};
 
 fn main() -> std::process::ExitCode {
     let ledger = StartupLedger::new(Instant::now());
     let args = Args::parse();
+    if let Some(Command::Download(args)) = &args.command {
+        init_logging(args.log.settings(Program::Launcher));
+        return exit(weights::download(args));
+    }
     let settings = args.log.settings(Program::Launcher);
     let logger_level = max_level(&settings.filter);
     init_logging(settings);
@@ -23,7 +28,12 @@ fn main() -> std::process::ExitCode {
         tracing::info!("{}", EnvReport::collect());
     }
     tracing::info!("{args:#?}");
-    match check(args, logger_level, ledger).and_then(run) {
+    exit(check(args, logger_level, ledger).and_then(run))
+}
+
+/// The exit code, after the last words.
+fn exit(outcome: Result<(), Failure>) -> std::process::ExitCode {
+    match outcome {
         Ok(()) => ExitCode::Ok.into(),
         Err(failure) => {
             tracing::error!("{}", failure.reason);
@@ -42,8 +52,11 @@ fn check(args: Args, logger_level: String, mut ledger: StartupLedger) -> Result<
         SearchPath::new(hidden.bin_dir.as_deref(), executable.as_deref(), hidden.search_path.as_deref());
     let find = |names, error| search.find(names).map_err(|reason| Failure::new(error, reason));
     let shard_program = find(&SHARD_NAMES, LauncherError::ShardCannotStart);
-    let machine = Machine::look(shard_program.as_deref().ok());
-    let devices = Devices::choose(&args, machine).map_err(|mistake| Failure::all(vec![mistake]))?;
+    let machine = match &args.hidden.machine {
+        Some(path) => Machine::from_file(path).map_err(Failure::argument)?,
+        None => Machine::look(shard_program.as_deref().ok()),
+    };
+    let devices = Devices::choose(&args, &machine).map_err(Failure::all)?;
     let plan = plan::plan(&args, None, &devices).map_err(Failure::all)?;
     preflight::check_port(plan.bind).map_err(Failure::argument)?;
     let shard_program = shard_program?;
