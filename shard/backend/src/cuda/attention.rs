@@ -10,8 +10,8 @@ use cudarc::driver::sys::CUdevice_attribute as Attribute;
 use super::driver::{Context, DeviceMemory, DevicePtr};
 use super::kv_cache::PAGE_KEYS;
 use super::launch::{Argument, Launch, Queue, args};
-use super::module::{ByTypes, Function, Module};
-use super::rope::{ACTIVATIONS_AND_CACHE, check_shape};
+use super::module::{ALL_TYPES, ByTypes, Function, Module};
+use super::rope::check_shape;
 use super::step::{QUERY_TILE, StepInputs};
 use super::{CudaBuffer, CudaKvCache, DeviceFacts};
 use crate::{AttentionShape, BackendError, DType};
@@ -197,8 +197,7 @@ impl Attentions {
         Ok(Self {
             sizes,
             hopper,
-            plain: Module::load(context, "attention_plain")?
-                .by_types("attention_plain", &ACTIVATIONS_AND_CACHE)?,
+            plain: Module::load(context, "attention_plain")?.by_types("attention_plain", &ALL_TYPES)?,
             num_sms: facts.num_sms,
             block_shared,
             sm_shared,

@@ -6,12 +6,17 @@ use std::mem;
 use std::ptr;
 
 use cudarc::cublaslt::sys as lt;
+use lt::cublasLtMatmulPreferenceAttributes_t as Attribute;
 
 use super::driver::{DevicePtr, Stream};
 use crate::{BackendError, DType};
 
 /// Room the library may use in between: what NVIDIA recommends for Hopper.
 pub(super) const WORKSPACE_BYTES: usize = 32 << 20;
+
+/// How a product that is cut along its inputs may be put together: with its parts in float32. The library would also add
+/// parts that were rounded to the result's type.
+const SUMS: u32 = lt::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
 
 /// Plans that are kept; prompts have many lengths, and a plan takes a fifth of a millisecond.
 const MAX_PLANS: usize = 4096;
@@ -72,6 +77,27 @@ fn data_type(dtype: DType) -> lt::cudaDataType {
         DType::F16 => lt::cudaDataType::CUDA_R_16F,
         DType::BF16 => lt::cudaDataType::CUDA_R_16BF,
     }
+}
+
+/// Sets what plans have to keep to.
+///
+/// # Safety
+/// `attribute` is of the type `T`.
+unsafe fn set<T>(
+    preference: lt::cublasLtMatmulPreference_t,
+    attribute: Attribute,
+    value: &T,
+) -> Result<(), BackendError> {
+    // SAFETY: the caller's.
+    let status = unsafe {
+        lt::cublasLtMatmulPreferenceSetAttribute(
+            preference,
+            attribute,
+            ptr::from_ref(value).cast(),
+            size_of::<T>(),
+        )
+    };
+    check("planning", status)
 }
 
 impl CublasLt {
@@ -209,14 +235,8 @@ impl Plan {
         unsafe {
             // What it may assume of addresses: buffers begin at multiples of 256.
             check("planning", lt::cublasLtMatmulPreferenceCreate(&raw mut preference))?;
-            let attribute =
-                lt::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
-            let set = lt::cublasLtMatmulPreferenceSetAttribute(
-                preference,
-                attribute,
-                ptr::from_ref(&WORKSPACE_BYTES).cast(),
-                size_of::<usize>(),
-            );
+            let set = set(preference, Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &WORKSPACE_BYTES)
+                .and_then(|()| set(preference, Attribute::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &SUMS));
             let mut result: lt::cublasLtMatmulHeuristicResult_t = mem::zeroed();
             let found = lt::cublasLtMatmulAlgoGetHeuristic(
                 handle,
@@ -231,7 +251,7 @@ impl Plan {
                 &raw mut count,
             );
             let _ = lt::cublasLtMatmulPreferenceDestroy(preference);
-            check("planning", set)?;
+            set?;
             check("planning", found)?;
             self.algorithm = result.algo;
         }
