@@ -154,6 +154,8 @@ mod tests {
         assert_eq!(error, "a is missing; b is wrong");
         let (_dir, path) = shard("echo hello");
         assert!(ask(&path, &Invocation::default(), &[], 1).unwrap_err().contains("not understood"));
-        assert!(ask(Path::new("/no/shard"), &Invocation::default(), &[], 1).unwrap_err().contains("/no/shard"));
+        assert!(
+            ask(Path::new("/no/shard"), &Invocation::default(), &[], 1).unwrap_err().contains("/no/shard")
+        );
     }
 }

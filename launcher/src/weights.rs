@@ -3,7 +3,7 @@
 use hub::ModelRef;
 
 use crate::args::Args;
-use crate::devices::Devices;
+use crate::devices::{Device, Devices};
 use crate::error::{Failure, LauncherError};
 use crate::plan::{self, LaunchPlan};
 use crate::preflight;
@@ -33,7 +33,9 @@ pub fn prepare(args: &Args, devices: &Devices) -> Result<Prepared, Failure> {
     for notice in &plan.notices {
         tracing::info!("{notice}");
     }
-    preflight::check_memory(&files).map_err(Failure::argument)?;
+    if devices.device == Device::Cpu {
+        preflight::check_memory(&files).map_err(Failure::argument)?;
+    }
     let runtime_dir =
         RuntimeDir::claim(plan.uds_prefix.as_deref(), plan.shard.num_shard).map_err(Failure::argument)?;
     Ok(Prepared { plan, runtime_dir })

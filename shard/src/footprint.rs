@@ -43,8 +43,7 @@ pub fn describe(settings: &ServeSettings, room: &Room) -> Result<Value, ShardErr
     let asked = (settings.dtype, settings.rope_scaling.as_ref());
     let footprint = models::footprint(&files, asked, settings.world_size, &rules)?;
     let tokenizer_config = files.tokenizer_config()?;
-    let model_max_length =
-        tokenizer_config.model_max_length.and_then(|length| usize::try_from(length).ok());
+    let model_max_length = tokenizer_config.model_max_length.and_then(|length| usize::try_from(length).ok());
     let options = startup::engine_options(settings, model_max_length);
     let max_context = model_max_length.unwrap_or(usize::MAX).min(footprint.max_position_embeddings);
     let ranks: Vec<Value> = (0..settings.world_size)

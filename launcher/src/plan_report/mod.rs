@@ -13,8 +13,10 @@ use crate::command::{Invocation, ShardRuntime};
 use crate::devices::{Device, Devices};
 use crate::error::{Failure, LauncherError};
 use crate::footprint::{self, CacheForecast, Footprint};
+use crate::machine::Machine;
 use crate::memory;
 use crate::plan::{self, LaunchPlan};
+use crate::preflight::{self, Finding};
 use crate::runtime_dir::DEFAULT_PREFIX;
 
 /// What is in place of a value that must not be shown.
@@ -44,8 +46,10 @@ pub struct Report {
     pub limits: Limits,
     /// What will be started.
     pub commands: Vec<CommandReport>,
-    /// What would be logged, and what would stand in the way.
+    /// What would be logged.
     pub notices: Vec<String>,
+    /// What stands in the way here and now.
+    pub findings: Vec<Finding>,
 }
 
 /// The model on this disk.
@@ -106,15 +110,15 @@ pub struct CommandReport {
 /// As serving: every mistake in the options.
 pub fn report(
     args: &Args,
-    devices: &Devices,
+    (machine, devices): (&Machine, &Devices),
     (shard_program, router_program): (&Path, &Path),
 ) -> Result<Report, Failure> {
     let model = ModelRef { model_id: args.model.model_id.clone(), revision: args.model.revision.clone() };
     let located = hub::locate(&model, &args.hub.options());
     let config = match &located {
-        Ok(files) => Some(files.config().map_err(|error| {
-            Failure::new(LauncherError::DownloadError, error.to_string())
-        })?),
+        Ok(files) => Some(
+            files.config().map_err(|error| Failure::new(LauncherError::DownloadError, error.to_string()))?,
+        ),
         Err(_) => None,
     };
     let plan = plan::plan(args, config.as_ref(), devices).map_err(Failure::all)?;
@@ -127,17 +131,25 @@ pub fn report(
     };
     let prefill = plan.router.max_batch_prefill_tokens();
     let asked = match &located {
-        Ok(_) => footprint::ask(shard_program, &plan.shard.command(0, &runtime), &free_bytes(devices, &plan), prefill),
+        Ok(_) => footprint::ask(
+            shard_program,
+            &plan.shard.command(0, &runtime),
+            &free_bytes(devices, &plan),
+            prefill,
+        ),
         Err(error) => Err(error.to_string()),
     };
     let (footprint, unknown) = match asked {
         Ok(footprint) => (Some(footprint), None),
         Err(reason) => (None, Some(reason)),
     };
-    let shards = (0..plan.shard.num_shard)
-        .map(|rank| command(&format!("shard rank {rank}"), shard_program, plan.shard.command(rank, &runtime)));
+    let shards = (0..plan.shard.num_shard).map(|rank| {
+        command(&format!("shard rank {rank}"), shard_program, plan.shard.command(rank, &runtime))
+    });
     let router = command("router", router_program, plan.router.command(&prefix));
+    let findings = preflight::findings(&preflight::look(args, &plan), machine, devices, &plan);
     Ok(Report {
+        findings,
         model: model_report(args, located.as_ref().ok()),
         device: plan.shard.device.name(),
         listen: plan.bind.to_string(),
@@ -218,7 +230,8 @@ fn command(name: &str, program: &Path, invocation: Invocation) -> CommandReport 
         HIDDEN.clone_into(key);
     }
     let shown = |(name, value): (&'static str, OsString)| {
-        let value = if SECRETS.contains(&name) { HIDDEN.into() } else { value.to_string_lossy().into_owned() };
+        let value =
+            if SECRETS.contains(&name) { HIDDEN.into() } else { value.to_string_lossy().into_owned() };
         (name.to_owned(), value)
     };
     CommandReport {

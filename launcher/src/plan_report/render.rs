@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 
 use super::{CommandReport, Report};
 use crate::footprint::{CacheForecast, Footprint, RankFootprint};
+use crate::preflight::Severity;
 
 /// Cells of a bar.
 const BAR: usize = 48;
@@ -26,6 +27,13 @@ pub(super) fn text(report: &Report) -> String {
     if !report.notices.is_empty() {
         line(&mut out, "\nNotices");
         report.notices.iter().for_each(|notice| line(&mut out, &format!("  {notice}")));
+    }
+    if !report.findings.is_empty() {
+        line(&mut out, "\nPreflight, here and now");
+        for finding in &report.findings {
+            let severity = if finding.severity == Severity::Error { "error" } else { "warning" };
+            line(&mut out, &format!("  {severity}: {}", finding.line));
+        }
     }
     line(&mut out, "\nCommands");
     report.commands.iter().for_each(|command| process(&mut out, command));
@@ -53,7 +61,8 @@ fn head(out: &mut String, report: &Report) {
     line(out, &format!("Model    {}{commit}{about}", model.id));
     match &model.root {
         Some(root) => {
-            let files = if model.files == 1 { "1 weight file" } else { &format!("{} weight files", model.files) };
+            let files =
+                if model.files == 1 { "1 weight file" } else { &format!("{} weight files", model.files) };
             line(out, &format!("Files    {root} ({files}, {} MiB)", mebibytes(model.file_bytes)));
         }
         None => line(out, "Files    not on this disk; serving downloads them first"),
@@ -86,7 +95,17 @@ fn table(out: &mut String, rows: &[Vec<String>]) {
 
 fn memory(out: &mut String, report: &Report, footprint: &Footprint) {
     line(out, "\nMemory of each rank in MiB");
-    let heads = ["rank", "device", "free now", "weights", "workspace", "logits", "KV cache", "KV bytes/token", "tokens"];
+    let heads = [
+        "rank",
+        "device",
+        "free now",
+        "weights",
+        "workspace",
+        "logits",
+        "KV cache",
+        "KV bytes/token",
+        "tokens",
+    ];
     let mut rows = vec![heads.map(str::to_owned).to_vec()];
     let mut problems = Vec::new();
     for (rank, part) in footprint.ranks.iter().enumerate() {
@@ -123,9 +142,12 @@ fn memory(out: &mut String, report: &Report, footprint: &Footprint) {
     problems.iter().for_each(|problem| line(out, problem));
 }
 
+/// What a rank has of something that is split.
+type PartOf = fn(&RankFootprint) -> [usize; 2];
+
 fn split(out: &mut String, footprint: &Footprint) {
     line(out, "\nTensor split; each cell of a bar is the number of the rank that has it");
-    let kinds: [(&str, fn(&RankFootprint) -> [usize; 2]); 4] = [
+    let kinds: [(&str, PartOf); 4] = [
         ("query heads", |rank| rank.query_heads),
         ("KV heads", |rank| rank.kv_heads),
         ("feed-forward", |rank| rank.feed_forward),
@@ -163,7 +185,9 @@ fn bar(ranges: &[[usize; 2]]) -> String {
 fn limits(out: &mut String, report: &Report) {
     line(out, "\nLimits in tokens");
     let limits = &report.limits;
-    let shown = |limit: Option<u64>| limit.map_or_else(|| "measured at warm-up".to_owned(), |limit| limit.to_string());
+    let shown = |limit: Option<u64>| {
+        limit.map_or_else(|| "measured at warm-up".to_owned(), |limit| limit.to_string())
+    };
     for (name, limit) in [
         ("prompt (max-input-tokens)", shown(limits.max_input_tokens)),
         ("prompt and answer (max-total-tokens)", shown(limits.max_total_tokens)),
