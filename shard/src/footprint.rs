@@ -143,7 +143,9 @@ mod tests {
 
     #[test]
     fn the_processors_rules_are_its_backends() {
-        let backend = CpuBackend::new(CpuOptions { threads: 1, isa: None }, Box::new(Single)).unwrap();
+        let backend =
+            CpuBackend::new(CpuOptions { threads: 1, isa: None, pin_threads: false }, Box::new(Single))
+                .unwrap();
         let rules = rules(DeviceKind::Cpu);
         for dtype in [DType::F32, DType::F16, DType::BF16] {
             assert_eq!((rules.default_dtype)(dtype), backend.default_dtype(dtype));
