@@ -10,19 +10,24 @@ use launcher::devices::Devices;
 use launcher::env_report::EnvReport;
 use launcher::error::{Failure, LauncherError};
 use launcher::machine::Machine;
-use launcher::plan;
 use launcher::plan_report;
 use launcher::preflight::{self, Severity};
 use launcher::programs::{ROUTER_NAMES, SHARD_NAMES, SearchPath};
 use launcher::startup_ledger::StartupLedger;
 use launcher::supervisor::{Launch, supervise};
+use launcher::{plan, weights};
 use process::{ExitCode, Program, init_logging, max_level};
 
 fn main() -> std::process::ExitCode {
     let ledger = StartupLedger::new(Instant::now());
     let args = Args::parse();
-    if let Some(Command::Plan(plan)) = args.command {
-        return show_plan(*plan);
+    match args.command {
+        Some(Command::Plan(plan)) => return show_plan(*plan),
+        Some(Command::Download(args)) => {
+            init_logging(args.log.settings(Program::Launcher));
+            return exit(weights::download(&args));
+        }
+        None => {}
     }
     let settings = args.log.settings(Program::Launcher);
     let logger_level = max_level(&settings.filter);
@@ -31,7 +36,12 @@ fn main() -> std::process::ExitCode {
         tracing::info!("{}", EnvReport::collect());
     }
     tracing::info!("{args:#?}");
-    match check(args, logger_level, ledger).and_then(run) {
+    exit(check(args, logger_level, ledger).and_then(run))
+}
+
+/// The exit code, after the last words.
+fn exit(outcome: Result<(), Failure>) -> std::process::ExitCode {
+    match outcome {
         Ok(()) => ExitCode::Ok.into(),
         Err(failure) => {
             tracing::error!("{}", failure.reason);
