@@ -8,7 +8,8 @@
 //! - [`supervisor`]: the state machine and the event loop, with [`child`], [`log_relay`], [`readiness`] and [`liveness`] as its
 //!   hands.
 //! - [`orphans`]: what a sub-reaper has to do. [`router_http`]: what is asked of the router.
-//! - [`status`] and [`status_socket`]: what `launcher status` shows. [`startup_ledger`]: where the time went. [`error`]: why it ended. [`env_report`]: `--env`.
+//! - [`plan_report`] and [`footprint`]: `launcher plan`. [`status`] and [`status_socket`]: `launcher status`.
+//! - [`startup_ledger`]: where the time went. [`error`]: why it ended. [`env_report`]: `--env`.
 
 pub mod args;
 pub mod budget;
@@ -17,6 +18,7 @@ pub mod command;
 pub mod devices;
 pub mod env_report;
 pub mod error;
+pub mod footprint;
 pub mod liveness;
 pub mod log_relay;
 pub mod machine;
@@ -24,6 +26,7 @@ pub mod memory;
 pub mod nvml;
 pub mod orphans;
 pub mod plan;
+pub mod plan_report;
 pub mod preflight;
 pub mod programs;
 pub mod readiness;
