@@ -8,7 +8,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use clap::{Parser, ValueEnum};
+use clap::{Parser, Subcommand, ValueEnum};
 
 /// Serves a large language model: plans the memory, starts one shard per device and a router before them, supervises
 /// them, and drains them when it is asked to stop.
@@ -16,8 +16,11 @@ use clap::{Parser, ValueEnum};
 /// Every option can be set by the environment variable shown beside it. A SIGTERM, SIGINT or SIGHUP finishes the running
 /// requests and exits with 0; a second one ends everything now.
 #[derive(Parser, Clone, Debug)]
-#[command(name = "launcher", version, max_term_width = 110)]
+#[command(name = "launcher", version, max_term_width = 110, args_conflicts_with_subcommands = true)]
 pub struct Args {
+    /// What else than serving.
+    #[command(subcommand)]
+    pub command: Option<Command>,
     /// Which model.
     #[command(flatten, next_help_heading = "Model")]
     pub model: ModelArgs,
@@ -45,6 +48,88 @@ pub struct Args {
     /// Variables that have no option in the manual.
     #[command(flatten)]
     pub hidden: HiddenArgs,
+}
+
+/// What else than serving the launcher does.
+#[derive(Subcommand, Clone, Debug)]
+pub enum Command {
+    /// Download a model's files into the cache, or go on with a download that was interrupted, and exit.
+    ///
+    /// Nothing is asked of the network when the model is complete. Exits with 0 when it is.
+    Download(Box<DownloadArgs>),
+    /// Show what serving with the same options would do, and start nothing: devices, memory, tensor split, limits and the
+    /// commands of all processes.
+    ///
+    /// Works without a network, on what is on this disk.
+    Plan(Box<PlanArgs>),
+}
+
+/// What to download to where.
+#[derive(clap::Args, Clone, Debug)]
+pub struct DownloadArgs {
+    /// The model, in place of `--model-id`.
+    #[arg(value_name = "MODEL_ID")]
+    pub model: Option<String>,
+
+    /// The model: a repository on the Hugging Face Hub, such as `HuggingFaceTB/SmolLM2-135M-Instruct`, or one of its
+    /// `.gguf` files, such as `organisation/name/file.gguf`.
+    #[arg(long, env, required_unless_present = "model")]
+    pub model_id: Option<String>,
+
+    /// Commit, branch or `refs/pr/N` of the model on the Hub. Default: the repository's main branch.
+    #[arg(long, env)]
+    pub revision: Option<String>,
+
+    /// Where model files are.
+    #[command(flatten)]
+    pub hub: hub::HubArgs,
+
+    /// Logs.
+    #[command(flatten)]
+    pub log: process::LogArgs,
+}
+
+/// How a plan is shown, and the options of serving.
+#[derive(clap::Args, Clone, Debug)]
+pub struct PlanArgs {
+    /// As one JSON object.
+    #[arg(long)]
+    pub json: bool,
+    /// Which model.
+    #[command(flatten, next_help_heading = "Model")]
+    pub model: ModelArgs,
+    /// On what it runs.
+    #[command(flatten, next_help_heading = "Devices")]
+    pub devices: DeviceArgs,
+    /// How long and how many requests may be.
+    #[command(flatten, next_help_heading = "Limits")]
+    pub limits: LimitArgs,
+    /// Where it is served.
+    #[command(flatten, next_help_heading = "Serving")]
+    pub serving: ServingArgs,
+    /// What is done when a process dies.
+    #[command(flatten, next_help_heading = "Recovery")]
+    pub recovery: RecoveryArgs,
+    /// Features that are switched on by an option.
+    #[command(flatten, next_help_heading = "Features")]
+    pub features: FeatureArgs,
+    /// Where model files are.
+    #[command(flatten, next_help_heading = "Model files")]
+    pub hub: hub::HubArgs,
+    /// Logs.
+    #[command(flatten, next_help_heading = "Logs")]
+    pub log: process::LogArgs,
+    /// Variables that have no option in the manual.
+    #[command(flatten)]
+    pub hidden: HiddenArgs,
+}
+
+impl From<PlanArgs> for Args {
+    fn from(plan: PlanArgs) -> Self {
+        let PlanArgs { json: _, model, devices, limits, serving, recovery, features, hub, log, hidden } =
+            plan;
+        Self { command: None, model, devices, limits, serving, recovery, features, hub, log, hidden }
+    }
 }
 
 /// Which model, in which precision.
@@ -495,6 +580,40 @@ mod tests {
             count += 1;
         }
         assert_eq!(count, 54);
+    }
+
+    #[test]
+    fn a_plan_takes_every_option_of_serving() {
+        let names = |command: &clap::Command| {
+            let mut names: Vec<_> = command.get_arguments().map(|arg| arg.get_id().to_string()).collect();
+            names.retain(|name| name != "json");
+            names.sort();
+            names
+        };
+        let command = Args::command();
+        assert_eq!(names(command.find_subcommand("plan").unwrap()), names(&command));
+        let parsed = Args::parse_from(["launcher", "plan", "--num-shard", "3", "--json"]);
+        let Some(Command::Plan(plan)) = parsed.command else { panic!("a plan") };
+        assert!(plan.json);
+        assert_eq!(Args::from(*plan).devices.num_shard, Some(3));
+        let mixed = Args::try_parse_from(["launcher", "--port", "1", "plan"]);
+        assert_eq!(mixed.unwrap_err().exit_code(), 2);
+    }
+
+    #[test]
+    fn download_takes_the_model_either_way_and_needs_one() {
+        let parse = |args: &[&str]| {
+            let args = Args::try_parse_from([&["launcher", "download"], args].concat())?;
+            let Some(Command::Download(args)) = args.command else { panic!("no download") };
+            Ok::<_, clap::Error>((args.model, args.model_id, args.revision))
+        };
+        let text = |text: &str| Some(text.to_owned());
+        assert_eq!(parse(&["org/a", "--revision", "b"]).unwrap(), (text("org/a"), None, text("b")));
+        assert_eq!(parse(&["--model-id", "org/a"]).unwrap(), (None, text("org/a"), None));
+        assert_eq!(parse(&[]).unwrap_err().exit_code(), 2);
+        // What belongs to serving is no option of a download.
+        assert!(parse(&["org/a", "--port", "80"]).is_err());
+        assert!(Args::try_parse_from(["launcher", "--port", "80", "download", "org/a"]).is_err());
     }
 
     #[test]
