@@ -64,7 +64,7 @@ fn main() -> Result<ExitCode, Failure> {
             steps += found.logits.len();
             differing += alone.logits.iter().zip(&found.logits).filter(|(a, b)| a != b).count();
         }
-        println!("{what}: {} of {steps} logits the same bits", steps - differing);
+        eprintln!("{what}: {} of {steps} logits the same bits", steps - differing);
         is_same &= differing == 0 && steps == all * arguments.tokens;
     }
     Ok(if is_same { ExitCode::SUCCESS } else { ExitCode::FAILURE })

@@ -228,7 +228,9 @@ fn any_order_of_calls_on_a_gpu_gives_every_request_what_the_cpu_gives_it_alone()
     for (seed, graph_batches) in [(1, CudaOptions::default().graph_batches), (2, Vec::new())] {
         let options = CudaOptions { graph_batches, max_step_tokens: 64, ..CudaOptions::default() };
         let on_gpu = load_on(CudaBackend::new(options, Box::new(Single)).unwrap(), &files);
-        let on_cpu = CpuBackend::new(CpuOptions { threads: 1, isa: None }, Box::new(Single)).unwrap();
+        let on_cpu =
+            CpuBackend::new(CpuOptions { threads: 1, isa: None, pin_threads: false }, Box::new(Single))
+                .unwrap();
         let mut reference = load_on(on_cpu, &files);
         reference.allocate_kv_cache(1 + 128 / BLOCK_SIZE).unwrap();
         let mut caller = Caller::new(seed, on_gpu, reference, &files);
