@@ -9,6 +9,7 @@ use super::gemv::Gemvs;
 use super::launch::Queue;
 use super::library::Library;
 use super::module::Module;
+use super::shared_split::REGISTER_ROWS;
 use super::skinny::{Shape, Skinny};
 use super::{CudaBackend, CudaBuffer, CudaLinear, CudaOptions, CudaVector, DeviceFacts};
 use crate::{Activation, BackendError, DType};
@@ -19,8 +20,7 @@ const GEMV_ROWS: usize = 4;
 const LARGE: usize = 50_000_000;
 /// Elements of a weight that only the logits' matrix of a large vocabulary has.
 const HUGE: usize = 1 << 27;
-/// Most rows for which gate, up and activation are one launch, and the same for large weights on Hopper.
-const GATED_FEW_ROWS: usize = 16;
+/// Most rows for which gate, up and activation of a large weight are one launch on Hopper.
 const GATED_SKINNY_ROWS: usize = 32;
 
 /// A way to compute a product.
@@ -155,7 +155,7 @@ impl Matmuls {
         }
         let is_large = task.weight.out_features * task.weight.in_features >= LARGE;
         match &mut self.skinny {
-            _ if task.rows <= GATED_FEW_ROWS => self.few_rows.multiply_gated(queue, task, activation),
+            _ if task.rows <= REGISTER_ROWS => self.few_rows.multiply_gated(queue, task, activation),
             Some(skinny) if is_large && task.rows <= GATED_SKINNY_ROWS => {
                 skinny.multiply_gated(queue, workspace, task, activation)
             }
@@ -163,18 +163,17 @@ impl Matmuls {
         }
     }
 
-    /// The kernel for a product, by what whole steps took (`step_bench`). Alone the kernels for few rows are quicker than the
-    /// library for every weight (`cuda_kernels matmul`); between attention and norms they are so for the largest only. Both
+    /// The kernel for a product, by what whole steps took (`step_bench`) and products alone (`cuda_kernels matmul`). Both
     /// tables are in `shard/kernels/README.md`.
     fn choose(&self, task: Task<'_>, workspace: &DeviceMemory) -> MatmulKernel {
         if task.rows <= GEMV_ROWS && self.gemvs.accepts(task) {
             return MatmulKernel::Gemv;
         }
+        if FewRows::accepts(task) && task.rows <= REGISTER_ROWS {
+            return MatmulKernel::FewRows;
+        }
         if task.weight.out_features * task.weight.in_features < HUGE {
             return MatmulKernel::Library;
-        }
-        if FewRows::accepts(task) && task.rows <= 16 {
-            return MatmulKernel::FewRows;
         }
         let mut skinny = self.skinny_kernels(task, workspace);
         skinny.next().filter(|_| task.rows <= 64).unwrap_or(MatmulKernel::Library)

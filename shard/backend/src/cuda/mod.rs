@@ -30,6 +30,7 @@ mod norm;
 mod operations;
 mod rope;
 mod sampling;
+mod shared_split;
 mod skinny;
 mod step;
 mod tensor_map;
