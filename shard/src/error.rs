@@ -99,10 +99,10 @@ mod tests {
             needed_bytes: 2,
             available_bytes: 1,
         };
-        let fallen_off = BackendError::DeviceLost {
-            device: "GPU 0".to_string(),
-            operation: "decode".to_string(),
-            reason: "ECC".to_string(),
+        let faulty = BackendError::DeviceLost {
+            device: "H100".to_string(),
+            operation: "waiting for a step (last launched: rope)".to_string(),
+            reason: "an illegal memory access".to_string(),
         };
         for (error, code) in [
             (ShardError::Usage(vec!["a".to_string(), "b".to_string()]), ExitCode::Usage),
@@ -110,10 +110,10 @@ mod tests {
             (device().into(), ExitCode::Failure),
             (ShardError::EngineFailed(device().into()), ExitCode::EngineFailed),
             (ShardError::EngineFailed(lost.into()), ExitCode::PeerLost),
+            (ShardError::EngineFailed(faulty.into()), ExitCode::DeviceLost),
             (ShardError::EnginePanicked(String::new()), ExitCode::EngineFailed),
             (ShardError::EngineFailed(too_large().into()), ExitCode::OutOfMemory),
             (ShardError::Backend(too_large()), ExitCode::OutOfMemory),
-            (ShardError::EngineFailed(fallen_off.into()), ExitCode::DeviceLost),
         ] {
             assert_eq!(error.exit_code(), code, "{error}");
         }

@@ -5,6 +5,7 @@ use std::ops::Range;
 use super::driver::DevicePtr;
 use super::graph::{Graph, GraphKey, Plan};
 use super::launch::Mode;
+use super::shared_split;
 use super::{CudaBackend, CudaBuffer, CudaExperts, CudaKvCache, CudaLinear, CudaRope, CudaVector};
 use crate::sampling::{Sampled, SamplingRow};
 use crate::{
@@ -65,7 +66,11 @@ impl Backend for CudaBackend {
     }
 
     fn linear(&self, parts: &[HostMatrix<'_>], dtype: DType) -> Result<CudaLinear, BackendError> {
-        self.with_uploader(|uploader| CudaLinear::new(&self.context, uploader, parts, dtype))
+        let linear = self.with_uploader(|uploader| CudaLinear::new(&self.context, uploader, parts, dtype))?;
+        if self.matmuls.library.prepare(&self.context, &linear)? {
+            self.has_stale_graphs.set(true);
+        }
+        Ok(linear)
     }
 
     fn experts(
@@ -112,7 +117,10 @@ impl Backend for CudaBackend {
         self.finish_uploads()?;
         // The pinned arrays may still be on their way for a step that failed or was not sampled.
         self.queue.wait()?;
-        self.step.upload(self.queue.stream(), step)
+        self.step.upload(self.queue.stream(), step)?;
+        let facts = self.step.facts();
+        self.queue.set_shared_percent(shared_split::percent(facts.num_tokens, facts.is_decode));
+        Ok(())
     }
 
     fn run<E: From<BackendError>>(
