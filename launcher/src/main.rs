@@ -1,9 +1,9 @@
 //! Entry point: parse → plan → supervise → exit code.
 
+use std::io::Write;
 use std::time::Instant;
 
-use clap::Parser;
-use launcher::args::Args;
+use launcher::args::{Args, Command};
 use launcher::devices::Devices;
 use launcher::env_report::EnvReport;
 use launcher::error::{Failure, LauncherError};
@@ -11,12 +11,18 @@ use launcher::machine::Machine;
 use launcher::programs::{ROUTER_NAMES, SHARD_NAMES, SearchPath};
 use launcher::startup_ledger::StartupLedger;
 use launcher::supervisor::{Launch, supervise};
-use launcher::{plan, preflight};
+use launcher::{command_line, manual, plan, preflight};
 use process::{ExitCode, Program, init_logging, max_level};
 
 fn main() -> std::process::ExitCode {
     let ledger = StartupLedger::new(Instant::now());
-    let args = Args::parse();
+    let words: Vec<_> = std::env::args_os().collect();
+    let args = command_line::parse(&words).unwrap_or_else(|error| error.exit());
+    match &args.command {
+        Some(Command::Completions { shell }) => return print(Ok(manual::completions(*shell))),
+        Some(Command::Man) => return print(manual::page()),
+        None => {}
+    }
     let settings = args.log.settings(Program::Launcher);
     let logger_level = max_level(&settings.filter);
     init_logging(settings);
@@ -31,6 +37,14 @@ fn main() -> std::process::ExitCode {
             eprintln!("{}\n{}", failure.reason, failure.stderr_line());
             failure.exit_code().into()
         }
+    }
+}
+
+/// Writes `text` to standard output; a reader that has gone is a failure without words.
+fn print(text: std::io::Result<Vec<u8>>) -> std::process::ExitCode {
+    match text.and_then(|text| std::io::stdout().write_all(&text)) {
+        Ok(()) => ExitCode::Ok.into(),
+        Err(_) => ExitCode::Failure.into(),
     }
 }
 
