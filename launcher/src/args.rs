@@ -55,6 +55,10 @@ pub struct Args {
 /// What else than serving the launcher does.
 #[derive(Subcommand, Clone, Debug)]
 pub enum Command {
+    /// Download a model's files into the cache, or go on with a download that was interrupted, and exit.
+    ///
+    /// Nothing is asked of the network when the model is complete. Exits with 0 when it is.
+    Download(Box<DownloadArgs>),
     /// Print the completions of a shell, such as `launcher completions bash > /etc/bash_completion.d/launcher`.
     Completions {
         /// Which shell.
@@ -62,6 +66,31 @@ pub enum Command {
     },
     /// Print the manual page, to be read with `launcher man | man -l -`.
     Man,
+}
+
+/// What to download to where.
+#[derive(clap::Args, Clone, Debug)]
+pub struct DownloadArgs {
+    /// The model, in place of `--model-id`.
+    #[arg(value_name = "MODEL_ID")]
+    pub model: Option<String>,
+
+    /// The model: a repository on the Hugging Face Hub, such as `HuggingFaceTB/SmolLM2-135M-Instruct`, or one of its
+    /// `.gguf` files, such as `organisation/name/file.gguf`.
+    #[arg(long, env, required_unless_present = "model")]
+    pub model_id: Option<String>,
+
+    /// Commit, branch or `refs/pr/N` of the model on the Hub. Default: the repository's main branch.
+    #[arg(long, env)]
+    pub revision: Option<String>,
+
+    /// Where model files are.
+    #[command(flatten)]
+    pub hub: hub::HubArgs,
+
+    /// Logs.
+    #[command(flatten)]
+    pub log: process::LogArgs,
 }
 
 impl Args {
@@ -462,6 +491,22 @@ mod tests {
         assert_eq!((args.model.revision, args.serving.otlp_endpoint), (None, None));
         assert_eq!(args.serving.ngrok_authtoken, None);
         assert!(args.serving.api_key.is_some());
+    }
+
+    #[test]
+    fn download_takes_the_model_either_way_and_needs_one() {
+        let parse = |args: &[&str]| {
+            let args = Args::try_parse_from([&["launcher", "download"], args].concat())?;
+            let Some(Command::Download(args)) = args.command else { panic!("no download") };
+            Ok::<_, clap::Error>((args.model, args.model_id, args.revision))
+        };
+        let text = |text: &str| Some(text.to_owned());
+        assert_eq!(parse(&["org/a", "--revision", "b"]).unwrap(), (text("org/a"), None, text("b")));
+        assert_eq!(parse(&["--model-id", "org/a"]).unwrap(), (None, text("org/a"), None));
+        assert_eq!(parse(&[]).unwrap_err().exit_code(), 2);
+        // What belongs to serving is no option of a download.
+        assert!(parse(&["org/a", "--port", "80"]).is_err());
+        assert!(Args::try_parse_from(["launcher", "--port", "80", "download", "org/a"]).is_err());
     }
 
     #[test]

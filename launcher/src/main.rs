@@ -11,7 +11,7 @@ use launcher::machine::Machine;
 use launcher::programs::{ROUTER_NAMES, SHARD_NAMES, SearchPath};
 use launcher::startup_ledger::StartupLedger;
 use launcher::supervisor::{Launch, supervise};
-use launcher::{command_line, manual, plan, preflight};
+use launcher::{command_line, manual, plan, preflight, weights};
 use process::{ExitCode, Program, init_logging, max_level};
 
 fn main() -> std::process::ExitCode {
@@ -19,6 +19,10 @@ fn main() -> std::process::ExitCode {
     let words: Vec<_> = std::env::args_os().collect();
     let args = command_line::parse(&words).unwrap_or_else(|error| error.exit());
     match &args.command {
+        Some(Command::Download(args)) => {
+            init_logging(args.log.settings(Program::Launcher));
+            return exit(weights::download(args));
+        }
         Some(Command::Completions { shell }) => return print(Ok(manual::completions(*shell))),
         Some(Command::Man) => return print(manual::page()),
         None => {}
@@ -30,7 +34,12 @@ fn main() -> std::process::ExitCode {
         tracing::info!("{}", EnvReport::collect());
     }
     tracing::info!("{args:#?}");
-    match check(args, logger_level, ledger).and_then(run) {
+    exit(check(args, logger_level, ledger).and_then(run))
+}
+
+/// The exit code, after the last words.
+fn exit(outcome: Result<(), Failure>) -> std::process::ExitCode {
+    match outcome {
         Ok(()) => ExitCode::Ok.into(),
         Err(failure) => {
             tracing::error!("{}", failure.reason);
