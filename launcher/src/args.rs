@@ -59,6 +59,11 @@ pub enum Command {
     ///
     /// Nothing is asked of the network when the model is complete. Exits with 0 when it is.
     Download(Box<DownloadArgs>),
+    /// Show what serving with the same options would do, and start nothing: devices, memory, tensor split, limits and the
+    /// commands of all processes.
+    ///
+    /// Works without a network, on what is on this disk.
+    Plan(Box<PlanArgs>),
     /// Print the completions of a shell, such as `launcher completions bash > /etc/bash_completion.d/launcher`.
     Completions {
         /// Which shell.
@@ -112,6 +117,49 @@ impl Args {
         self.serving.ngrok_authtoken.take_if(|token| token.expose().is_empty());
         self.serving.cors_allow_origin.retain(|origin| !origin.is_empty());
         self
+    }
+}
+
+/// How a plan is shown, and the options of serving.
+#[derive(clap::Args, Clone, Debug)]
+pub struct PlanArgs {
+    /// As one JSON object.
+    #[arg(long)]
+    pub json: bool,
+    /// Which model.
+    #[command(flatten, next_help_heading = "Model")]
+    pub model: ModelArgs,
+    /// On what it runs.
+    #[command(flatten, next_help_heading = "Devices")]
+    pub devices: DeviceArgs,
+    /// How long and how many requests may be.
+    #[command(flatten, next_help_heading = "Limits")]
+    pub limits: LimitArgs,
+    /// Where it is served.
+    #[command(flatten, next_help_heading = "Serving")]
+    pub serving: ServingArgs,
+    /// What is done when a process dies.
+    #[command(flatten, next_help_heading = "Recovery")]
+    pub recovery: RecoveryArgs,
+    /// Features that are switched on by an option.
+    #[command(flatten, next_help_heading = "Features")]
+    pub features: FeatureArgs,
+    /// Where model files are.
+    #[command(flatten, next_help_heading = "Model files")]
+    pub hub: hub::HubArgs,
+    /// Logs.
+    #[command(flatten, next_help_heading = "Logs")]
+    pub log: process::LogArgs,
+    /// Variables that have no option in the manual.
+    #[command(flatten)]
+    pub hidden: HiddenArgs,
+}
+
+impl From<PlanArgs> for Args {
+    fn from(plan: PlanArgs) -> Self {
+        let PlanArgs { json: _, model, devices, limits, serving, recovery, features, hub, log, hidden } =
+            plan;
+        Self { command: None, model, devices, limits, serving, recovery, features, hub, log, hidden }
     }
 }
 
@@ -491,6 +539,24 @@ mod tests {
         assert_eq!((args.model.revision, args.serving.otlp_endpoint), (None, None));
         assert_eq!(args.serving.ngrok_authtoken, None);
         assert!(args.serving.api_key.is_some());
+    }
+
+    #[test]
+    fn a_plan_takes_every_option_of_serving() {
+        let names = |command: &clap::Command| {
+            let mut names: Vec<_> = command.get_arguments().map(|arg| arg.get_id().to_string()).collect();
+            names.retain(|name| name != "json");
+            names.sort();
+            names
+        };
+        let command = Args::command();
+        assert_eq!(names(command.find_subcommand("plan").unwrap()), names(&command));
+        let parsed = Args::parse_from(["launcher", "plan", "--num-shard", "3", "--json"]);
+        let Some(Command::Plan(plan)) = parsed.command else { panic!("a plan") };
+        assert!(plan.json);
+        assert_eq!(Args::from(*plan).devices.num_shard, Some(3));
+        let mixed = Args::try_parse_from(["launcher", "--port", "1", "plan"]);
+        assert_eq!(mixed.unwrap_err().exit_code(), 2);
     }
 
     #[test]

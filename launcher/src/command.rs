@@ -190,6 +190,11 @@ impl RouterSpec {
         Self { args: args.clone(), max_input_tokens, max_batch_prefill_tokens }
     }
 
+    /// The most prompt tokens of one step.
+    pub fn max_batch_prefill_tokens(&self) -> u32 {
+        self.max_batch_prefill_tokens
+    }
+
     /// The router's command; the shards' sockets are `UDS_PREFIX-RANK`.
     pub fn command(&self, uds_prefix: &str) -> Invocation {
         let mut command = Invocation::default();

@@ -8,6 +8,7 @@
 //! - [`weights`]: the model's files. [`runtime_dir`]: where the sockets live. [`command`]: the children's command lines.
 //! - [`supervisor`]: the state machine and the event loop, with [`child`], [`log_relay`], [`readiness`] and [`liveness`] as its
 //!   hands.
+//! - [`plan_report`] and [`footprint`]: `launcher plan`.
 //! - [`startup_ledger`]: where the time went. [`error`]: why it ended. [`env_report`]: `--env`.
 
 pub mod args;
@@ -18,6 +19,7 @@ pub mod command_line;
 pub mod devices;
 pub mod env_report;
 pub mod error;
+pub mod footprint;
 pub mod liveness;
 pub mod log_relay;
 pub mod machine;
@@ -25,6 +27,7 @@ pub mod manual;
 pub mod memory;
 pub mod nvml;
 pub mod plan;
+pub mod plan_report;
 pub mod preflight;
 pub mod programs;
 pub mod readiness;

@@ -13,11 +13,18 @@ use crate::ledger::Ledger;
 use crate::settings::{DeviceKind, ServeSettings};
 
 /// Tokens of a KV block; what upstream's paged attention uses.
-const BLOCK_SIZE: usize = 16;
+pub(crate) const BLOCK_SIZE: usize = 16;
 
 /// Rows whose logits exist at a time on a GPU: as many sequences as it decodes well together.
-#[cfg(feature = "cuda")]
-const CUDA_ROWS_SAMPLED: usize = 256;
+pub(crate) const CUDA_ROWS_SAMPLED: usize = 256;
+
+/// The most tokens of a step on a GPU.
+pub(crate) fn cuda_step_tokens() -> usize {
+    #[cfg(feature = "cuda")]
+    return CudaOptions::default().max_step_tokens;
+    #[cfg(not(feature = "cuda"))]
+    0
+}
 
 /// GPU architectures this program has kernels for.
 pub(crate) fn architectures() -> &'static [&'static str] {
