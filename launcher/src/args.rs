@@ -221,6 +221,11 @@ pub struct DeviceArgs {
     #[arg(long, env = "QUARTET_THREADS")]
     pub threads: Option<usize>,
 
+    /// A request gets the same tokens whatever is computed beside it, bit for bit: on CUDA, at the cost of speed. On the CPU
+    /// results alone and in a batch agree to rounding, and this is refused.
+    #[arg(long, env = "QUARTET_DETERMINISTIC")]
+    pub deterministic: bool,
+
     /// Whether the model is split over several devices: `true` (all visible ones, unless `--num-shard` says how many) or
     /// `false`. Default: what `--num-shard` says.
     #[arg(long, env)]

@@ -109,6 +109,9 @@ impl ShardSpec {
         command.set("QUARTET_INSTANCE_ID", runtime.instance_id.as_str());
         command.set_if_some("QUARTET_LIFELINE_FD", &runtime.lifeline_fd);
         command.set_if_some("QUARTET_THREADS", &self.args.devices.threads);
+        if self.args.devices.deterministic {
+            command.set("QUARTET_DETERMINISTIC", "true");
+        }
         command
     }
 

@@ -138,6 +138,10 @@ pub struct QuartetArgs {
     #[arg(long, env = "QUARTET_CUDA_ORDINAL", hide_env = true)]
     pub cuda_ordinal: Option<String>,
 
+    /// The same bits for a request whatever else is computed beside it, at the cost of speed; on CUDA
+    #[arg(long, env = "QUARTET_DETERMINISTIC", hide_env = true)]
+    pub deterministic: bool,
+
     /// Number of an open pipe whose end tells that the launcher is gone
     #[arg(long, env = "QUARTET_LIFELINE_FD", hide_env = true)]
     pub lifeline_fd: Option<String>,

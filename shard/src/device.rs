@@ -49,6 +49,7 @@ pub(crate) fn load_model(
         other => other,
     };
     let options = load_options(settings);
+    check_deterministic(settings.is_deterministic, device)?;
     if device != DeviceKind::Cuda {
         let backend = CpuBackend::new(
             CpuOptions { threads: settings.threads, isa: None, pin_threads: true },
@@ -61,10 +62,16 @@ pub(crate) fn load_model(
         let mut cuda = CudaOptions {
             ordinal: settings.cuda_ordinal,
             loader_threads: settings.threads,
+            is_deterministic: settings.is_deterministic,
             ..CudaOptions::default()
         };
         if let Some(sizes) = &settings.cuda_graphs {
             cuda.graph_batches.clone_from(sizes);
+        }
+        if settings.world_size > 1 {
+            tracing::warn!(
+                "ranks add up their parts through the host's memory, which is slow: NCCL is not used"
+            );
         }
         let options = LoadOptions { max_rows_sampled: CUDA_ROWS_SAMPLED, ..options };
         load(CudaBackend::new(cuda, communicator)?, files, &options, ledger)
@@ -75,6 +82,18 @@ pub(crate) fn load_model(
         reason: "this program was built without its feature `cuda`; use --device cpu".to_owned(),
     }
     .into())
+}
+
+/// Refuses `--deterministic` where it is not kept.
+fn check_deterministic(is_wanted: bool, device: DeviceKind) -> Result<(), ShardError> {
+    if !is_wanted || device == DeviceKind::Cuda {
+        return Ok(());
+    }
+    Err(ShardError::Usage(vec![
+        "--deterministic is kept on CUDA only: on the CPU a request alone and in a batch agree to rounding; leave it out, or use \
+         --device cuda"
+            .to_owned(),
+    ]))
 }
 
 /// The device of `--device auto`, and why in the log.
@@ -119,4 +138,25 @@ fn load<B: Backend>(
     let model = models::load(backend, files, options)?;
     ledger.end_phase("weights");
     Ok(Box::new(model))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_deterministic_does_not_say_so() {
+        for (is_wanted, device, is_accepted) in [
+            (false, DeviceKind::Cpu, true),
+            (false, DeviceKind::Cuda, true),
+            (true, DeviceKind::Cuda, true),
+            (true, DeviceKind::Cpu, false),
+        ] {
+            let answer = check_deterministic(is_wanted, device);
+            assert_eq!(answer.is_ok(), is_accepted, "{answer:?}");
+            if let Err(error) = answer {
+                assert!(error.to_string().contains("leave it out, or use --device cuda"), "{error}");
+            }
+        }
+    }
 }

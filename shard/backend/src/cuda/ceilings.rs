@@ -93,6 +93,18 @@ impl CudaBackend {
         })
     }
 
+    /// Launches a kernel that goes wrong and waits for it, for tests of what is said then. This process has no use of the
+    /// device afterwards.
+    ///
+    /// # Errors
+    /// [`BackendError::DeviceLost`].
+    pub fn provoke_fault(&mut self) -> Result<(), BackendError> {
+        self.context.make_current()?;
+        let function = Module::load(&self.context, "ceiling")?.function("fault")?;
+        self.queue.launch(&Launch { function, grid: [1; 3], block: 32, shared_bytes: 0 }, args![])?;
+        self.queue.wait()
+    }
+
     fn measure_reading(&self, module: &Module) -> Result<f64, BackendError> {
         let data = DeviceMemory::new(&self.context, READ_BYTES, "measuring")?;
         self.fill(module, &data)?;

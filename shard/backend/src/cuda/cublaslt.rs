@@ -6,6 +6,7 @@ use std::mem;
 use std::ptr;
 
 use cudarc::cublaslt::sys as lt;
+use lt::cublasLtMatmulDescAttributes_t as Description;
 use lt::cublasLtMatmulPreferenceAttributes_t as Attribute;
 
 use super::driver::{DevicePtr, Stream};
@@ -31,8 +32,10 @@ pub(super) struct Product {
     pub(super) weight_stride: usize,
     /// Of weight and activations.
     pub(super) dtype: DType,
-    /// Of the result.
+    /// Of the result, and of a bias.
     pub(super) out_dtype: DType,
+    /// A bias of each output is added before the result is rounded.
+    pub(super) has_bias: bool,
 }
 
 /// Where its matrices are.
@@ -40,6 +43,8 @@ pub(super) struct Product {
 pub(super) struct Operands {
     pub(super) x: DevicePtr,
     pub(super) weight: DevicePtr,
+    /// Zero: none.
+    pub(super) bias: DevicePtr,
     pub(super) out: DevicePtr,
 }
 
@@ -100,6 +105,19 @@ unsafe fn set<T>(
     check("planning", status)
 }
 
+/// Says more about a product. The library refuses a value of another size than the attribute's.
+fn describe<T>(
+    product: lt::cublasLtMatmulDesc_t,
+    attribute: Description,
+    value: &T,
+) -> Result<(), BackendError> {
+    // SAFETY: the library copies as many bytes.
+    let status = unsafe {
+        lt::cublasLtMatmulDescSetAttribute(product, attribute, ptr::from_ref(value).cast(), size_of::<T>())
+    };
+    check("describing a product", status)
+}
+
 impl CublasLt {
     /// Opens the library.
     ///
@@ -136,34 +154,14 @@ impl CublasLt {
             if self.plans.len() >= MAX_PLANS {
                 self.plans.clear();
             }
-            let plan = Plan::new(self.handle, product)?;
+            let plan = Plan::new(self.handle, product, operands.bias)?;
             self.plans.insert(product, plan);
         }
         let plan = &self.plans[&product];
-        let (one, zero) = (1.0_f32, 0.0_f32);
-        // SAFETY: the descriptors fit the matrices, which the caller vouches for; the workspace is used by one operation at a
-        // time.
-        let status = unsafe {
-            lt::cublasLtMatmul(
-                self.handle,
-                plan.product,
-                ptr::from_ref(&one).cast(),
-                operands.weight as *const c_void,
-                plan.weight,
-                operands.x as *const c_void,
-                plan.x,
-                ptr::from_ref(&zero).cast(),
-                operands.out as *const c_void,
-                plan.out,
-                operands.out as *mut c_void,
-                plan.out,
-                &raw const plan.algorithm,
-                workspace as *mut c_void,
-                WORKSPACE_BYTES,
-                stream.raw().cast(),
-            )
-        };
-        check("multiplying", status)
+        if product.has_bias {
+            plan.set_bias(operands.bias)?;
+        }
+        plan.launch(self.handle, (stream, workspace), operands)
     }
 }
 
@@ -178,8 +176,8 @@ impl Drop for CublasLt {
 impl Plan {
     /// Row-major matrices are the library's column-major ones transposed: `out^T = weight x^T`, with the weight's rows as its
     /// columns.
-    fn new(handle: lt::cublasLtHandle_t, product: Product) -> Result<Self, BackendError> {
-        let Product { rows, outputs, inputs, weight_stride, dtype, out_dtype } = product;
+    fn new(handle: lt::cublasLtHandle_t, product: Product, bias: DevicePtr) -> Result<Self, BackendError> {
+        let Product { rows, outputs, inputs, weight_stride, dtype, out_dtype, has_bias } = product;
         let layout = |dtype, rows: usize, cols: usize, stride: usize| {
             let mut layout = ptr::null_mut();
             // SAFETY: a place for a handle.
@@ -204,22 +202,20 @@ impl Plan {
             )
         })?;
         // CUBLAS_OP_T, which the bindings of this library lack.
-        let transposed = 1_i32;
-        // SAFETY: the attribute is of this size.
-        check("describing a product", unsafe {
-            lt::cublasLtMatmulDescSetAttribute(
-                description,
-                lt::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA,
-                ptr::from_ref(&transposed).cast(),
-                size_of_val(&transposed),
-            )
-        })?;
+        describe(description, Description::CUBLASLT_MATMUL_DESC_TRANSA, &1_i32)?;
+        if has_bias {
+            let added = lt::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS as u32;
+            describe(description, Description::CUBLASLT_MATMUL_DESC_EPILOGUE, &added)?;
+        }
         let weight = layout(dtype, inputs, outputs, weight_stride)?;
         let x = layout(dtype, inputs, rows, inputs)?;
         let out = layout(out_dtype, outputs, rows, outputs)?;
         // SAFETY: plain data that `choose` fills.
         let algorithm = unsafe { mem::zeroed() };
         let mut plan = Self { product: description, weight, x, out, algorithm };
+        if has_bias {
+            plan.set_bias(bias)?;
+        }
         plan.choose(handle).map_err(|error| BackendError::Device {
             operation: format!("planning {product:?}"),
             reason: error.to_string(),
@@ -227,11 +223,49 @@ impl Plan {
         Ok(plan)
     }
 
-    /// Takes the algorithm that the library thinks best.
+    /// Where the bias is.
+    fn set_bias(&self, bias: DevicePtr) -> Result<(), BackendError> {
+        describe(self.product, Description::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias)
+    }
+
+    /// Launches it.
+    fn launch(
+        &self,
+        handle: lt::cublasLtHandle_t,
+        (stream, workspace): (&Stream, DevicePtr),
+        operands: Operands,
+    ) -> Result<(), BackendError> {
+        let (one, zero) = (1.0_f32, 0.0_f32);
+        // SAFETY: the descriptors fit the matrices, which the caller vouches for; the workspace is used by one operation at a
+        // time.
+        let status = unsafe {
+            lt::cublasLtMatmul(
+                handle,
+                self.product,
+                ptr::from_ref(&one).cast(),
+                operands.weight as *const c_void,
+                self.weight,
+                operands.x as *const c_void,
+                self.x,
+                ptr::from_ref(&zero).cast(),
+                operands.out as *const c_void,
+                self.out,
+                operands.out as *mut c_void,
+                self.out,
+                &raw const self.algorithm,
+                workspace as *mut c_void,
+                WORKSPACE_BYTES,
+                stream.raw().cast(),
+            )
+        };
+        check("multiplying", status)
+    }
+
+    /// Takes the algorithm that the library thinks best: timing eight of them at the shapes of prompts gained nothing.
     fn choose(&mut self, handle: lt::cublasLtHandle_t) -> Result<(), BackendError> {
         let mut preference = ptr::null_mut();
         let mut count = 0;
-        // SAFETY: places for what the library makes; the attribute is of this size.
+        // SAFETY: places for what the library makes; the attributes are of these types.
         unsafe {
             // What it may assume of addresses: buffers begin at multiples of 256.
             check("planning", lt::cublasLtMatmulPreferenceCreate(&raw mut preference))?;

@@ -81,17 +81,20 @@ impl Queue {
     /// # Errors
     /// [`BackendError::DeviceLost`]: whatever was launched went wrong, here or in the hardware.
     pub(crate) fn wait(&self) -> Result<(), BackendError> {
-        self.stream.synchronize(PATIENCE).map_err(|error| {
-            let reason = match error {
-                BackendError::Device { reason, .. } => reason,
-                other => other.to_string(),
-            };
-            BackendError::DeviceLost {
-                device: self.device.clone(),
-                operation: format!("waiting for a step (last launched: {})", self.last_kernel()),
-                reason,
-            }
-        })
+        self.stream.synchronize(PATIENCE).map_err(|error| self.lost("waiting for a step", error))
+    }
+
+    /// The error of a device that is of no use any more.
+    fn lost(&self, operation: &str, error: BackendError) -> BackendError {
+        let reason = match error {
+            BackendError::Device { reason, .. } | BackendError::DeviceLost { reason, .. } => reason,
+            other => other.to_string(),
+        };
+        BackendError::DeviceLost {
+            device: self.device.clone(),
+            operation: format!("{operation} (last launched: {})", self.last_kernel()),
+            reason,
+        }
     }
 
     /// Name of the kernel that was launched last, recorded ones aside.
@@ -147,8 +150,13 @@ impl Queue {
         let code = unsafe {
             sys::cuLaunchKernelEx(&raw const config, launch.function.raw, args.as_mut_ptr(), ptr::null_mut())
         };
+        let launched = check("launching a kernel", code).map_err(|error| match error {
+            // An earlier one went wrong.
+            BackendError::DeviceLost { .. } => self.lost("launching a kernel", error),
+            other => other,
+        });
         self.last.set(launch.function.raw);
-        check("launching a kernel", code)
+        launched
     }
 
     /// Copies within the device, unless dry.

@@ -2,18 +2,17 @@
 
 use std::sync::Arc;
 
-use super::cublaslt::{CublasLt, Operands, Product, WORKSPACE_BYTES};
 use super::driver::{Context, DeviceMemory, DevicePtr};
 use super::elementwise::activation_number;
 use super::few_rows::FewRows;
 use super::gemv::Gemvs;
-use super::launch::{Launch, Queue, args};
-use super::module::{ByType, ByTypes, Module};
+use super::launch::Queue;
+use super::library::Library;
+use super::module::Module;
 use super::skinny::{Shape, Skinny};
-use super::{CudaBackend, CudaBuffer, CudaLinear, CudaVector, DeviceFacts};
+use super::{CudaBackend, CudaBuffer, CudaLinear, CudaOptions, CudaVector, DeviceFacts};
 use crate::{Activation, BackendError, DType};
 
-const THREADS: u32 = 256;
 /// Most rows for which a warp an output is quicker than tensor cores.
 const GEMV_ROWS: usize = 4;
 /// Elements of a weight from which on reading it takes longer than putting shared tiles together.
@@ -63,35 +62,27 @@ pub(super) fn out_type(dtype: DType) -> i32 {
     }
 }
 
-/// From the activations' type to the weight's.
-const CONVERSIONS: [(DType, DType); 4] = [
-    (DType::F32, DType::BF16),
-    (DType::F32, DType::F16),
-    (DType::BF16, DType::F32),
-    (DType::F16, DType::F32),
-];
-
 /// Kernels and library.
 pub(super) struct Matmuls {
-    library: CublasLt,
+    pub(super) library: Library,
     skinny: Option<Skinny>,
     gemvs: Gemvs,
     few_rows: FewRows,
-    add_bias: ByType,
-    convert: ByTypes,
 }
 
 impl Matmuls {
     /// Loads them.
-    pub(super) fn load(context: &Arc<Context>, facts: DeviceFacts) -> Result<Self, BackendError> {
+    pub(super) fn load(
+        context: &Arc<Context>,
+        facts: DeviceFacts,
+        options: &CudaOptions,
+    ) -> Result<Self, BackendError> {
         let module = Module::load(context, "matmul")?;
         Ok(Self {
-            library: CublasLt::open()?,
+            library: Library::load(&module, options)?,
             skinny: Skinny::load(context, facts)?,
             gemvs: Gemvs::load(context)?,
             few_rows: FewRows::load(context)?,
-            add_bias: module.by_type("add_bias")?,
-            convert: module.by_types("convert", &CONVERSIONS)?,
         })
     }
 
@@ -116,9 +107,8 @@ impl Matmuls {
         if queue.is_dry() || x.rows() == 0 {
             return Ok(());
         }
-        if x.dtype() != weight.dtype {
-            self.multiply_converted(queue, workspace, x, weight, out)?;
-            return self.add_bias(queue, bias, out);
+        if x.dtype() != weight.dtype || self.library.is_deterministic() {
+            return self.library.multiply(queue, workspace, x, (weight, bias), out);
         }
         let kernel = self.choose(task(x, (weight, bias), out), workspace);
         self.multiply((queue, workspace), kernel, (x, weight, bias), out)
@@ -143,6 +133,9 @@ impl Matmuls {
             out.width()
         );
         out.resize(x.rows());
+        if self.library.is_deterministic() {
+            return Ok(false);
+        }
         let activation = activation_number(activation);
         if x.rows() > GEMV_ROWS && x.dtype() == weight.dtype && out.dtype() == weight.dtype {
             let task = task(x, (weight, bias), out);
@@ -218,61 +211,8 @@ impl Matmuls {
             }
             (MatmulKernel::FewRows, _) => self.few_rows.multiply(queue, task).map(|_| ()),
             (MatmulKernel::Gemv, _) => self.gemvs.multiply(queue, x, (weight, bias), out).map(|_| ()),
-            _ => {
-                let operands = Operands { x: task.x, weight: weight.ptr(), out: task.out };
-                let product = product(task.rows, weight, task.out_dtype);
-                self.library.multiply(queue.stream(), workspace.ptr(), product, operands)?;
-                self.add_bias(queue, bias, out)
-            }
+            _ => self.library.multiply(queue, workspace, x, (weight, bias), out),
         }
-    }
-
-    /// A product of activations of another type than the weight's: a router's weight is float32, and so is the residual stream,
-    /// which some families multiply as it is. They are converted at the end of the workspace, some rows at a time.
-    fn multiply_converted(
-        &mut self,
-        queue: &Queue,
-        workspace: &DeviceMemory,
-        x: &CudaBuffer,
-        weight: &CudaLinear,
-        out: &CudaBuffer,
-    ) -> Result<(), BackendError> {
-        let operands = Operands { x: x.ptr(), weight: weight.ptr(), out: out.ptr() };
-        let product = product(x.rows(), weight, out.dtype());
-        let function = self.convert.of(x.dtype(), product.dtype)?;
-        let row_bytes = product.inputs * product.dtype.size_bytes();
-        let rows_at_once = ((workspace.bytes() - WORKSPACE_BYTES) / row_bytes).max(1);
-        for first in (0..product.rows).step_by(rows_at_once) {
-            let rows = rows_at_once.min(product.rows - first);
-            let from = x.ptr() + (first * product.inputs * x.dtype().size_bytes()) as u64;
-            let (converted, count) =
-                (workspace.ptr() + WORKSPACE_BYTES as u64, (rows * product.inputs) as i64);
-            let blocks = (count as usize).div_ceil(THREADS as usize).min(4096) as u32;
-            let launch = Launch { function, grid: [blocks, 1, 1], block: THREADS, shared_bytes: 0 };
-            queue.launch(&launch, args![from, converted, count])?;
-            let out = operands.out + (first * product.outputs * product.out_dtype.size_bytes()) as u64;
-            let operands = Operands { x: converted, out, ..operands };
-            let product = Product { rows, ..product };
-            self.library.multiply(queue.stream(), workspace.ptr(), product, operands)?;
-        }
-        Ok(())
-    }
-
-    fn add_bias(
-        &self,
-        queue: &Queue,
-        bias: Option<&CudaVector>,
-        out: &CudaBuffer,
-    ) -> Result<(), BackendError> {
-        let Some(bias) = bias else { return Ok(()) };
-        let (to, from, rows, width) = (out.ptr(), bias.ptr(), out.rows() as i32, out.width() as i32);
-        let launch = Launch {
-            function: self.add_bias.of(out.dtype()),
-            grid: [(out.width() as u32).div_ceil(THREADS), (out.rows() as u32).min(1024), 1],
-            block: THREADS,
-            shared_bytes: 0,
-        };
-        queue.launch(&launch, args![to, from, rows, width])
     }
 }
 
@@ -292,17 +232,6 @@ fn task<'a>(
         out: out.ptr(),
         rows: x.rows(),
         out_dtype: out.dtype(),
-    }
-}
-
-fn product(rows: usize, weight: &CudaLinear, out_dtype: DType) -> Product {
-    Product {
-        rows,
-        outputs: weight.out_features,
-        inputs: weight.in_features,
-        weight_stride: weight.row_stride,
-        dtype: weight.dtype,
-        out_dtype,
     }
 }
 

@@ -65,7 +65,11 @@ impl Backend for CudaBackend {
     }
 
     fn linear(&self, parts: &[HostMatrix<'_>], dtype: DType) -> Result<CudaLinear, BackendError> {
-        self.with_uploader(|uploader| CudaLinear::new(&self.context, uploader, parts, dtype))
+        let linear = self.with_uploader(|uploader| CudaLinear::new(&self.context, uploader, parts, dtype))?;
+        if self.matmuls.library.prepare(&self.context, &linear)? {
+            self.has_stale_graphs.set(true);
+        }
+        Ok(linear)
     }
 
     fn experts(

@@ -6,8 +6,12 @@
 mod activation;
 mod attention;
 mod cases;
+#[cfg(feature = "cuda")]
+mod deterministic;
 mod embedding;
 mod experts;
+#[cfg(feature = "cuda")]
+mod faults;
 mod heads;
 mod many_rows;
 mod matmul;

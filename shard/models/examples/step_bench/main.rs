@@ -1,6 +1,6 @@
 //! How long the steps of a model take on a GPU, beside what the hardware allows.
 //!
-//!     cargo run --release -p models --features cuda --example step_bench -- MODEL_DIR [--context N] [--steps N] [--decode 1,8,32] [--prefill 1x128,8x2048] [--json FILE]
+//!     cargo run --release -p models --features cuda --example step_bench -- MODEL_DIR [--context N] [--steps N] [--decode 1,8,32] [--prefill 1x128,8x2048] [--deterministic] [--json FILE]
 //!
 //! A step is everything the engine does with a model: inputs up, all layers, logits, a token chosen for each sequence and
 //! brought back. Floor: the bytes it must read (weights, and the keys and values of the context) over the read bandwidth, or
@@ -18,7 +18,7 @@ use models::{CausalLm, Decoder, LoadOptions, decoder_spec, load};
 
 type Failure = Box<dyn Error + Send + Sync>;
 
-const USAGE: &str = "usage: step_bench MODEL_DIR [--context N] [--steps N] [--decode 1,8,32] [--prefill 1x128,8x2048] [--json FILE]";
+const USAGE: &str = "usage: step_bench MODEL_DIR [--context N] [--steps N] [--decode 1,8,32] [--prefill 1x128,8x2048] [--deterministic] [--json FILE]";
 const BLOCK_SIZE: usize = 16;
 const GREEDY: SamplingParams = SamplingParams {
     temperature: 1.0,
@@ -37,13 +37,16 @@ struct Arguments {
     steps: usize,
     decode: Vec<usize>,
     prefill: Vec<(usize, usize)>,
+    /// Batch-invariant arithmetic.
+    is_deterministic: bool,
     json: Option<String>,
 }
 
 fn main() -> Result<(), Failure> {
     let arguments = parse_arguments()?;
     let begin = Instant::now();
-    let mut backend = CudaBackend::new(CudaOptions::default(), Box::new(Single))?;
+    let options = CudaOptions { is_deterministic: arguments.is_deterministic, ..CudaOptions::default() };
+    let mut backend = CudaBackend::new(options, Box::new(Single))?;
     let opened = begin.elapsed().as_secs_f64();
     let ceilings = backend.measure_ceilings()?;
     println!(
@@ -261,12 +264,17 @@ fn parse_arguments() -> Result<Arguments, Failure> {
         steps: 40,
         decode: vec![1, 8, 32, 128],
         prefill: vec![(1, 128), (1, 1024), (1, 4096), (8, 2048)],
+        is_deterministic: false,
         json: None,
     };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         if !word.starts_with("--") {
             arguments.model = word;
+            continue;
+        }
+        if word == "--deterministic" {
+            arguments.is_deterministic = true;
             continue;
         }
         let value = words.next().ok_or(USAGE)?;
