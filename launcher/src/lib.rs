@@ -1,7 +1,8 @@
 //! Quartet's launcher: plans, starts and supervises the shards and the router.
 //!
 //! In the order of a start:
-//! - [`args`]: what was typed. [`machine`], [`nvml`] and [`visible`]: what there is. [`devices`], [`plan`] and
+//! - [`args`] and [`values`]: what was typed. [`command_line`]: reading it. [`manual`]: what is printed about it.
+//! - [`machine`], [`nvml`] and [`visible`]: what there is. [`devices`], [`plan`] and
 //!   [`budget`]: what that means together.
 //! - [`preflight`] and [`memory`]: what can be known to fail. [`programs`]: where the other programs are.
 //! - [`weights`]: the model's files. [`runtime_dir`]: where the sockets live. [`command`]: the children's command lines.
@@ -15,6 +16,7 @@ pub mod args;
 pub mod budget;
 pub mod child;
 pub mod command;
+pub mod command_line;
 pub mod devices;
 pub mod env_report;
 pub mod error;
@@ -22,6 +24,7 @@ pub mod footprint;
 pub mod liveness;
 pub mod log_relay;
 pub mod machine;
+pub mod manual;
 pub mod memory;
 pub mod nvml;
 pub mod orphans;
@@ -36,5 +39,6 @@ pub mod startup_ledger;
 pub mod status;
 pub mod status_socket;
 pub mod supervisor;
+pub mod values;
 pub mod visible;
 pub mod weights;

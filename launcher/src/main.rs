@@ -4,7 +4,6 @@ use std::io::Write as _;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use clap::Parser;
 use launcher::args::{Args, Command, PlanArgs, StatusArgs};
 use launcher::devices::Devices;
 use launcher::env_report::EnvReport;
@@ -15,12 +14,13 @@ use launcher::preflight::{self, Severity};
 use launcher::programs::{ROUTER_NAMES, SHARD_NAMES, SearchPath};
 use launcher::startup_ledger::StartupLedger;
 use launcher::supervisor::{Launch, supervise};
-use launcher::{plan, status_socket, weights};
+use launcher::{command_line, manual, plan, status_socket, weights};
 use process::{ExitCode, Program, init_logging, max_level};
 
 fn main() -> std::process::ExitCode {
     let ledger = StartupLedger::new(Instant::now());
-    let args = Args::parse();
+    let words: Vec<_> = std::env::args_os().collect();
+    let args = command_line::parse(&words).unwrap_or_else(|error| error.exit());
     match args.command {
         Some(Command::Plan(plan)) => return show_plan(*plan),
         Some(Command::Status(args)) => return show_status(&args),
@@ -28,6 +28,8 @@ fn main() -> std::process::ExitCode {
             init_logging(args.log.settings(Program::Launcher));
             return exit(weights::download(&args));
         }
+        Some(Command::Completions { shell }) => return print(Ok(manual::completions(shell))),
+        Some(Command::Man) => return print(manual::page()),
         None => {}
     }
     let settings = args.log.settings(Program::Launcher);
@@ -52,10 +54,18 @@ fn exit(outcome: Result<(), Failure>) -> std::process::ExitCode {
     }
 }
 
+/// Writes `text` to standard output; a reader that has gone is a failure without words.
+fn print(text: std::io::Result<Vec<u8>>) -> std::process::ExitCode {
+    match text.and_then(|text| std::io::stdout().write_all(&text)) {
+        Ok(()) => ExitCode::Ok.into(),
+        Err(_) => ExitCode::Failure.into(),
+    }
+}
+
 /// `launcher plan`: nothing but the plan on standard output.
 fn show_plan(plan: PlanArgs) -> std::process::ExitCode {
     let json = plan.json;
-    let args = Args::from(plan);
+    let args = Args::from(plan).without_empty_values();
     let report = || {
         let Surroundings { machine, devices, shard_program, router_program } = Surroundings::look(&args)?;
         // A plan is of use where the programs are not installed yet.
