@@ -16,7 +16,7 @@ pub(super) const REGISTER_PERCENT: usize = 58;
 pub(super) fn percent(num_tokens: usize, is_decode: bool) -> Option<u32> {
     match num_tokens {
         0..=OWN_SPLIT_ROWS => None,
-        ..=REGISTER_ROWS => Some(REGISTER_PERCENT as u32),
+        rows if rows <= REGISTER_ROWS => Some(REGISTER_PERCENT as u32),
         // The library's products want all of it.
         _ if is_decode => Some(100),
         _ => None,
