@@ -261,8 +261,7 @@ impl Work {
 
 /// The share of their time in which the device had nothing to do, in the median of the steps.
 fn idle_share(steps: &[StepTime]) -> f64 {
-    let mut shares: Vec<f64> =
-        steps.iter().skip(1).map(|step| step.idle / (step.idle + step.busy)).collect();
+    let mut shares: Vec<f64> = steps.iter().skip(1).map(|step| step.idle / (step.idle + step.busy)).collect();
     median(&mut shares)
 }
 
