@@ -133,7 +133,7 @@ fn keep_asking(port: u16, first: usize, known: &Known, progress: &Progress) {
                 report.answers += 1;
                 report.longest_gap_ms = report.longest_gap_ms.max(answer.longest_gap.as_secs_f64() * 1e3);
                 if let Err(difference) = answer.check(&undisturbed[number]) {
-                    report.errors.push(format!("request {number}: {difference:#}"));
+                    report.errors.push(format!("request {number}, {}: {difference:#}", requests[number]["parameters"]));
                 }
             }
             Err(AskError::Connection(_)) if report.router_kills > 0 => {

@@ -75,11 +75,13 @@ impl Answer {
         for (step, (ours, expected)) in self.tokens.iter().zip(&undisturbed.tokens).enumerate() {
             ensure!(
                 ours.id == expected.id && ours.text == expected.text,
-                "token {step} is {} {:?}, expected {} {:?}",
+                "token {step} is {} {:?} (log-probability {}), expected {} {:?} ({})",
                 ours.id,
                 ours.text,
+                ours.logprob,
                 expected.id,
-                expected.text
+                expected.text,
+                expected.logprob
             );
             let error = (ours.logprob - expected.logprob).abs();
             ensure!(error <= FLOAT32.logprob, "log-probability {step} is off by {error}");
