@@ -8,6 +8,9 @@ use serde_json::{Value, json};
 use crate::golden::{FLOAT32, Token};
 use crate::http;
 
+/// How often [`Known::is_also_given`] tries each company.
+const TRIALS: usize = 4;
+
 /// What a stream said.
 #[derive(Debug, Clone)]
 pub struct Answer {
@@ -164,4 +167,30 @@ pub fn undisturbed(port: u16, requests: Vec<Value>) -> Result<Known> {
     let known = requests.into_iter().zip(alone).zip(is_stable).filter(|(_, is_stable)| *is_stable);
     let (requests, answers) = known.map(|(known, _)| known).unzip();
     Ok(Known { requests, answers, near_ties })
+}
+
+impl Known {
+    /// Whether `answer` to the request of that number is given without any disturbance too, in some company of other requests:
+    /// then it differs from the known one by a near-tie that had not shown.
+    ///
+    /// # Errors
+    /// When there is no answer.
+    pub fn is_also_given(&self, port: u16, number: usize, answer: &Answer) -> Result<bool> {
+        for company in [1, 2, 3, 5, 8, 13, 21, 32].repeat(TRIALS) {
+            let answers: Vec<_> = std::thread::scope(|scope| {
+                let ask = |offset: usize| {
+                    // The same neighbours do not meet twice.
+                    let other = (number + offset * (company + 1)) % self.requests.len();
+                    scope.spawn(move || ask(port, &self.requests[other], || ()))
+                };
+                let threads: Vec<_> = (0..company).map(ask).collect();
+                threads.into_iter().map(std::thread::ScopedJoinHandle::join).collect()
+            });
+            let first = answers.into_iter().next().context("no company")?;
+            if answer.check(&first.ok().context("a client panicked")??).is_ok() {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
 }

@@ -11,6 +11,7 @@ use std::time::Duration;
 use futures::FutureExt;
 use futures::future::{join_all, select_all, try_join_all};
 
+use crate::call_id::CallCounter;
 use crate::v3::{
     Batch, CachedBatch, DecodeResponse, Generation, InfoResponse, PrefillResponse, WarmupRequest,
     WarmupResponse,
@@ -48,6 +49,7 @@ pub struct StepResult {
 #[derive(Debug, Clone)]
 pub struct ShardedClient {
     clients: Vec<ShardClient>,
+    calls: CallCounter,
 }
 
 impl ShardedClient {
@@ -63,7 +65,7 @@ impl ShardedClient {
         }
         let mut clients = try_join_all(urls.iter().map(ShardClient::connect)).await?;
         check_started_together(&mut clients).await?;
-        Ok(Self { clients })
+        Ok(Self { clients, calls: CallCounter::new() })
     }
 
     /// Resolves when the connection to any rank has ended: without one rank the others are of no use.
@@ -79,6 +81,12 @@ impl ShardedClient {
     /// The clients of the single ranks, in rank order.
     pub fn ranks(&self) -> &[ShardClient] {
         &self.clients
+    }
+
+    /// The ranks' clients for one call in which the ranks wait for one another.
+    fn for_one_call(&self) -> Vec<ShardClient> {
+        let call = self.calls.next();
+        self.clients.iter().map(|client| client.as_call(call)).collect()
     }
 
     /// What the shards are, in the last rank's words, as TGI's router takes it.
@@ -108,7 +116,8 @@ impl ShardedClient {
 
     /// Warms up every rank; each limit is the smallest any rank reported.
     pub async fn warmup(&mut self, request: WarmupRequest) -> Result<WarmupResponse, ClientError> {
-        let calls = self.clients.iter_mut().map(|client| client.warmup(request.clone()));
+        let mut clients = self.for_one_call();
+        let calls = clients.iter_mut().map(|client| client.warmup(request.clone()));
         settle(join_all(calls).await)?
             .into_iter()
             .reduce(|a, b| WarmupResponse {
@@ -125,13 +134,15 @@ impl ShardedClient {
         batch: Batch,
         cached_batch: Option<CachedBatch>,
     ) -> Result<StepResult, ClientError> {
-        let calls = self.clients.iter_mut().map(|client| client.prefill(batch.clone(), cached_batch.clone()));
+        let mut clients = self.for_one_call();
+        let calls = clients.iter_mut().map(|client| client.prefill(batch.clone(), cached_batch.clone()));
         merge(settle(join_all(calls).await)?.into_iter().map(StepResult::from).collect())
     }
 
     /// One token for every request of `batches`, on every rank.
     pub async fn decode(&mut self, batches: Vec<CachedBatch>) -> Result<StepResult, ClientError> {
-        let calls = self.clients.iter_mut().map(|client| client.decode(batches.clone()));
+        let mut clients = self.for_one_call();
+        let calls = clients.iter_mut().map(|client| client.decode(batches.clone()));
         merge(settle(join_all(calls).await)?.into_iter().map(StepResult::from).collect())
     }
 }

@@ -4,6 +4,7 @@
 
 mod control;
 mod convert;
+mod relay;
 mod service;
 mod socket;
 #[cfg(test)]
@@ -62,7 +63,7 @@ async fn serve(socket: BoundSocket, engine: Engine, identity: Identity) -> Resul
     .map_err(system("cannot start the engine's thread"))?;
 
     let (stop, stopped) = oneshot::channel::<()>();
-    let generation = GenerationService::new(handle.clone(), identity.urls());
+    let generation = GenerationService::new(handle.clone(), &identity);
     let reflection = reflection()?;
     let server = Server::builder()
         .add_service(reflection)

@@ -2,6 +2,7 @@
 
 use std::time::Instant;
 
+use proto::CallId;
 use proto::v3::text_generation_service_server::TextGenerationService;
 use proto::v3::{
     ClearCacheRequest, ClearCacheResponse, DecodeRequest, DecodeResponse, FilterBatchRequest,
@@ -11,22 +12,25 @@ use proto::v3::{
 use tokio::sync::oneshot;
 use tonic::{Request, Response, Status};
 
+use super::control::Identity;
 use super::convert;
+use super::relay::{Call, Relay};
 use crate::engine::{Command, EngineHandle, Reply};
 
 /// The generation service.
 pub(super) struct GenerationService {
     engine: EngineHandle,
     urls: Vec<String>,
+    relay: Relay,
 }
 
 impl GenerationService {
-    pub(super) fn new(engine: EngineHandle, urls: Vec<String>) -> Self {
-        Self { engine, urls }
+    pub(super) fn new(engine: EngineHandle, identity: &Identity) -> Self {
+        Self { engine, urls: identity.urls(), relay: Relay::new(identity) }
     }
 
     /// Hands the command over at once and waits for the reply. A caller that goes away changes nothing: all ranks must
-    /// carry out the same commands.
+    /// carry out the same commands (see [`Relay`]).
     async fn call<T: Send + 'static>(
         &self,
         command: impl FnOnce(Reply<T>) -> Command + Send,
@@ -42,6 +46,28 @@ impl GenerationService {
             Ok(answer) => answer.map_err(|problem| self.failure(problem)),
             Err(_) => Err(lost("the engine of this shard has ended".to_string())),
         }
+    }
+
+    async fn run_warmup(&self, request: WarmupRequest) -> Result<WarmupResponse, Status> {
+        let request = convert::warmup_request(request).map_err(refusal)?;
+        let limits = self.call(|reply| Command::Warmup { request, reply }).await?;
+        Ok(convert::warmup_response(limits))
+    }
+
+    async fn run_prefill(&self, request: PrefillRequest) -> Result<PrefillResponse, Status> {
+        let received = Instant::now();
+        let PrefillRequest { batch, cached_batch } = request;
+        let batch = convert::new_batch(batch.ok_or_else(|| missing("batch"))?).map_err(refusal)?;
+        let cached_batch = cached_batch.map(|batch| batch.id);
+        let step = self.call(|reply| Command::Prefill { batch, cached_batch, received, reply }).await?;
+        Ok(convert::prefill_response(step))
+    }
+
+    async fn run_decode(&self, request: DecodeRequest) -> Result<DecodeResponse, Status> {
+        let received = Instant::now();
+        let batch_ids = request.batches.into_iter().map(|batch| batch.id).collect();
+        let step = self.call(|reply| Command::Decode { batch_ids, received, reply }).await?;
+        Ok(convert::decode_response(step))
     }
 
     /// What a caller is told: that this call cannot be served, or that none will be any more.
@@ -98,25 +124,27 @@ impl TextGenerationService for GenerationService {
     }
 
     async fn warmup(&self, request: Request<WarmupRequest>) -> Result<Response<WarmupResponse>, Status> {
-        let request = convert::warmup_request(request.into_inner()).map_err(refusal)?;
-        let limits = self.call(|reply| Command::Warmup { request, reply }).await?;
-        Ok(Response::new(convert::warmup_response(limits)))
+        let (id, request) = (CallId::of(&request), request.into_inner());
+        let pending = self.relay.begin(id, || Call::Warmup(request.clone()))?;
+        let outcome = self.run_warmup(request).await;
+        pending.answered();
+        outcome.map(Response::new)
     }
 
     async fn prefill(&self, request: Request<PrefillRequest>) -> Result<Response<PrefillResponse>, Status> {
-        let received = Instant::now();
-        let PrefillRequest { batch, cached_batch } = request.into_inner();
-        let batch = convert::new_batch(batch.ok_or_else(|| missing("batch"))?).map_err(refusal)?;
-        let cached_batch = cached_batch.map(|batch| batch.id);
-        let step = self.call(|reply| Command::Prefill { batch, cached_batch, received, reply }).await?;
-        Ok(Response::new(convert::prefill_response(step)))
+        let (id, request) = (CallId::of(&request), request.into_inner());
+        let pending = self.relay.begin(id, || Call::Prefill(request.clone()))?;
+        let outcome = self.run_prefill(request).await;
+        pending.answered();
+        outcome.map(Response::new)
     }
 
     async fn decode(&self, request: Request<DecodeRequest>) -> Result<Response<DecodeResponse>, Status> {
-        let received = Instant::now();
-        let batch_ids = request.into_inner().batches.into_iter().map(|batch| batch.id).collect();
-        let step = self.call(|reply| Command::Decode { batch_ids, received, reply }).await?;
-        Ok(Response::new(convert::decode_response(step)))
+        let (id, request) = (CallId::of(&request), request.into_inner());
+        let pending = self.relay.begin(id, || Call::Decode(request.clone()))?;
+        let outcome = self.run_decode(request).await;
+        pending.answered();
+        outcome.map(Response::new)
     }
 
     /// Never waits for a long prefill: the engine says beforehand when it has failed, and a step that hangs shows in the

@@ -13,9 +13,11 @@ mod tiny_model;
 mod byte_tokenizer;
 
 use std::os::fd::AsRawFd;
+use std::time::Duration;
 
 use calls::{batch, request, serve_batch, warmup};
 use process::{Place, Shard, exists, program, run};
+use proto::CallId;
 use proto::v3::Generation;
 
 fn token(generation: &Generation) -> (u64, u32, f32) {
@@ -134,6 +136,35 @@ async fn a_lost_rank_ends_the_other_with_its_own_code() {
     let error = client.prefill(batch(1, vec![request(1, "hello", 4)]), None).await.unwrap_err().to_string();
     assert!(error.contains("rank 1 lost"), "{error}");
     assert_eq!(first.wait().0, Some(14));
+}
+
+#[tokio::test]
+async fn a_caller_that_dies_between_two_ranks_leaves_both_in_step() {
+    let place = Place::new();
+    let shards = [place.rank(0, 2), place.rank(1, 2)];
+    let mut clients = [shards[0].client().await, shards[1].client().await];
+    let undisturbed = serve_batch(&mut clients, &batch(1, vec![request(1, "hello", 4)])).await;
+    for (number, reached) in [(1, 0), (2, 1)] {
+        let mut watch = shards[reached].client().await;
+        let before = watch.status().await.unwrap().steps_started;
+        // Another connection, so that its end is the end of all its calls.
+        let caller = shards[reached].client().await;
+        let mut half = caller.as_call(CallId { client: 7, number });
+        let lost = batch(2, vec![request(2, "lost", 4)]);
+        let call = tokio::spawn(async move { half.prefill(lost, None).await });
+        while watch.status().await.unwrap().steps_started == before {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        call.abort();
+        drop(caller);
+        // Were the ranks apart, this would never be answered.
+        for client in &mut clients {
+            client.clear_cache(None).await.unwrap();
+        }
+        let again = serve_batch(&mut clients, &batch(1, vec![request(1, "hello", 4)])).await;
+        let tokens = |steps: &[Vec<Generation>]| steps.iter().flatten().map(token).collect::<Vec<_>>();
+        assert_eq!(tokens(&again), tokens(&undisturbed));
+    }
 }
 
 #[test]
