@@ -1,5 +1,6 @@
 //! `generate.v3`: each call becomes a command of the engine and waits for its reply.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use proto::CallId;
@@ -12,25 +13,23 @@ use proto::v3::{
 use tokio::sync::oneshot;
 use tonic::{Request, Response, Status};
 
-use super::control::Identity;
 use super::convert;
-use super::relay::{Call, Relay};
+use super::relay::{Call, Caller};
 use crate::engine::{Command, EngineHandle, Reply};
 
 /// The generation service.
 pub(super) struct GenerationService {
     engine: EngineHandle,
     urls: Vec<String>,
-    relay: Relay,
 }
 
 impl GenerationService {
-    pub(super) fn new(engine: EngineHandle, identity: &Identity) -> Self {
-        Self { engine, urls: identity.urls(), relay: Relay::new(identity) }
+    pub(super) fn new(engine: EngineHandle, urls: Vec<String>) -> Self {
+        Self { engine, urls }
     }
 
     /// Hands the command over at once and waits for the reply. A caller that goes away changes nothing: all ranks must
-    /// carry out the same commands (see [`Relay`]).
+    /// carry out the same commands (see [`super::relay`]).
     async fn call<T: Send + 'static>(
         &self,
         command: impl FnOnce(Reply<T>) -> Command + Send,
@@ -74,6 +73,12 @@ impl GenerationService {
     fn failure(&self, problem: String) -> Status {
         if self.engine.liveness().has_failed() { lost(problem) } else { refusal(problem) }
     }
+}
+
+/// Says that a call has come in which the ranks wait for one another.
+fn begin<T: Clone>(request: &Request<T>, call: impl FnOnce(T) -> Call) -> Result<(), Status> {
+    let Some(caller) = request.extensions().get::<Arc<Caller>>() else { return Ok(()) };
+    caller.begin(CallId::of(request), || call(request.get_ref().clone()))
 }
 
 /// Upstream's shards answer every failure with this status.
@@ -124,27 +129,18 @@ impl TextGenerationService for GenerationService {
     }
 
     async fn warmup(&self, request: Request<WarmupRequest>) -> Result<Response<WarmupResponse>, Status> {
-        let (id, request) = (CallId::of(&request), request.into_inner());
-        let pending = self.relay.begin(id, || Call::Warmup(request.clone()))?;
-        let outcome = self.run_warmup(request).await;
-        pending.answered();
-        outcome.map(Response::new)
+        begin(&request, Call::Warmup)?;
+        self.run_warmup(request.into_inner()).await.map(Response::new)
     }
 
     async fn prefill(&self, request: Request<PrefillRequest>) -> Result<Response<PrefillResponse>, Status> {
-        let (id, request) = (CallId::of(&request), request.into_inner());
-        let pending = self.relay.begin(id, || Call::Prefill(request.clone()))?;
-        let outcome = self.run_prefill(request).await;
-        pending.answered();
-        outcome.map(Response::new)
+        begin(&request, Call::Prefill)?;
+        self.run_prefill(request.into_inner()).await.map(Response::new)
     }
 
     async fn decode(&self, request: Request<DecodeRequest>) -> Result<Response<DecodeResponse>, Status> {
-        let (id, request) = (CallId::of(&request), request.into_inner());
-        let pending = self.relay.begin(id, || Call::Decode(request.clone()))?;
-        let outcome = self.run_decode(request).await;
-        pending.answered();
-        outcome.map(Response::new)
+        begin(&request, Call::Decode)?;
+        self.run_decode(request.into_inner()).await.map(Response::new)
     }
 
     /// Never waits for a long prefill: the engine says beforehand when it has failed, and a step that hangs shows in the
