@@ -73,7 +73,6 @@ fn what_cannot_be_honoured_is_refused_with_its_name() {
     for words in [
         &["--quantize", "bitsandbytes-nf4"][..],
         &["--speculate", "2"],
-        &["--kv-cache-dtype", "fp8_e5m2"],
         &["--lora-adapters", "a/b"],
         &["--watermark-gamma", "0.5"],
         &["--watermark-delta", "2.0"],

@@ -92,6 +92,8 @@ fn missing_for_cuda(_rank: usize) -> Option<BackendError> {
 fn load_options(settings: &ServeSettings) -> LoadOptions {
     LoadOptions {
         dtype: settings.dtype,
+        quantize: settings.quantize,
+        kv_dtype: settings.kv_dtype,
         block_size: BLOCK_SIZE,
         threads: settings.threads,
         rope_scaling: settings.rope_scaling,

@@ -11,6 +11,7 @@ mod error;
 mod families;
 mod layers;
 mod load;
+mod quantization;
 pub mod spec;
 pub mod tensor_parallel;
 #[cfg(test)]
@@ -22,3 +23,4 @@ pub use decoder::Decoder;
 pub use error::ModelError;
 pub use families::decoder_spec;
 pub use load::{LoadOptions, load};
+pub use quantization::Quantize;

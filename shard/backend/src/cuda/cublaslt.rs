@@ -6,6 +6,7 @@ use std::mem;
 use std::ptr;
 
 use cudarc::cublaslt::sys as lt;
+use cudarc::cublaslt::sys::cublasLtMatmulDescAttributes_t as Attribute;
 
 use super::driver::{DevicePtr, Stream};
 use crate::{BackendError, DType};
@@ -24,10 +25,14 @@ pub(super) struct Product {
     pub(super) inputs: usize,
     /// Elements from one row of the weight to the next.
     pub(super) weight_stride: usize,
-    /// Of weight and activations.
+    /// Of weight and activations, unless they are of eight bits.
     pub(super) dtype: DType,
     /// Of the result.
     pub(super) out_dtype: DType,
+    /// Elements from one row of the result to the next.
+    pub(super) out_stride: usize,
+    /// Weight and activations are E4M3 with a scale for each row of either.
+    pub(super) is_fp8: bool,
 }
 
 /// Where its matrices are.
@@ -36,6 +41,8 @@ pub(super) struct Operands {
     pub(super) x: DevicePtr,
     pub(super) weight: DevicePtr,
     pub(super) out: DevicePtr,
+    /// Of the rows of weight and activations where they are of eight bits, f32.
+    pub(super) scales: [DevicePtr; 2],
 }
 
 /// The library's handle and what it has planned.
@@ -71,6 +78,24 @@ fn data_type(dtype: DType) -> lt::cudaDataType {
         DType::F32 => lt::cudaDataType::CUDA_R_32F,
         DType::F16 => lt::cudaDataType::CUDA_R_16F,
         DType::BF16 => lt::cudaDataType::CUDA_R_16BF,
+    }
+}
+
+/// Sets an attribute of a product, whose type is the caller's to know.
+fn set<T>(
+    product: lt::cublasLtMatmulDesc_t,
+    attribute: Attribute,
+    value: &T,
+) -> Result<(), BackendError> {
+    // SAFETY: the library copies as many bytes, and refuses another size than the attribute's.
+    check("describing a product", unsafe {
+        lt::cublasLtMatmulDescSetAttribute(product, attribute, ptr::from_ref(value).cast(), size_of::<T>())
+    })
+}
+
+impl Product {
+    fn in_type(&self) -> lt::cudaDataType {
+        if self.is_fp8 { lt::cudaDataType::CUDA_R_8F_E4M3 } else { data_type(self.dtype) }
     }
 }
 
@@ -110,10 +135,13 @@ impl CublasLt {
             if self.plans.len() >= MAX_PLANS {
                 self.plans.clear();
             }
-            let plan = Plan::new(self.handle, product)?;
+            let plan = Plan::new(self.handle, product, operands.scales)?;
             self.plans.insert(product, plan);
         }
         let plan = &self.plans[&product];
+        if product.is_fp8 {
+            plan.set_scales(operands.scales)?;
+        }
         let (one, zero) = (1.0_f32, 0.0_f32);
         // SAFETY: the descriptors fit the matrices, which the caller vouches for; the workspace is used by one operation at a
         // time.
@@ -152,15 +180,20 @@ impl Drop for CublasLt {
 impl Plan {
     /// Row-major matrices are the library's column-major ones transposed: `out^T = weight x^T`, with the weight's rows as its
     /// columns.
-    fn new(handle: lt::cublasLtHandle_t, product: Product) -> Result<Self, BackendError> {
-        let Product { rows, outputs, inputs, weight_stride, dtype, out_dtype } = product;
-        let layout = |dtype, rows: usize, cols: usize, stride: usize| {
+    fn new(
+        handle: lt::cublasLtHandle_t,
+        product: Product,
+        scales: [DevicePtr; 2],
+    ) -> Result<Self, BackendError> {
+        let Product { rows, outputs, inputs, weight_stride, .. } = product;
+        let (in_type, out_type) = (product.in_type(), data_type(product.out_dtype));
+        let layout = |data_type, rows: usize, cols: usize, stride: usize| {
             let mut layout = ptr::null_mut();
             // SAFETY: a place for a handle.
             let status = unsafe {
                 lt::cublasLtMatrixLayoutCreate(
                     &raw mut layout,
-                    data_type(dtype),
+                    data_type,
                     rows as u64,
                     cols as u64,
                     stride as i64,
@@ -178,27 +211,32 @@ impl Plan {
             )
         })?;
         // CUBLAS_OP_T, which the bindings of this library lack.
-        let transposed = 1_i32;
-        // SAFETY: the attribute is of this size.
-        check("describing a product", unsafe {
-            lt::cublasLtMatmulDescSetAttribute(
-                description,
-                lt::cublasLtMatmulDescAttributes_t::CUBLASLT_MATMUL_DESC_TRANSA,
-                ptr::from_ref(&transposed).cast(),
-                size_of_val(&transposed),
-            )
-        })?;
-        let weight = layout(dtype, inputs, outputs, weight_stride)?;
-        let x = layout(dtype, inputs, rows, inputs)?;
-        let out = layout(out_dtype, outputs, rows, outputs)?;
+        set(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &1_i32)?;
+        if product.is_fp8 {
+            let rows = lt::cublasLtMatmulMatrixScale_t::CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F as i32;
+            set(description, Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &rows)?;
+            set(description, Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &rows)?;
+        }
+        let weight = layout(in_type, inputs, outputs, weight_stride)?;
+        let x = layout(in_type, inputs, rows, inputs)?;
+        let out = layout(out_type, outputs, rows, product.out_stride)?;
         // SAFETY: plain data that `choose` fills.
         let algorithm = unsafe { mem::zeroed() };
         let mut plan = Self { product: description, weight, x, out, algorithm };
+        if product.is_fp8 {
+            plan.set_scales(scales)?;
+        }
         plan.choose(handle).map_err(|error| BackendError::Device {
             operation: format!("planning {product:?}"),
             reason: error.to_string(),
         })?;
         Ok(plan)
+    }
+
+    /// Where the scales of weight and activations are.
+    fn set_scales(&self, [weight, x]: [DevicePtr; 2]) -> Result<(), BackendError> {
+        set(self.product, Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &weight)?;
+        set(self.product, Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &x)
     }
 
     /// Takes the algorithm that the library thinks best.

@@ -9,7 +9,7 @@ use cudarc::driver::sys;
 
 use super::driver::{Context, DeviceMemory, DevicePtr, check};
 use super::launch::Argument;
-use crate::{BackendError, DType, KvLayout};
+use crate::{BackendError, DType, KvDType, KvLayout};
 
 /// Keys of a head that the kernels take to lie in one run.
 pub(super) const PAGE_KEYS: usize = 16;
@@ -74,7 +74,7 @@ impl CudaKvCache {
 
     /// Whether tensor copies can read it: their coordinates are `i32`.
     fn has_boxes(&self) -> bool {
-        self.layout.dtype != DType::F32
+        matches!(self.layout.dtype, KvDType::Plain(DType::BF16 | DType::F16))
             && self.layout.head_dim.is_multiple_of(BOX_COLUMNS)
             && (1..=i32::MAX as usize).contains(&self.rows())
     }
@@ -87,7 +87,7 @@ impl CudaKvCache {
         let boxes = [BOX_COLUMNS as u32, PAGE_KEYS as u32];
         let steps = [1_u32, 1];
         let dtype = match self.layout.dtype {
-            DType::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            KvDType::Plain(DType::F16) => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
             _ => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
         };
         // SAFETY: a map is plain data; the driver fills it in.

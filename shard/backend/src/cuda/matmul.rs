@@ -6,6 +6,7 @@ use super::cublaslt::{CublasLt, Operands, Product, WORKSPACE_BYTES};
 use super::driver::{Context, DeviceMemory, DevicePtr};
 use super::elementwise::activation_number;
 use super::few_rows::FewRows;
+use super::fp8_matmul::{Fp8Kernel, Fp8Matmuls};
 use super::gemv::Gemvs;
 use super::launch::{Launch, Queue, args};
 use super::module::{ByType, ByTypes, Module};
@@ -40,6 +41,8 @@ pub enum MatmulKernel {
         /// Warpgroups a block, each of which takes 64 rows of the weights.
         groups: usize,
     },
+    /// With weights of eight bits.
+    Fp8(Fp8Kernel),
 }
 
 /// A product whose weights and activations have the same type.
@@ -77,6 +80,7 @@ pub(super) struct Matmuls {
     skinny: Option<Skinny>,
     gemvs: Gemvs,
     few_rows: FewRows,
+    pub(super) fp8: Fp8Matmuls,
     add_bias: ByType,
     convert: ByTypes,
 }
@@ -90,6 +94,7 @@ impl Matmuls {
             skinny: Skinny::load(context, facts)?,
             gemvs: Gemvs::load(context)?,
             few_rows: FewRows::load(context)?,
+            fp8: Fp8Matmuls::load(context, facts)?,
             add_bias: module.by_type("add_bias")?,
             convert: module.by_types("convert", &CONVERSIONS)?,
         })
@@ -115,6 +120,12 @@ impl Matmuls {
         out.resize(x.rows());
         if queue.is_dry() || x.rows() == 0 {
             return Ok(());
+        }
+        if weight.scales().is_some() {
+            let kernel = self.fp8.choose(x, weight, out);
+            let tools = (queue, workspace, &mut self.library);
+            self.fp8.multiply(tools, kernel, (x, weight, bias), out)?;
+            return if kernel.adds_bias() { Ok(()) } else { self.add_bias(queue, bias, out) };
         }
         if x.dtype() != weight.dtype {
             self.multiply_converted(queue, workspace, x, weight, out)?;
@@ -144,6 +155,9 @@ impl Matmuls {
         );
         out.resize(x.rows());
         let activation = activation_number(activation);
+        if weight.scales().is_some() {
+            return self.fp8.multiply_gated(queue, x, (weight, bias), activation, out);
+        }
         if x.rows() > GEMV_ROWS && x.dtype() == weight.dtype && out.dtype() == weight.dtype {
             let task = task(x, (weight, bias), out);
             return self.gated_by_tensor_cores((queue, workspace), task, activation);
@@ -211,6 +225,11 @@ impl Matmuls {
     ) -> Result<(), BackendError> {
         let task = task(x, (weight, bias), out);
         match (kernel, &mut self.skinny) {
+            (MatmulKernel::Fp8(kernel), _) => {
+                let tools = (queue, workspace, &mut self.library);
+                self.fp8.multiply(tools, kernel, (x, weight, bias), out)?;
+                if kernel.adds_bias() { Ok(()) } else { self.add_bias(queue, bias, out) }
+            }
             (MatmulKernel::Skinny { tokens, groups }, Some(skinny)) => {
                 let shape =
                     Skinny::shapes(task.rows).find(|shape| shape.tokens == tokens && shape.groups == groups);
@@ -219,7 +238,7 @@ impl Matmuls {
             (MatmulKernel::FewRows, _) => self.few_rows.multiply(queue, task).map(|_| ()),
             (MatmulKernel::Gemv, _) => self.gemvs.multiply(queue, x, (weight, bias), out).map(|_| ()),
             _ => {
-                let operands = Operands { x: task.x, weight: weight.ptr(), out: task.out };
+                let operands = Operands { x: task.x, weight: weight.ptr(), out: task.out, scales: [0; 2] };
                 let product = product(task.rows, weight, task.out_dtype);
                 self.library.multiply(queue.stream(), workspace.ptr(), product, operands)?;
                 self.add_bias(queue, bias, out)
@@ -237,7 +256,7 @@ impl Matmuls {
         weight: &CudaLinear,
         out: &CudaBuffer,
     ) -> Result<(), BackendError> {
-        let operands = Operands { x: x.ptr(), weight: weight.ptr(), out: out.ptr() };
+        let operands = Operands { x: x.ptr(), weight: weight.ptr(), out: out.ptr(), scales: [0; 2] };
         let product = product(x.rows(), weight, out.dtype());
         let function = self.convert.of(x.dtype(), product.dtype)?;
         let row_bytes = product.inputs * product.dtype.size_bytes();
@@ -303,6 +322,8 @@ fn product(rows: usize, weight: &CudaLinear, out_dtype: DType) -> Product {
         weight_stride: weight.row_stride,
         dtype: weight.dtype,
         out_dtype,
+        out_stride: weight.out_features,
+        is_fp8: false,
     }
 }
 
@@ -310,6 +331,13 @@ impl CudaBackend {
     /// The kernels that can compute `x weight^T` into `out`, to compare them: what [`crate::Backend::matmul`] takes comes
     /// first.
     pub fn matmul_kernels(&self, x: &CudaBuffer, weight: &CudaLinear, out: &CudaBuffer) -> Vec<MatmulKernel> {
+        if weight.scales().is_some() {
+            let fp8 = &self.matmuls.fp8;
+            let chosen = fp8.choose(x, weight, out);
+            let mut kernels = fp8.kernels(x, weight, out);
+            kernels.sort_by_key(|&kernel| kernel != chosen);
+            return kernels.into_iter().map(MatmulKernel::Fp8).collect();
+        }
         if x.dtype() != weight.dtype {
             return Vec::new();
         }

@@ -8,8 +8,8 @@ use super::launch::Mode;
 use super::{CudaBackend, CudaBuffer, CudaExperts, CudaKvCache, CudaLinear, CudaRope, CudaVector};
 use crate::sampling::{Sampled, SamplingRow};
 use crate::{
-    Activation, AttentionShape, Backend, BackendError, DType, DeviceInfo, HeadColumns, HostMatrix, KvLayout,
-    MemoryInfo, QuantizedMatrix, RopeFrequencies, Routing, SplitNorm, StepInput, StepPart,
+    Activation, AttentionShape, Backend, BackendError, DType, DeviceInfo, Fp8Matrix, HeadColumns, HostMatrix,
+    KvDType, KvLayout, MemoryInfo, QuantizedMatrix, RopeFrequencies, Routing, SplitNorm, StepInput, StepPart,
 };
 
 impl Backend for CudaBackend {
@@ -43,6 +43,10 @@ impl Backend for CudaBackend {
         dtype
     }
 
+    fn check_kv_dtype(&self, _dtype: KvDType) -> Result<(), BackendError> {
+        Ok(())
+    }
+
     fn keeps_quantized(&self) -> bool {
         false
     }
@@ -74,6 +78,7 @@ impl Backend for CudaBackend {
         activation: Activation,
     ) -> Result<CudaExperts, BackendError> {
         self.context.make_current()?;
+        let projections = self.plain_projections(projections)?;
         let experts = self
             .with_uploader(|uploader| CudaExperts::new(&self.context, uploader, projections, activation))?;
         self.has_stale_graphs.set(true);
@@ -84,6 +89,34 @@ impl Backend for CudaBackend {
     fn quantized_linear(&self, parts: &[QuantizedMatrix]) -> Result<CudaLinear, BackendError> {
         let dequantized: Vec<HostMatrix<'_>> = parts.iter().map(dequantized).collect();
         self.linear(&dequantized, DType::F16)
+    }
+
+    fn keeps_fp8(&self) -> bool {
+        true
+    }
+
+    fn fp8_dtype(&self, dtype: DType) -> DType {
+        self.default_dtype(dtype)
+    }
+
+    fn fp8_linear(&self, parts: &[Fp8Matrix<'_>], dtype: DType) -> Result<CudaLinear, BackendError> {
+        if dtype == DType::F32 || !parts.iter().all(Fp8Matrix::has_row_scales) {
+            super::fp8_linear::say_once(dtype);
+            let dequantized: Vec<HostMatrix<'_>> = parts.iter().map(Fp8Matrix::dequantized).collect();
+            return self.linear(&dequantized, dtype);
+        }
+        self.with_uploader(|uploader| CudaLinear::from_fp8(&self.context, uploader, parts, dtype))
+    }
+
+    fn quantized_to_fp8(&self, parts: &[HostMatrix<'_>], dtype: DType) -> Result<CudaLinear, BackendError> {
+        if dtype == DType::F32 {
+            return Err(BackendError::Device {
+                operation: "quantizing a weight to fp8".to_owned(),
+                reason: "its activations are float32, expected float16 or bfloat16: leave out --dtype float32".to_owned(),
+            });
+        }
+        let quantizer = &self.matmuls.fp8.rounding;
+        self.with_uploader(|uploader| quantizer.quantized(&self.context, uploader, parts, dtype))
     }
 
     fn vector(&self, values: Vec<f32>) -> Result<CudaVector, BackendError> {
@@ -428,6 +461,22 @@ impl Backend for CudaBackend {
 }
 
 impl CudaBackend {
+    /// Projections of experts, whose kernels take plain weights: those of eight bits are dequantized.
+    fn plain_projections(
+        &self,
+        projections: Vec<(CudaLinear, CudaLinear)>,
+    ) -> Result<Vec<(CudaLinear, CudaLinear)>, BackendError> {
+        let plain = |weight: CudaLinear| {
+            if weight.scales().is_none() {
+                return Ok(weight);
+            }
+            super::fp8_linear::say_once(weight.dtype);
+            let rounding = &self.matmuls.fp8.rounding;
+            self.with_uploader(|uploader| rounding.dequantized(&self.context, uploader, &weight))
+        };
+        projections.into_iter().map(|(gate_up, down)| Ok((plain(gate_up)?, plain(down)?))).collect()
+    }
+
     /// Puts values into the rows a buffer has.
     fn write(&self, buffer: &CudaBuffer, values: &[f32]) -> Result<(), BackendError> {
         let mut bytes = vec![0; buffer.used_bytes()];

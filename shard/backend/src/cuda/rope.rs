@@ -6,11 +6,11 @@ use cudarc::driver::sys::CUdevice_attribute as Attribute;
 
 use super::driver::{Context, DeviceMemory, DevicePtr};
 use super::launch::{Argument, Launch, Queue, args};
-use super::module::{ByTypes, Module};
+use super::module::{ByCache, Module};
 use super::step::StepInputs;
 use super::upload::Uploader;
 use super::{CudaBuffer, CudaKvCache};
-use crate::{AttentionShape, BackendError, DType, LongFrequencies, RopeFrequencies, RopeStyle};
+use crate::{AttentionShape, BackendError, LongFrequencies, RopeFrequencies, RopeStyle};
 
 /// Most pairs of a head, see `rope.cu`.
 const MAX_PAIRS: usize = 256;
@@ -103,22 +103,9 @@ impl CudaRope {
     }
 }
 
-/// Every type of activations with every type of the cache.
-pub(super) const ACTIVATIONS_AND_CACHE: [(DType, DType); 9] = [
-    (DType::F32, DType::F32),
-    (DType::F32, DType::BF16),
-    (DType::F32, DType::F16),
-    (DType::BF16, DType::F32),
-    (DType::BF16, DType::BF16),
-    (DType::BF16, DType::F16),
-    (DType::F16, DType::F32),
-    (DType::F16, DType::BF16),
-    (DType::F16, DType::F16),
-];
-
 /// Kernels.
 pub(super) struct Ropes {
-    rope_store: ByTypes,
+    rope_store: ByCache,
     num_sms: usize,
 }
 
@@ -128,7 +115,7 @@ impl Ropes {
         let module = Module::load(context, "rope")?;
         let num_sms = context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         Ok(Self {
-            rope_store: module.by_types("rope_store", &ACTIVATIONS_AND_CACHE)?,
+            rope_store: module.by_cache("rope_store")?,
             num_sms: usize::try_from(num_sms).unwrap_or(1),
         })
     }
@@ -158,7 +145,7 @@ impl Ropes {
             block_size: layout.block_size as i32,
         };
         let launch = Launch {
-            function: self.rope_store.of(qkv.dtype(), layout.dtype)?,
+            function: self.rope_store.of(qkv.dtype(), layout.dtype),
             grid: [tokens as u32, groups as u32, 1],
             block: THREADS,
             shared_bytes: 0,

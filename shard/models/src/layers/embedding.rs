@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use backend::{Backend, DType};
 
-use super::linear::{ColumnPart, Linear};
+use super::linear::Linear;
 use super::{Loader, Norm, Stream};
 use crate::ModelError;
 use crate::spec::{DecoderSpec, EmbeddingSpec, LinearSpec, LmHeadSpec};
@@ -32,7 +32,7 @@ impl<B: Backend> Embedding<B> {
         let rows = split_tiles(spec.vocab_size, "rows of the vocabulary", loader.rank, loader.world_size)?;
         let EmbeddingSpec { tokens, multiplier, positions, norm } = &spec.embedding;
         let mut load = |linear: &LinearSpec, rows: Range<usize>| {
-            Linear::merged_column_parallel(loader, &[ColumnPart { linear, rows }], spec.hidden_size)
+            Linear::table(loader, linear, rows, spec.hidden_size)
         };
         Ok(Self {
             table: load(&LinearSpec::table(tokens), rows.clone())?,
