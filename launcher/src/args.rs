@@ -106,12 +106,13 @@ pub struct DeviceArgs {
     #[arg(long, env = "QUARTET_THREADS")]
     pub threads: Option<usize>,
 
-    /// Whether the model is split over several devices: `true` or `false`. Default: split over all visible devices.
+    /// Whether the model is split over several devices: `true` (all visible ones, unless `--num-shard` says how many) or
+    /// `false`. Default: what `--num-shard` says.
     #[arg(long, env)]
     pub sharded: Option<bool>,
 
-    /// Number of shards the model is split into: one process and one device (or group of threads) each. Default: all
-    /// visible CUDA devices; 1 on the CPU.
+    /// Number of shards the model is split into: one process and one device (or group of threads) each. Default: as many as
+    /// CUDA_VISIBLE_DEVICES or NVIDIA_VISIBLE_DEVICES names; 1 without them and on the CPU.
     #[arg(long, env)]
     pub num_shard: Option<usize>,
 
@@ -324,6 +325,14 @@ pub struct HiddenArgs {
     /// Visible CUDA devices, as container runtimes spell it.
     #[arg(long, env = "NVIDIA_VISIBLE_DEVICES", hide = true)]
     pub nvidia_visible_devices: Option<String>,
+
+    /// How CUDA numbers the devices: `PCI_BUS_ID`, or the fastest first.
+    #[arg(long, env = "CUDA_DEVICE_ORDER", hide = true)]
+    pub cuda_device_order: Option<String>,
+
+    /// JSON file that describes the machine, in place of a look at it: for plans of other machines, and for tests.
+    #[arg(long, env = "QUARTET_MACHINE", hide = true)]
+    pub machine: Option<PathBuf>,
 
     /// Upstream's choice of attention kernels.
     #[arg(long, env = "ATTENTION", hide = true)]

@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use hub::RopeOverride;
 
 use crate::args::{Args, Dtype, Redacted, UsageStats, spelled};
-use crate::devices::Device;
+use crate::devices::{Device, Devices};
 
 /// Arguments and environment of one child; the program is found elsewhere.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -54,6 +54,8 @@ pub struct ShardSpec {
     pub num_shard: usize,
     /// What they run on.
     pub device: Device,
+    /// `CUDA_VISIBLE_DEVICES` of each rank; empty on the CPU and where the devices are not known by name.
+    pub device_ids: Vec<String>,
     args: Args,
     max_input_tokens: Option<usize>,
     rope: Option<RopeOverride>,
@@ -74,11 +76,12 @@ pub struct ShardRuntime {
 
 impl ShardSpec {
     /// The spec for checked options.
-    pub fn new(args: &Args, device: Device, num_shard: usize, max_input_tokens: Option<usize>) -> Self {
+    pub fn new(args: &Args, devices: &Devices, num_shard: usize, max_input_tokens: Option<usize>) -> Self {
         Self {
             model_id: args.model.model_id.clone(),
             num_shard,
-            device,
+            device: devices.device,
+            device_ids: devices.visible.iter().take(num_shard).map(|device| device.id.clone()).collect(),
             args: args.clone(),
             max_input_tokens,
             rope: None,
@@ -98,6 +101,11 @@ impl ShardSpec {
         self.add_arguments(&mut command, runtime);
         self.add_upstream_environment(&mut command, rank);
         command.set("QUARTET_DEVICE", self.device.name());
+        if let Some(id) = self.device_ids.get(rank) {
+            // A rank that sees no other device cannot take memory of one, whatever a library does.
+            command.set("CUDA_VISIBLE_DEVICES", id);
+            command.set("QUARTET_CUDA_ORDINAL", "0");
+        }
         command.set("QUARTET_INSTANCE_ID", runtime.instance_id.as_str());
         command.set_if_some("QUARTET_LIFELINE_FD", &runtime.lifeline_fd);
         command.set_if_some("QUARTET_THREADS", &self.args.devices.threads);

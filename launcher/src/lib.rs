@@ -1,7 +1,8 @@
 //! Quartet's launcher: plans, starts and supervises the shards and the router.
 //!
 //! In the order of a start:
-//! - [`args`]: what was typed. [`devices`]: what there is. [`plan`] and [`budget`]: what that means together.
+//! - [`args`]: what was typed. [`machine`], [`nvml`] and [`visible`]: what there is. [`devices`], [`plan`] and
+//!   [`budget`]: what that means together.
 //! - [`preflight`] and [`memory`]: what can be known to fail. [`programs`]: where the other programs are.
 //! - [`weights`]: the model's files. [`runtime_dir`]: where the sockets live. [`command`]: the children's command lines.
 //! - [`supervisor`]: the state machine and the event loop, with [`child`], [`log_relay`], [`readiness`] and [`liveness`] as its
@@ -17,7 +18,9 @@ pub mod env_report;
 pub mod error;
 pub mod liveness;
 pub mod log_relay;
+pub mod machine;
 pub mod memory;
+pub mod nvml;
 pub mod plan;
 pub mod preflight;
 pub mod programs;
@@ -25,4 +28,5 @@ pub mod readiness;
 pub mod runtime_dir;
 pub mod startup_ledger;
 pub mod supervisor;
+pub mod visible;
 pub mod weights;

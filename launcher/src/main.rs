@@ -4,9 +4,10 @@ use std::time::Instant;
 
 use clap::Parser;
 use launcher::args::Args;
-use launcher::devices::{Devices, Machine};
+use launcher::devices::Devices;
 use launcher::env_report::EnvReport;
 use launcher::error::{Failure, LauncherError};
+use launcher::machine::Machine;
 use launcher::programs::{ROUTER_NAMES, SHARD_NAMES, SearchPath};
 use launcher::startup_ledger::StartupLedger;
 use launcher::supervisor::{Launch, supervise};
@@ -42,8 +43,11 @@ fn check(args: Args, logger_level: String, mut ledger: StartupLedger) -> Result<
         SearchPath::new(hidden.bin_dir.as_deref(), executable.as_deref(), hidden.search_path.as_deref());
     let find = |names, error| search.find(names).map_err(|reason| Failure::new(error, reason));
     let shard_program = find(&SHARD_NAMES, LauncherError::ShardCannotStart);
-    let machine = Machine::look(shard_program.as_deref().ok());
-    let devices = Devices::choose(&args, machine).map_err(|mistake| Failure::all(vec![mistake]))?;
+    let machine = match &args.hidden.machine {
+        Some(path) => Machine::from_file(path).map_err(Failure::argument)?,
+        None => Machine::look(shard_program.as_deref().ok()),
+    };
+    let devices = Devices::choose(&args, &machine).map_err(Failure::all)?;
     let plan = plan::plan(&args, None, &devices).map_err(Failure::all)?;
     preflight::check_port(plan.bind).map_err(Failure::argument)?;
     let shard_program = shard_program?;

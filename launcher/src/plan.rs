@@ -62,7 +62,7 @@ pub fn plan(
         args.limits.max_batch_prefill_tokens.unwrap_or_else(|| budget::max_batch_prefill_tokens(config));
     let ip = args.serving.hostname.parse().unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
     Ok(LaunchPlan {
-        shard: ShardSpec::new(args, devices.device, num_shard, max_input_tokens).with_rope(rope),
+        shard: ShardSpec::new(args, devices, num_shard, max_input_tokens).with_rope(rope),
         router: RouterSpec::new(args, max_input_tokens, max_batch_prefill_tokens),
         bind: SocketAddr::new(ip, args.serving.port),
         uds_prefix: args.devices.shard_uds_path.clone(),

@@ -7,7 +7,8 @@ use std::collections::BTreeMap;
 use clap::Parser;
 use launcher::args::Args;
 use launcher::command::{Invocation, ShardRuntime};
-use launcher::devices::{Devices, Machine};
+use launcher::devices::Devices;
+use launcher::machine::Machine;
 use launcher::plan::{LaunchPlan, plan};
 
 const NOTHING: &[&str] = &["--model-id", "org/model", "--hostname", "0.0.0.0"];
@@ -71,8 +72,8 @@ const EVERYTHING: &[&str] = &[
 
 fn planned(words: &[&str]) -> LaunchPlan {
     let args = Args::parse_from([&["launcher"], words].concat());
-    let machine = Machine { has_cuda_kernels: false, has_cuda_device: false, cores: 2 };
-    plan(&args, None, &Devices::choose(&args, machine).unwrap()).unwrap()
+    let machine = Machine { cores: 2, ..Machine::default() };
+    plan(&args, None, &Devices::choose(&args, &machine).unwrap()).unwrap()
 }
 
 fn shard(words: &[&str], rank: usize) -> Invocation {
@@ -116,6 +117,36 @@ fn shard_by_default() {
         ("WORLD_SIZE", "1"),
     ];
     assert_eq!(env, BTreeMap::from(expected));
+}
+
+#[test]
+fn each_rank_sees_its_own_device_only() {
+    let gpu = |index: usize| launcher::machine::Gpu { uuid: format!("GPU-{index}"), ..Default::default() };
+    let machine = Machine {
+        has_cuda_kernels: true,
+        has_cuda_device: true,
+        cores: 8,
+        gpus: (0..4).map(gpu).collect(),
+        ..Machine::default()
+    };
+    let device = |words: &[&str], rank: usize| {
+        let args = Args::parse_from([&["launcher"], NOTHING, words].concat());
+        let plan = plan(&args, None, &Devices::choose(&args, &machine).unwrap()).unwrap();
+        let runtime = ShardRuntime {
+            uds_prefix: String::new(),
+            instance_id: String::new(),
+            lifeline_fd: None,
+            logger_level: String::new(),
+        };
+        let shard = plan.shard.command(rank, &runtime);
+        let env = environment(&shard);
+        assert_eq!(env["QUARTET_CUDA_ORDINAL"], "0");
+        env["CUDA_VISIBLE_DEVICES"].to_owned()
+    };
+    let words = ["--cuda-visible-devices", "3,1", "--num-shard", "2"];
+    assert_eq!([device(&words, 0), device(&words, 1)], ["3", "1"]);
+    let words = ["--nvidia-visible-devices", "all"];
+    assert_eq!([device(&words, 0), device(&words, 3)], ["GPU-0", "GPU-3"]);
 }
 
 #[test]

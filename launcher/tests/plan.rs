@@ -5,7 +5,8 @@
 use clap::Parser;
 use hub::ModelConfig;
 use launcher::args::Args;
-use launcher::devices::{Devices, Machine};
+use launcher::devices::Devices;
+use launcher::machine::Machine;
 use launcher::plan::{LaunchPlan, plan};
 
 const CONFIG: &str = r#"{"model_type": "llama", "hidden_size": 576, "num_attention_heads": 9,
@@ -16,9 +17,9 @@ fn planned(words: &[&str]) -> Result<LaunchPlan, Vec<String>> {
     // Set by container runtimes and shells; the tables must not depend on it.
     args.serving.hostname =
         if words.contains(&"--hostname") { args.serving.hostname } else { "0.0.0.0".to_owned() };
-    let machine = Machine { has_cuda_kernels: false, has_cuda_device: false, cores: 2 };
+    let machine = Machine { cores: 2, ..Machine::default() };
     let config = ModelConfig::new(serde_json::from_str(CONFIG).unwrap());
-    let devices = Devices::choose(&args, machine).unwrap();
+    let devices = Devices::choose(&args, &machine).unwrap();
     plan(&args, Some(&config), &devices)
         .map_err(|mistakes| mistakes.iter().map(ToString::to_string).collect())
 }
@@ -138,8 +139,8 @@ fn a_rotary_scaling_makes_the_context_longer() {
         let args = Args::parse_from([&["launcher", "--hostname", "0.0.0.0"], words].concat());
         let raw = serde_json::json!({"model_type": "llama", "max_position_embeddings": context});
         let config = ModelConfig::new(raw.as_object().unwrap().clone());
-        let machine = Machine { has_cuda_kernels: false, has_cuda_device: false, cores: 2 };
-        let devices = Devices::choose(&args, machine).unwrap();
+        let machine = Machine { cores: 2, ..Machine::default() };
+        let devices = Devices::choose(&args, &machine).unwrap();
         plan(&args, Some(&config), &devices).unwrap().notices.join(" ")
     };
     assert!(prefill(1024, &[]).contains("`max_batch_prefill_tokens` to 1024"));

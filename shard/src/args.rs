@@ -125,6 +125,10 @@ pub struct QuartetArgs {
     #[arg(long, env = "QUARTET_THREADS", hide_env = true)]
     pub threads: Option<String>,
 
+    /// Number of this rank's GPU among those it sees; its rank when not given
+    #[arg(long, env = "QUARTET_CUDA_ORDINAL", hide_env = true)]
+    pub cuda_ordinal: Option<String>,
+
     /// Number of an open pipe whose end tells that the launcher is gone
     #[arg(long, env = "QUARTET_LIFELINE_FD", hide_env = true)]
     pub lifeline_fd: Option<String>,

@@ -38,7 +38,7 @@ pub(crate) fn load_model(
     ledger: &mut Ledger,
 ) -> Result<Box<dyn CausalLm>, ShardError> {
     let device = match settings.device {
-        DeviceKind::Auto => find(settings.rank),
+        DeviceKind::Auto => find(settings.cuda_ordinal),
         other => other,
     };
     let options = load_options(settings);
@@ -49,7 +49,7 @@ pub(crate) fn load_model(
     #[cfg(feature = "cuda")]
     {
         let mut cuda = CudaOptions {
-            ordinal: settings.rank,
+            ordinal: settings.cuda_ordinal,
             loader_threads: settings.threads,
             ..CudaOptions::default()
         };
@@ -68,8 +68,8 @@ pub(crate) fn load_model(
 }
 
 /// The device of `--device auto`, and why in the log.
-fn find(rank: usize) -> DeviceKind {
-    let missing = missing_for_cuda(rank);
+fn find(ordinal: usize) -> DeviceKind {
+    let missing = missing_for_cuda(ordinal);
     match missing {
         None => DeviceKind::Cuda,
         Some(missing) => {
@@ -80,12 +80,12 @@ fn find(rank: usize) -> DeviceKind {
 }
 
 #[cfg(feature = "cuda")]
-fn missing_for_cuda(rank: usize) -> Option<BackendError> {
-    CudaBackend::find_device(rank).err()
+fn missing_for_cuda(ordinal: usize) -> Option<BackendError> {
+    CudaBackend::find_device(ordinal).err()
 }
 
 #[cfg(not(feature = "cuda"))]
-fn missing_for_cuda(_rank: usize) -> Option<BackendError> {
+fn missing_for_cuda(_ordinal: usize) -> Option<BackendError> {
     Some(BackendError::Device { operation: "CUDA".to_owned(), reason: "not part of this build".to_owned() })
 }
 

@@ -43,6 +43,8 @@ pub struct ServeSettings {
     pub rope_scaling: Option<RopeOverride>,
     /// What to run on.
     pub device: DeviceKind,
+    /// Number of this rank's GPU among those it sees.
+    pub cuda_ordinal: usize,
     /// Batch sizes whose decode steps are recorded as CUDA graphs; `None`: the backend's choice.
     pub cuda_graphs: Option<Vec<usize>>,
     /// CPU threads of this rank.
@@ -114,6 +116,8 @@ pub fn serve_settings(args: &ServeArgs, num_cores: usize) -> Result<ServeSetting
     if threads == 0 {
         mistakes.add("--threads (QUARTET_THREADS) is 0, expected at least 1".to_string());
     }
+    let cuda_ordinal =
+        mistakes.number("--cuda-ordinal (QUARTET_CUDA_ORDINAL)", &args.quartet.cuda_ordinal).unwrap_or(rank);
     let lifeline_fd = mistakes.number("--lifeline-fd (QUARTET_LIFELINE_FD)", &args.quartet.lifeline_fd);
     if let Some(fd) = lifeline_fd.filter(|fd| *fd < 3) {
         mistakes.add(format!("--lifeline-fd (QUARTET_LIFELINE_FD) is {fd}, expected 3 or more"));
@@ -139,6 +143,7 @@ pub fn serve_settings(args: &ServeArgs, num_cores: usize) -> Result<ServeSetting
         kv_dtype,
         rope_scaling,
         device,
+        cuda_ordinal,
         cuda_graphs,
         threads,
         instance_id: args.quartet.instance_id.clone().unwrap_or_default(),
@@ -339,8 +344,13 @@ mod tests {
             "abc",
             "--lifeline-fd",
             "7",
+            "--cuda-ordinal",
+            "0",
         ])
         .unwrap();
+        assert_eq!((settings.cuda_ordinal, parse(&["m"]).unwrap().cuda_ordinal), (0, 0));
+        let by_rank = parse(&["m", "--rank", "2", "--world-size", "3"]).unwrap();
+        assert_eq!(by_rank.cuda_ordinal, 2, "a rank started by hand sees all devices");
         assert_eq!((settings.rank, settings.world_size, settings.threads), (1, 3, 2));
         assert_eq!(settings.dtype, Some(DType::BF16));
         assert_eq!((settings.max_input_tokens, settings.max_total_tokens), (Some(100), Some(200)));

@@ -31,6 +31,10 @@ struct Settings {
     rank: u32,
     #[arg(long, env = "WORLD_SIZE", default_value = "1")]
     world_size: u32,
+    #[arg(long, env = "CUDA_VISIBLE_DEVICES")]
+    cuda_visible_devices: Option<String>,
+    #[arg(long, env = "QUARTET_CUDA_ORDINAL")]
+    cuda_ordinal: Option<usize>,
     #[arg(long, env = "QUARTET_INSTANCE_ID", default_value = "")]
     instance_id: String,
     #[arg(long, env = "QUARTET_HOLD_UNTIL_INPUT_ENDS")]
@@ -72,6 +76,8 @@ fn log(level: tracing::Level, text: &str) {
 async fn shard(settings: Settings, arguments: &[String]) {
     let name = format!("shard-{}", settings.rank);
     write_pid(&settings.fake_dir, &name);
+    let device = format!("{:?} {:?}", settings.cuda_visible_devices, settings.cuda_ordinal);
+    std::fs::write(settings.fake_dir.join(format!("{name}.device")), device).unwrap();
     log(tracing::Level::INFO, &format!("hello from rank {}", settings.rank));
     let is_last = settings.rank + 1 == settings.world_size;
     match settings.fake_shard.as_str() {

@@ -433,10 +433,12 @@ mod tests {
     fn a_ring_takes_the_room_there_is() {
         // An H100's multiprocessor has 228 KiB, a third of it for each of three blocks.
         let third = 228 * 1024 / 3 - RESERVED_SHARED;
-        let (bytes, stages) = decode_shared(128, 4, 128, third).unwrap();
+        let (bytes, stages) = decode_shared(128, false, (4, 128), third).unwrap();
         assert_eq!(stages, 2);
         assert!(bytes <= third);
-        assert_eq!(decode_shared(128, 4, 128, 60 * 1024), None);
-        assert_eq!(decode_shared(256, 1, 1, 227 * 1024).unwrap().1, 3);
+        assert_eq!(decode_shared(128, false, (4, 128), 60 * 1024), None);
+        assert_eq!(decode_shared(256, false, (1, 1), 227 * 1024).unwrap().1, 3);
+        assert_eq!(decode_shared(128, true, (4, 128), third).unwrap().1, 2);
+        assert_eq!(decode_shared(256, true, (1, 1), 227 * 1024).unwrap().1, 4);
     }
 }

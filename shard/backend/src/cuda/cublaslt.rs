@@ -6,13 +6,18 @@ use std::mem;
 use std::ptr;
 
 use cudarc::cublaslt::sys as lt;
-use cudarc::cublaslt::sys::cublasLtMatmulDescAttributes_t as Attribute;
+use lt::cublasLtMatmulDescAttributes_t as Description;
+use lt::cublasLtMatmulPreferenceAttributes_t as Attribute;
 
 use super::driver::{DevicePtr, Stream};
 use crate::{BackendError, DType};
 
 /// Room the library may use in between: what NVIDIA recommends for Hopper.
 pub(super) const WORKSPACE_BYTES: usize = 32 << 20;
+
+/// How a product that is cut along its inputs may be put together: with its parts in float32. The library would also add
+/// parts that were rounded to the result's type.
+const SUMS: u32 = lt::cublasLtReductionScheme_t::CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE as u32;
 
 /// Plans that are kept; prompts have many lengths, and a plan takes a fifth of a millisecond.
 const MAX_PLANS: usize = 4096;
@@ -82,9 +87,9 @@ fn data_type(dtype: DType) -> lt::cudaDataType {
 }
 
 /// Sets an attribute of a product, whose type is the caller's to know.
-fn set<T>(
+fn describe<T>(
     product: lt::cublasLtMatmulDesc_t,
-    attribute: Attribute,
+    attribute: Description,
     value: &T,
 ) -> Result<(), BackendError> {
     // SAFETY: the library copies as many bytes, and refuses another size than the attribute's.
@@ -97,6 +102,27 @@ impl Product {
     fn in_type(&self) -> lt::cudaDataType {
         if self.is_fp8 { lt::cudaDataType::CUDA_R_8F_E4M3 } else { data_type(self.dtype) }
     }
+}
+
+/// Sets what plans have to keep to.
+///
+/// # Safety
+/// `attribute` is of the type `T`.
+unsafe fn set<T>(
+    preference: lt::cublasLtMatmulPreference_t,
+    attribute: Attribute,
+    value: &T,
+) -> Result<(), BackendError> {
+    // SAFETY: the caller's.
+    let status = unsafe {
+        lt::cublasLtMatmulPreferenceSetAttribute(
+            preference,
+            attribute,
+            ptr::from_ref(value).cast(),
+            size_of::<T>(),
+        )
+    };
+    check("planning", status)
 }
 
 impl CublasLt {
@@ -211,11 +237,11 @@ impl Plan {
             )
         })?;
         // CUBLAS_OP_T, which the bindings of this library lack.
-        set(description, Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &1_i32)?;
+        describe(description, Description::CUBLASLT_MATMUL_DESC_TRANSA, &1_i32)?;
         if product.is_fp8 {
             let rows = lt::cublasLtMatmulMatrixScale_t::CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F as i32;
-            set(description, Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &rows)?;
-            set(description, Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &rows)?;
+            describe(description, Description::CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &rows)?;
+            describe(description, Description::CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &rows)?;
         }
         let weight = layout(in_type, inputs, outputs, weight_stride)?;
         let x = layout(in_type, inputs, rows, inputs)?;
@@ -235,8 +261,8 @@ impl Plan {
 
     /// Where the scales of weight and activations are.
     fn set_scales(&self, [weight, x]: [DevicePtr; 2]) -> Result<(), BackendError> {
-        set(self.product, Attribute::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &weight)?;
-        set(self.product, Attribute::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &x)
+        describe(self.product, Description::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &weight)?;
+        describe(self.product, Description::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &x)
     }
 
     /// Takes the algorithm that the library thinks best.
@@ -247,14 +273,8 @@ impl Plan {
         unsafe {
             // What it may assume of addresses: buffers begin at multiples of 256.
             check("planning", lt::cublasLtMatmulPreferenceCreate(&raw mut preference))?;
-            let attribute =
-                lt::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
-            let set = lt::cublasLtMatmulPreferenceSetAttribute(
-                preference,
-                attribute,
-                ptr::from_ref(&WORKSPACE_BYTES).cast(),
-                size_of::<usize>(),
-            );
+            let set = set(preference, Attribute::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &WORKSPACE_BYTES)
+                .and_then(|()| set(preference, Attribute::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &SUMS));
             let mut result: lt::cublasLtMatmulHeuristicResult_t = mem::zeroed();
             let found = lt::cublasLtMatmulAlgoGetHeuristic(
                 handle,
@@ -269,7 +289,7 @@ impl Plan {
                 &raw mut count,
             );
             let _ = lt::cublasLtMatmulPreferenceDestroy(preference);
-            check("planning", set)?;
+            set?;
             check("planning", found)?;
             self.algorithm = result.algo;
         }

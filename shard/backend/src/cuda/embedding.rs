@@ -4,24 +4,12 @@ use std::sync::Arc;
 
 use super::driver::{Context, DeviceMemory};
 use super::launch::{Launch, Queue, args};
-use super::module::{ByTypes, Function, Module};
+use super::module::{ALL_TYPES, ByTypes, Function, Module};
 use super::step::StepInputs;
 use super::{CudaBuffer, CudaLinear};
-use crate::{BackendError, DType};
+use crate::BackendError;
 
 const MAX_THREADS: usize = 512;
-
-const ALL_TYPES: [(DType, DType); 9] = [
-    (DType::F32, DType::F32),
-    (DType::F32, DType::BF16),
-    (DType::F32, DType::F16),
-    (DType::BF16, DType::F32),
-    (DType::BF16, DType::BF16),
-    (DType::BF16, DType::F16),
-    (DType::F16, DType::F32),
-    (DType::F16, DType::BF16),
-    (DType::F16, DType::F16),
-];
 
 /// Kernels.
 pub(super) struct Embeddings {

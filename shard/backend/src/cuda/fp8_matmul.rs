@@ -163,6 +163,11 @@ impl Fp8Matmuls {
         })
     }
 
+    /// Whether the library multiplies eight bits with a scale a row.
+    pub(super) fn has_library(&self) -> bool {
+        self.has_library
+    }
+
     /// The kernel for a product, by what whole steps took.
     pub(super) fn choose(&self, x: &CudaBuffer, weight: &CudaLinear, out: &CudaBuffer) -> Fp8Kernel {
         let kernels = self.kernels(x, weight, out);

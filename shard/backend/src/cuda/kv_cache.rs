@@ -1,14 +1,12 @@
 //! The paged KV cache on the device.
 
-use std::ffi::c_void;
-use std::mem;
-use std::ptr;
 use std::sync::Arc;
 
 use cudarc::driver::sys;
 
-use super::driver::{Context, DeviceMemory, DevicePtr, check};
+use super::driver::{Context, DeviceMemory, DevicePtr};
 use super::launch::Argument;
+use super::tensor_map::Boxes;
 use crate::{BackendError, DType, KvDType, KvLayout};
 
 /// Keys of a head that the kernels take to lie in one run.
@@ -54,12 +52,13 @@ impl CudaKvCache {
         let bytes = layout.block_bytes().saturating_mul(num_blocks);
         let memory = DeviceMemory::zeroed(context, bytes, "the KV cache")?;
         let mut cache = Self { memory, layout, num_blocks, pages: Vec::new() };
-        if context.compute_capability()? == (9, 0) && cache.has_boxes() {
+        let is_hopper = context.compute_capability()? == (9, 0);
+        if let Some(dtype) = cache.box_dtype().filter(|_| is_hopper) {
             cache.pages = (0..layout.num_layers)
                 .map(|layer| {
                     Ok(Pages {
-                        keys: cache.tensor_map(cache.keys(layer))?,
-                        values: cache.tensor_map(cache.values(layer))?,
+                        keys: cache.tensor_map(dtype, cache.keys(layer))?,
+                        values: cache.tensor_map(dtype, cache.values(layer))?,
                     })
                 })
                 .collect::<Result<_, BackendError>>()?;
@@ -72,46 +71,29 @@ impl CudaKvCache {
         self.num_blocks * self.layout.num_kv_heads * self.layout.block_size
     }
 
-    /// Whether tensor copies can read it: their coordinates are `i32`.
-    fn has_boxes(&self) -> bool {
-        matches!(self.layout.dtype, KvDType::Plain(DType::BF16 | DType::F16))
-            && self.layout.head_dim.is_multiple_of(BOX_COLUMNS)
-            && (1..=i32::MAX as usize).contains(&self.rows())
+    /// Its elements' type where tensor copies can read it for the kernels: their coordinates are `i32`, and elements of eight bits
+    /// would have to be widened.
+    fn box_dtype(&self) -> Option<DType> {
+        let fits = self.layout.head_dim.is_multiple_of(BOX_COLUMNS)
+            && (1..=i32::MAX as usize).contains(&self.rows());
+        match self.layout.dtype {
+            KvDType::Plain(dtype @ (DType::BF16 | DType::F16)) if fits => Some(dtype),
+            _ => None,
+        }
     }
 
     /// `[rows, head_dim]` at `address` in boxes of one page and [`BOX_COLUMNS`], whose chunks of 16 bytes are exchanged.
-    fn tensor_map(&self, address: DevicePtr) -> Result<sys::CUtensorMap, BackendError> {
-        let row_bytes = self.layout.head_dim * self.layout.dtype.size_bytes();
-        let sizes = [self.layout.head_dim as u64, self.rows() as u64];
-        let strides = [row_bytes as u64];
-        let boxes = [BOX_COLUMNS as u32, PAGE_KEYS as u32];
-        let steps = [1_u32, 1];
-        let dtype = match self.layout.dtype {
-            KvDType::Plain(DType::F16) => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-            _ => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+    fn tensor_map(&self, dtype: DType, address: DevicePtr) -> Result<sys::CUtensorMap, BackendError> {
+        let Self { layout, .. } = self;
+        let boxes = Boxes {
+            address,
+            dtype,
+            rows: self.rows(),
+            columns: layout.head_dim,
+            row_bytes: layout.head_dim * dtype.size_bytes(),
+            box_size: [PAGE_KEYS, BOX_COLUMNS],
         };
-        // SAFETY: a map is plain data; the driver fills it in.
-        let mut map: sys::CUtensorMap = unsafe { mem::zeroed() };
-        let base = ptr::with_exposed_provenance_mut::<c_void>(address as usize);
-        // SAFETY: the arrays have as many elements as the rank says, the strides one fewer.
-        let code = unsafe {
-            sys::cuTensorMapEncodeTiled(
-                &raw mut map,
-                dtype,
-                2,
-                base,
-                sizes.as_ptr(),
-                strides.as_ptr(),
-                boxes.as_ptr(),
-                steps.as_ptr(),
-                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
-                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-            )
-        };
-        check("describing the KV cache to the device", code)?;
-        Ok(map)
+        boxes.map()
     }
 
     /// For tensor copies of `layer`, where the device has them.

@@ -100,6 +100,11 @@ impl Matmuls {
         })
     }
 
+    /// The library, for measuring.
+    pub(super) fn library(&mut self) -> &mut CublasLt {
+        &mut self.library
+    }
+
     /// `out = x weight^T (+ bias)`.
     pub(super) fn matmul(
         &mut self,

@@ -32,6 +32,7 @@ mod rope;
 mod sampling;
 mod skinny;
 mod step;
+mod tensor_map;
 mod upload;
 
 use std::cell::{Cell, RefCell};

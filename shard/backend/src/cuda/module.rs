@@ -171,6 +171,19 @@ fn suffix(dtype: DType) -> &'static str {
     }
 }
 
+/// Every type with every type.
+pub(super) const ALL_TYPES: [(DType, DType); 9] = [
+    (DType::F32, DType::F32),
+    (DType::F32, DType::BF16),
+    (DType::F32, DType::F16),
+    (DType::BF16, DType::F32),
+    (DType::BF16, DType::BF16),
+    (DType::BF16, DType::F16),
+    (DType::F16, DType::F32),
+    (DType::F16, DType::BF16),
+    (DType::F16, DType::F16),
+];
+
 /// Pairs of equal types and of float32 with another: what kernels of two types are compiled for.
 pub(super) const MIXED_TYPES: [(DType, DType); 7] = [
     (DType::F32, DType::F32),

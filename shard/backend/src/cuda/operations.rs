@@ -87,8 +87,11 @@ impl Backend for CudaBackend {
     }
 
     fn quantized_linear(&self, parts: &[QuantizedMatrix]) -> Result<CudaLinear, BackendError> {
-        let dequantized: Vec<HostMatrix<'_>> = parts.iter().map(dequantized).collect();
-        self.linear(&dequantized, DType::F16)
+        let bits = parts.first().map_or(0, |part| part.bits);
+        Err(BackendError::Device {
+            operation: format!("packing a weight of {bits} bits"),
+            reason: "the CUDA backend runs plain weights, expected it dequantized".to_owned(),
+        })
     }
 
     fn keeps_fp8(&self) -> bool {
@@ -485,20 +488,5 @@ impl CudaBackend {
         self.queue.stream().upload(to, &bytes)?;
         // `bytes` is gone after this.
         self.queue.wait()
-    }
-}
-
-/// A quantized matrix as plain numbers.
-fn dequantized(matrix: &QuantizedMatrix) -> HostMatrix<'static> {
-    let mut values = vec![0.0_f32; matrix.rows * matrix.cols];
-    for (row, out) in values.chunks_exact_mut(matrix.cols.max(1)).enumerate() {
-        matrix.read_row(row, out);
-    }
-    HostMatrix {
-        dtype: DType::F32,
-        rows: matrix.rows,
-        cols: matrix.cols,
-        row_stride: matrix.cols,
-        bytes: values.iter().flat_map(|value| value.to_le_bytes()).collect::<Vec<u8>>().into(),
     }
 }

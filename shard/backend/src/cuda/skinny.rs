@@ -1,15 +1,15 @@
 //! Products of a few rows with a large weight, on Hopper: `skinny_gemm.cu`.
 
 use std::collections::HashMap;
-use std::mem;
 use std::sync::Arc;
 
 use cudarc::driver::sys;
 
-use super::driver::{Context, DeviceMemory, DevicePtr, check};
+use super::driver::{Context, DeviceMemory};
 use super::launch::{Launch, Queue, args};
 use super::matmul::{Task, out_type};
 use super::module::{Function, Module};
+use super::tensor_map::Boxes;
 use super::{CudaLinear, DeviceFacts};
 use crate::{BackendError, DType};
 
@@ -73,17 +73,6 @@ impl Shape {
     }
 }
 
-/// What a description of a matrix for bulk copies depends on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-struct MapKey {
-    address: DevicePtr,
-    dtype: DType,
-    rows: usize,
-    columns: usize,
-    row_bytes: usize,
-    box_rows: usize,
-}
-
 /// The kernels.
 pub(super) struct Skinny {
     /// For bf16 and for f16.
@@ -92,7 +81,7 @@ pub(super) struct Skinny {
     num_sms: usize,
     /// How many blocks have handed in their part of a tile: zero between products.
     arrivals: DeviceMemory,
-    maps: HashMap<MapKey, sys::CUtensorMap>,
+    maps: HashMap<Boxes, sys::CUtensorMap>,
 }
 
 impl Skinny {
@@ -200,21 +189,21 @@ impl Skinny {
     ) -> Result<(), BackendError> {
         let Task { x, weight, bias, out, rows, out_dtype } = task;
         let inputs = weight.in_features;
-        let weights = self.map(MapKey {
+        let weights = self.map(Boxes {
             address: weight.ptr(),
             dtype: weight.dtype,
             rows: weight.out_features,
             columns: inputs,
             row_bytes: weight.row_stride * 2,
-            box_rows: BOX_ROWS,
+            box_size: [BOX_ROWS, BOX_COLUMNS],
         })?;
-        let activations = self.map(MapKey {
+        let activations = self.map(Boxes {
             address: x,
             dtype: weight.dtype,
             rows,
             columns: inputs,
             row_bytes: inputs * 2,
-            box_rows: shape.tokens,
+            box_size: [shape.tokens, BOX_COLUMNS],
         })?;
         let (partials, arrivals) = (workspace.ptr(), self.arrivals.ptr());
         let (rows, outputs, inputs) = (rows as i32, outputs as i32, inputs as i32);
@@ -236,42 +225,14 @@ impl Skinny {
     }
 
     /// The description of a matrix of 16-bit elements, which the copy engine needs.
-    fn map(&mut self, key: MapKey) -> Result<sys::CUtensorMap, BackendError> {
+    fn map(&mut self, key: Boxes) -> Result<sys::CUtensorMap, BackendError> {
         if let Some(map) = self.maps.get(&key) {
             return Ok(*map);
         }
         if self.maps.len() >= MAX_MAPS {
             self.maps.clear();
         }
-        let dtype = if key.dtype == DType::BF16 {
-            sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-        } else {
-            sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-        };
-        let sizes = [key.columns as u64, key.rows as u64];
-        let strides = [key.row_bytes as u64];
-        let boxes = [BOX_COLUMNS as u32, key.box_rows as u32];
-        let steps = [1_u32, 1];
-        // SAFETY: plain data that the driver fills.
-        let mut map: sys::CUtensorMap = unsafe { mem::zeroed() };
-        // SAFETY: the arrays have as many elements as a matrix of two dimensions needs.
-        let code = unsafe {
-            sys::cuTensorMapEncodeTiled(
-                &raw mut map,
-                dtype,
-                2,
-                key.address as *mut std::ffi::c_void,
-                sizes.as_ptr(),
-                strides.as_ptr(),
-                boxes.as_ptr(),
-                steps.as_ptr(),
-                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
-                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
-                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-            )
-        };
-        check("describing a matrix for bulk copies", code)?;
+        let map = key.map()?;
         self.maps.insert(key, map);
         Ok(map)
     }

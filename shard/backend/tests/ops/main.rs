@@ -8,6 +8,7 @@ mod attention;
 mod cases;
 mod embedding;
 mod experts;
+mod fp8;
 mod heads;
 mod many_rows;
 mod matmul;

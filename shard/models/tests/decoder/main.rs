@@ -27,11 +27,20 @@ const NUM_BLOCKS: usize = 64;
 fn tolerance(weights: DType, cache: DType) -> f64 {
     match (weights, cache) {
         (DType::F32, DType::F32) => 1e-5, // [2.4e-6]
-        // bf16 kernels keep 16 bits of the activations' mantissa [4.6e-5]; with five rows and more they keep 16 bits below the
-        // largest of 64 neighbours, of activations and weights [5.3e-4]. An f16 cache keeps 11.
-        (DType::BF16, DType::F32) => 1e-3,
-        _ => 4e-3, // [2.2e-3]
+        // bf16 kernels keep 16 bits of the activations' mantissa, an f16 cache 11.
+        (DType::BF16, DType::F32) => 1e-4, // [4.6e-5]
+        _ => 4e-3,                         // [2.2e-3]
     }
+}
+
+/// The same for a sequence that is computed in pieces of `sizes`. Processors with VNNI compute five rows and more in fixed
+/// point, which keeps 16 bits below the norm of 64 neighbours, of bf16 weights and of their activations [5.3e-4].
+fn tolerance_in_pieces(decoder: &CpuDecoder, sizes: &[usize], weights: DType, cache: DType) -> f64 {
+    let description = &decoder.info().device.description;
+    let is_fixed = ["VNNI kernels", "BF16 kernels"].iter().any(|kernels| description.contains(kernels))
+        && sizes.iter().any(|&size| size >= 5);
+    let strict = tolerance(weights, cache);
+    if is_fixed && weights == DType::BF16 { strict.max(1e-3) } else { strict }
 }
 
 fn options() -> LoadOptions {
@@ -158,7 +167,8 @@ fn prefill_decode_and_chunks_equal_the_reference() {
             let cache = kv_dtype.unwrap_or(if weights == DType::F32 { DType::F32 } else { DType::F16 });
             alone(&fixture, &options, |decoder| {
                 for sizes in [&[37][..], &[20], &[5, 1, 16, 15], &[]] {
-                    assert_close(&in_pieces(decoder, &tokens, sizes), &expected, tolerance(weights, cache));
+                    let tolerance = tolerance_in_pieces(decoder, sizes, weights, cache);
+                    assert_close(&in_pieces(decoder, &tokens, sizes), &expected, tolerance);
                 }
             });
         }

@@ -1,0 +1,106 @@
+//! What the NVIDIA driver's library says about the devices. It is loaded when it is there; nothing is needed to build.
+
+use nvml_wrapper::enums::device::UsedGpuMemory;
+use nvml_wrapper::struct_wrappers::device::ProcessInfo;
+use nvml_wrapper::{Device, Nvml};
+
+use crate::machine::{Gpu, GpuProcess, GpuSlice};
+
+/// What the library tells; nothing where it is missing or does not answer.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Found {
+    /// Of the driver.
+    pub driver: Option<String>,
+    /// The newest CUDA it runs: 13000 is 13.0.
+    pub cuda_version: Option<u32>,
+    /// In the order of their buses. Devices of another container are not among them.
+    pub gpus: Vec<Gpu>,
+}
+
+/// Asks the library, which is closed again. It makes no context on any device.
+pub fn read() -> Found {
+    let nvml = match Nvml::init() {
+        Ok(nvml) => nvml,
+        Err(error) => {
+            tracing::debug!("the NVIDIA driver's library does not answer: {error}");
+            return Found::default();
+        }
+    };
+    let count = nvml.device_count().unwrap_or(0);
+    let devices = (0..count).filter_map(|index| nvml.device_by_index(index).ok());
+    Found {
+        driver: nvml.sys_driver_version().ok(),
+        cuda_version: nvml.sys_cuda_driver_version().ok().and_then(|version| version.try_into().ok()),
+        gpus: devices.filter_map(|device| gpu(&device)).collect(),
+    }
+}
+
+/// One device; none where it does not even tell its name.
+fn gpu(device: &Device<'_>) -> Option<Gpu> {
+    let memory = device.memory_info().ok();
+    Some(Gpu {
+        uuid: device.uuid().ok()?,
+        name: device.name().ok()?,
+        memory_bytes: memory.as_ref().map_or(0, |memory| memory.total),
+        free_bytes: memory.as_ref().map_or(0, |memory| memory.free),
+        processes: device.running_compute_processes().unwrap_or_default().iter().map(process).collect(),
+        slices: slices(device),
+    })
+}
+
+fn process(process: &ProcessInfo) -> GpuProcess {
+    GpuProcess {
+        pid: process.pid,
+        name: process_name(process.pid),
+        bytes: match process.used_gpu_memory {
+            UsedGpuMemory::Used(bytes) => Some(bytes),
+            UsedGpuMemory::Unavailable => None,
+        },
+    }
+}
+
+fn process_name(pid: u32) -> Option<String> {
+    Some(std::fs::read_to_string(format!("/proc/{pid}/comm")).ok()?.trim().to_owned())
+}
+
+fn slices(device: &Device<'_>) -> Vec<GpuSlice> {
+    let most = device.mig_device_count().unwrap_or(0);
+    let slices = (0..most).filter_map(|index| device.mig_device_by_index(index).ok());
+    slices
+        .filter_map(|slice| {
+            let memory = slice.memory_info().ok();
+            Some(GpuSlice {
+                uuid: slice.uuid().ok()?,
+                memory_bytes: memory.as_ref().map_or(0, |memory| memory.total),
+                free_bytes: memory.as_ref().map_or(0, |memory| memory.free),
+            })
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_missing_library_is_an_empty_answer_and_a_present_one_names_its_devices() {
+        let found = read();
+        assert!(found.gpus.is_empty() || found.driver.is_some());
+        assert!(found.gpus.iter().all(|gpu| gpu.uuid.starts_with("GPU-") && !gpu.name.is_empty()));
+    }
+
+    #[test]
+    fn processes_have_names_and_maybe_sizes() {
+        let info = |pid, used_gpu_memory| ProcessInfo {
+            pid,
+            used_gpu_memory,
+            gpu_instance_id: None,
+            compute_instance_id: None,
+        };
+        let own = process(&info(std::process::id(), UsedGpuMemory::Used(5)));
+        assert_eq!(own.bytes, Some(5));
+        assert!(own.name.is_some_and(|name| !name.is_empty()));
+        let gone = process(&info(u32::MAX, UsedGpuMemory::Unavailable));
+        assert_eq!((gone.name, gone.bytes), (None, None));
+    }
+}

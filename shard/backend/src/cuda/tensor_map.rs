@@ -1,0 +1,59 @@
+//! Descriptions of matrices for Hopper's copy engine.
+
+use std::ffi::c_void;
+use std::{mem, ptr};
+
+use cudarc::driver::sys;
+
+use super::driver::{DevicePtr, check};
+use crate::{BackendError, DType};
+
+/// A matrix `[rows, columns]` of 16-bit elements, copied in boxes whose rows of 128 bytes have their chunks of 16 bytes
+/// exchanged; what lies outside is zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct Boxes {
+    pub(super) address: DevicePtr,
+    pub(super) dtype: DType,
+    pub(super) rows: usize,
+    pub(super) columns: usize,
+    /// From one row to the next.
+    pub(super) row_bytes: usize,
+    /// Rows and columns of a box.
+    pub(super) box_size: [usize; 2],
+}
+
+impl Boxes {
+    /// The driver's description.
+    pub(super) fn map(&self) -> Result<sys::CUtensorMap, BackendError> {
+        let dtype = match self.dtype {
+            DType::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            _ => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+        };
+        let sizes = [self.columns as u64, self.rows as u64];
+        let strides = [self.row_bytes as u64];
+        let boxes = [self.box_size[1] as u32, self.box_size[0] as u32];
+        let steps = [1_u32, 1];
+        // SAFETY: a map is plain data; the driver fills it in.
+        let mut map: sys::CUtensorMap = unsafe { mem::zeroed() };
+        let base = ptr::with_exposed_provenance_mut::<c_void>(self.address as usize);
+        // SAFETY: the arrays have as many elements as the rank says, the strides one fewer.
+        let code = unsafe {
+            sys::cuTensorMapEncodeTiled(
+                &raw mut map,
+                dtype,
+                2,
+                base,
+                sizes.as_ptr(),
+                strides.as_ptr(),
+                boxes.as_ptr(),
+                steps.as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        };
+        check(&format!("describing {self:?} for bulk copies"), code)?;
+        Ok(map)
+    }
+}
