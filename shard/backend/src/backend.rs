@@ -4,7 +4,9 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use crate::sampling::{Sampled, SamplingRow};
-use crate::{BackendError, DType, Fp8Matrix, HostMatrix, KvDType, KvLayout, QuantizedMatrix, Routing, StepInput};
+use crate::{
+    BackendError, DType, Fp8Matrix, HostMatrix, KvDType, KvLayout, QuantizedMatrix, Routing, StepInput,
+};
 
 /// What a backend runs on.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -278,7 +280,11 @@ pub trait Backend: Send + Sized + 'static {
     }
     /// Packs the matrices `parts`, stacked along their rows (outputs), rounded to E4M3 with a scale for each row, the row's largest
     /// magnitude over 448, to be multiplied with activations of `dtype`. Only where [`Backend::keeps_fp8`].
-    fn quantized_to_fp8(&self, _parts: &[HostMatrix<'_>], _dtype: DType) -> Result<Self::Linear, BackendError> {
+    fn quantized_to_fp8(
+        &self,
+        _parts: &[HostMatrix<'_>],
+        _dtype: DType,
+    ) -> Result<Self::Linear, BackendError> {
         Err(BackendError::Device {
             operation: "quantizing a weight to fp8".to_owned(),
             reason: "this device does not keep weights in eight bits".to_owned(),

@@ -43,7 +43,8 @@ impl Fp8Format {
     pub const fn decode(self, bits: u8) -> f32 {
         let magnitude = bits & 0x7f;
         let mantissa = self.mantissa_bits();
-        let (exponent, fraction) = ((magnitude >> mantissa) as i32, (magnitude & ((1 << mantissa) - 1)) as f32);
+        let (exponent, fraction) =
+            ((magnitude >> mantissa) as i32, (magnitude & ((1 << mantissa) - 1)) as f32);
         let unit = 1.0 / (1_u32 << mantissa) as f32;
         let value = if self.is_nan(magnitude) {
             f32::NAN
@@ -174,7 +175,10 @@ mod tests {
         assert_eq!([e4m3(0x01), e4m3(0x07), e4m3(0x08)], [1.0 / 512.0, 7.0 / 512.0, 1.0 / 64.0]);
         assert!(e4m3(0x7f).is_nan() && e4m3(0xff).is_nan());
         let e5m2 = |bits| Fp8Format::E5M2.decode(bits);
-        assert_eq!([e5m2(0x3c), e5m2(0x7b), e5m2(0x01), e5m2(0x7c)], [1.0, 57344.0, 2_f32.powi(-16), f32::INFINITY]);
+        assert_eq!(
+            [e5m2(0x3c), e5m2(0x7b), e5m2(0x01), e5m2(0x7c)],
+            [1.0, 57344.0, 2_f32.powi(-16), f32::INFINITY]
+        );
         assert!(e5m2(0x7d).is_nan());
     }
 

@@ -53,7 +53,8 @@ pub(crate) fn stored_as(
     let Some((key, section)) = section else {
         return match asked {
             Some(Quantize::CompressedTensors) => Err(refusal(
-                "--quantize is compressed-tensors, but config.json has no quantization_config: leave it out".to_owned(),
+                "--quantize is compressed-tensors, but config.json has no quantization_config: leave it out"
+                    .to_owned(),
             )),
             Some(Quantize::Fp8) | None => Ok(None),
         };
@@ -220,9 +221,17 @@ mod tests {
              checkpoints (gptq) come later: choose the unquantized checkpoint or a GGUF file with --model-id"
         );
         let integers = line(stored(compressed_section("int", 8, "channel"), None));
-        assert!(integers.contains("config_groups.group_0.weights.type is \"int\", expected \"float\""), "{integers}");
-        assert!(line(stored(compressed_section("float", 4, "channel"), None)).contains("num_bits is 4, expected 8"));
-        assert!(line(stored(compressed_section("float", 8, "group"), None)).contains("strategy is \"group\""));
+        assert!(
+            integers.contains("config_groups.group_0.weights.type is \"int\", expected \"float\""),
+            "{integers}"
+        );
+        assert!(
+            line(stored(compressed_section("float", 4, "channel"), None))
+                .contains("num_bits is 4, expected 8")
+        );
+        assert!(
+            line(stored(compressed_section("float", 8, "group"), None)).contains("strategy is \"group\"")
+        );
         let e5m2 = line(stored(json!({"quant_method": "fp8", "fmt": "e5m2"}), None));
         assert!(e5m2.contains("fmt is \"e5m2\", expected \"e4m3\""), "{e5m2}");
         for sizes in [json!([128]), json!([0, 128]), json!("128"), json!([1, 2, 3])] {

@@ -32,7 +32,9 @@ const ALL: [(&str, Measure); 6] = [
 fn main() -> Result<(), Box<dyn Error>> {
     let wanted: Vec<String> = std::env::args().skip(1).collect();
     if let Some(unknown) = wanted.iter().find(|name| ALL.iter().all(|(known, _)| known != name)) {
-        return Err(format!("{unknown}: expected some of attention, norm, matmul, fp8, experts, sampling").into());
+        return Err(
+            format!("{unknown}: expected some of attention, norm, matmul, fp8, experts, sampling").into()
+        );
     }
     let mut backend = measure::backend()?;
     let mut out = std::io::stdout().lock();

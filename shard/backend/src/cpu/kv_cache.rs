@@ -17,7 +17,8 @@ pub(super) fn plain_dtype(dtype: KvDType) -> Result<DType, BackendError> {
         KvDType::Plain(dtype) => Ok(dtype),
         KvDType::Fp8(_) => Err(BackendError::Device {
             operation: format!("--kv-cache-dtype {dtype}"),
-            reason: "the CPU keeps keys and values in 16 or 32 bits: leave it out, or use --device cuda".to_owned(),
+            reason: "the CPU keeps keys and values in 16 or 32 bits: leave it out, or use --device cuda"
+                .to_owned(),
         }),
     }
 }

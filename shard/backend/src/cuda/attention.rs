@@ -212,8 +212,9 @@ impl Attentions {
                 of(fp8, [KvDType::Fp8(Fp8Format::E5M2); 2])?,
             ])
         };
-        let decode_of =
-            |dim: usize, heads: usize| forms(&decode, &decode_fp8, &format!("attention_decode_{dim}_{heads}"));
+        let decode_of = |dim: usize, heads: usize| {
+            forms(&decode, &decode_fp8, &format!("attention_decode_{dim}_{heads}"))
+        };
         let mut sizes = Vec::new();
         for (dim, blocks, many_blocks, prefill_keys) in SIZES {
             let many = many_blocks.map(|blocks| Ok((decode_of(dim, MOST_HEADS)?, blocks)));

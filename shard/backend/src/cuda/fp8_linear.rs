@@ -23,7 +23,9 @@ const STAGING_BYTES: usize = 64 << 20;
 pub(super) fn say_once(dtype: DType) {
     static SAID: Once = Once::new();
     SAID.call_once(|| {
-        tracing::info!("fp8 weights with scales of blocks, of experts, or of a float32 model run as {dtype} on CUDA");
+        tracing::info!(
+            "fp8 weights with scales of blocks, of experts, or of a float32 model run as {dtype} on CUDA"
+        );
     });
 }
 
@@ -69,7 +71,8 @@ impl Rounding {
             shared_bytes: 0,
         };
         let (from, scales) = rows_of(weight, first);
-        let (pitch, out_pitch, width) = (weight.row_stride as i64, out_pitch as i64, weight.in_features as i32);
+        let (pitch, out_pitch, width) =
+            (weight.row_stride as i64, out_pitch as i64, weight.in_features as i32);
         queue.launch(&launch, args![from, pitch, scales, out, out_pitch, width])
     }
 

@@ -155,10 +155,7 @@ impl Fp8Matmuls {
             gemvs: gemvs.collect::<Result<_, BackendError>>()?,
             few_rows: few_rows.collect::<Result<_, BackendError>>()?,
             rounding: Rounding::load(context)?,
-            convert: matmul.by_types(
-                "convert",
-                &[(DType::F32, DType::BF16), (DType::F32, DType::F16)],
-            )?,
+            convert: matmul.by_types("convert", &[(DType::F32, DType::BF16), (DType::F32, DType::F16)])?,
             has_library: facts.capability == (9, 0),
         })
     }
@@ -188,7 +185,8 @@ impl Fp8Matmuls {
                 kernels.push(Fp8Kernel::Gemv);
             }
             let fitting = self.few_rows.iter().filter(|shape| fits(shape, x.rows()));
-            kernels.extend(fitting.map(|&FewRows { tokens, tiles, .. }| Fp8Kernel::FewRows { tokens, tiles }));
+            kernels
+                .extend(fitting.map(|&FewRows { tokens, tiles, .. }| Fp8Kernel::FewRows { tokens, tiles }));
         }
         let sizes = [weight.in_features, weight.out_features];
         if self.has_library && sizes.iter().all(|size| size.is_multiple_of(PIECE)) {
@@ -309,7 +307,8 @@ impl Fp8Matmuls {
         let stride = width.next_multiple_of(PIECE);
         let weights_at_once = part_rows(outputs, (room / (stride * size)).max(1));
         let is_converted = x.dtype() != weight.dtype;
-        let rows_at_once = if is_converted { part_rows(x.rows(), (room / (width * size)).max(1)) } else { x.rows() };
+        let rows_at_once =
+            if is_converted { part_rows(x.rows(), (room / (width * size)).max(1)) } else { x.rows() };
         for first_row in (0..x.rows()).step_by(rows_at_once) {
             let rows = rows_at_once.min(x.rows() - first_row);
             let mut from = x.ptr() + (first_row * width * x.dtype().size_bytes()) as DevicePtr;
@@ -354,7 +353,9 @@ fn takes_activations(x: &CudaBuffer, weight: &CudaLinear, out: &CudaBuffer) -> b
 
 /// Whether an instantiation is the smallest that is enough.
 fn fits(shape: &FewRows, rows: usize) -> bool {
-    rows >= 1 && rows <= shape.tokens && SHAPES.iter().all(|&(tokens, _)| tokens >= shape.tokens || tokens < rows)
+    rows >= 1
+        && rows <= shape.tokens
+        && SHAPES.iter().all(|&(tokens, _)| tokens >= shape.tokens || tokens < rows)
 }
 
 /// Rows of a part when at most `most` are computed at a time: parts of about the same size.

@@ -115,7 +115,9 @@ impl Backend for CudaBackend {
         if dtype == DType::F32 {
             return Err(BackendError::Device {
                 operation: "quantizing a weight to fp8".to_owned(),
-                reason: "its activations are float32, expected float16 or bfloat16: leave out --dtype float32".to_owned(),
+                reason:
+                    "its activations are float32, expected float16 or bfloat16: leave out --dtype float32"
+                        .to_owned(),
             });
         }
         let quantizer = &self.matmuls.fp8.rounding;

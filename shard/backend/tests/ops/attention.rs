@@ -350,7 +350,13 @@ fn rounding_of_the_cache_stays_within_its_tolerance() {
     };
     let (found, blocks) = sequences(&mut random, &[200], shape.qkv_width());
     for dtype in [DType::F16, DType::BF16] {
-        let layout = KvLayout { num_layers: 1, num_kv_heads: 3, head_dim: 64, block_size: BLOCK_SIZE, dtype: dtype.into() };
+        let layout = KvLayout {
+            num_layers: 1,
+            num_kv_heads: 3,
+            head_dim: 64,
+            block_size: BLOCK_SIZE,
+            dtype: dtype.into(),
+        };
         let mut cache = backend.kv_cache(layout, blocks).unwrap();
         let mut qkv = upload(&mut backend, &found[0].qkv, shape.qkv_width());
         backend.begin_step(&step_of(&[(&found[0], 0, 200)])).unwrap();
@@ -380,8 +386,13 @@ fn refuses<B: Backend>(backend: &mut B) {
         soft_cap: None,
         alibi: None,
     };
-    let layout =
-        KvLayout { num_layers: 1, num_kv_heads: 1, head_dim: 16, block_size: BLOCK_SIZE, dtype: DType::F32.into() };
+    let layout = KvLayout {
+        num_layers: 1,
+        num_kv_heads: 1,
+        head_dim: 16,
+        block_size: BLOCK_SIZE,
+        dtype: DType::F32.into(),
+    };
     let mut cache = backend.kv_cache(layout, 2).unwrap();
     let mut qkv = upload(backend, &[0.0; 48], 48);
     let mut step = crate::cases::prompt(1);

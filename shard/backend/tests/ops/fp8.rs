@@ -103,11 +103,22 @@ fn agrees_with_plain_sums<B: Backend>(backend: &mut B) {
             for out_dtype in [DType::F32, beside] {
                 // Sizes that no kernel takes as they are are dequantized, which rounds once more.
                 let dequantizes = is_exact && !inputs.is_multiple_of(16);
-                let tolerance = if dequantizes { tolerances::matmul(DType::F32).stored_as(dtype) } else { tolerances::matmul(of_weight) };
+                let tolerance = if dequantizes {
+                    tolerances::matmul(DType::F32).stored_as(dtype)
+                } else {
+                    tolerances::matmul(of_weight)
+                };
                 let mut out = upload_as(backend, &vec![f32::NAN; rows * outputs], outputs, out_dtype);
                 backend.matmul(&input, &packed, bias_vector.as_ref(), &mut out).unwrap();
-                let what = format!("{rows} x {inputs} -> {outputs}, groups {group:?}, {dtype} to {out_dtype}");
-                assert_close(&what, &backend.read(&out).unwrap(), &expected, &magnitudes, tolerance.stored_as(out_dtype));
+                let what =
+                    format!("{rows} x {inputs} -> {outputs}, groups {group:?}, {dtype} to {out_dtype}");
+                assert_close(
+                    &what,
+                    &backend.read(&out).unwrap(),
+                    &expected,
+                    &magnitudes,
+                    tolerance.stored_as(out_dtype),
+                );
             }
         }
     }
@@ -122,12 +133,15 @@ fn products_with_eight_bits_agree_with_plain_sums() {
 fn gates_what_it_multiplies<B: Backend>(backend: &mut B) {
     let mut random = Random(42);
     for dtype in [DType::BF16, DType::F16] {
-        for (rows, inputs, width) in [(1, 272, 100), (2, 48, 129), (5, 1040, 65), (8, 528, 500), (16, 144, 72), (30, 784, 131)] {
+        for (rows, inputs, width) in
+            [(1, 272, 100), (2, 48, 129), (5, 1040, 65), (8, 528, 500), (16, 144, 72), (30, 784, 131)]
+        {
             let parts = [random_part(&mut random, 2 * width, inputs, None)];
             let beside = activations_beside(backend, dtype);
             let of_weight = if backend.keeps_fp8() { dtype } else { DType::F32 };
             // So that the gate's exponential stays within reach.
-            let x: Vec<f32> = random_as(&mut random, rows * inputs, beside).iter().map(|x| x / 64.0).collect();
+            let x: Vec<f32> =
+                random_as(&mut random, rows * inputs, beside).iter().map(|x| x / 64.0).collect();
             let packed = backend.fp8_linear(&parts, of_weight).unwrap();
             let input = upload_as(backend, &x, inputs, beside);
             let mut gate_up = upload_as(backend, &vec![f32::NAN; rows * 2 * width], 2 * width, beside);

@@ -7,6 +7,8 @@
 //! brought back. Floor: the bytes it must read (weights, and the keys and values of the context) over the read bandwidth, or
 //! its FLOPs over the matrix rate, whichever is longer; both are measured in the same run. Medians.
 
+#![allow(clippy::print_stdout, reason = "the table is what it is for")]
+
 use std::error::Error;
 use std::time::Instant;
 

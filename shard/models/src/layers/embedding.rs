@@ -31,9 +31,8 @@ impl<B: Backend> Embedding<B> {
     pub(crate) fn load(loader: &mut Loader<'_, B>, spec: &DecoderSpec) -> Result<Self, ModelError> {
         let rows = split_tiles(spec.vocab_size, "rows of the vocabulary", loader.rank, loader.world_size)?;
         let EmbeddingSpec { tokens, multiplier, positions, norm } = &spec.embedding;
-        let mut load = |linear: &LinearSpec, rows: Range<usize>| {
-            Linear::table(loader, linear, rows, spec.hidden_size)
-        };
+        let mut load =
+            |linear: &LinearSpec, rows: Range<usize>| Linear::table(loader, linear, rows, spec.hidden_size);
         Ok(Self {
             table: load(&LinearSpec::table(tokens), rows.clone())?,
             first_id: rows.start,

@@ -70,7 +70,9 @@ impl Fp8Weights {
         let has_row_scales = scaled.scale_cols == 1;
         let (first_group, end_group) = match has_row_scales {
             true => (0, 1),
-            false => (cols.start / block_cols, cols.end.div_ceil(block_cols).max(cols.start / block_cols + 1)),
+            false => {
+                (cols.start / block_cols, cols.end.div_ceil(block_cols).max(cols.start / block_cols + 1))
+            }
         };
         let row = |row: usize| {
             let from = row / block_rows * scaled.scale_cols;
@@ -96,7 +98,10 @@ fn read_scales(
     scheme: Fp8Scheme,
 ) -> Result<Scaled, String> {
     let Some((rows, cols)) = rows_and_cols(&meta.shape).filter(|&(rows, cols)| rows * cols > 0) else {
-        return Err(format!("tensor {name} is stored as {STORED} with shape {:?}, expected a matrix", meta.shape));
+        return Err(format!(
+            "tensor {name} is stored as {STORED} with shape {:?}, expected a matrix",
+            meta.shape
+        ));
     };
     let prefix = name.strip_suffix("weight").unwrap_or(name);
     let found = SCALES.iter().find_map(|suffix| {
@@ -104,7 +109,9 @@ fn read_scales(
         source.meta(&scales).map(|meta| (scales, meta))
     });
     let Some((scales, scale_meta)) = found else {
-        return Err(format!("tensor {name} is stored as {STORED}, expected a scale {prefix}weight_scale with it"));
+        return Err(format!(
+            "tensor {name} is stored as {STORED}, expected a scale {prefix}weight_scale with it"
+        ));
     };
     let [block_rows, block_cols] = scheme.block;
     let grid = [rows.div_ceil(block_rows), cols.div_ceil(block_cols)];
@@ -123,7 +130,9 @@ fn read_scales(
     };
     let (matrix_rows, matrix_cols) = rows_and_cols(&scale_meta.shape).unwrap_or((1, 1));
     let matrix = source.matrix(&scales, 0..matrix_rows, 0..matrix_cols);
-    let matrix = matrix.map_err(|_| format!("tensor {scales} is stored as {}, expected F32, BF16 or F16", scale_meta.stored))?;
+    let matrix = matrix.map_err(|_| {
+        format!("tensor {scales} is stored as {}, expected F32, BF16 or F16", scale_meta.stored)
+    })?;
     let mut values = vec![0.0; count];
     for (row, out) in values.chunks_exact_mut(matrix_cols.max(1)).enumerate() {
         matrix.read_row(row, out);

@@ -163,7 +163,8 @@ fn prefill_decode_and_chunks_equal_the_reference() {
             let expected = reference::logits(&fixture, &tokens);
             let spread = expected.iter().flatten().map(|logit| logit.abs()).fold(0.0, f64::max);
             assert!((0.5..20.0).contains(&spread), "logits up to {spread} hide or invent differences");
-            let options = LoadOptions { kv_dtype: kv_dtype.map(Into::into), dtype: Some(weights), ..options() };
+            let options =
+                LoadOptions { kv_dtype: kv_dtype.map(Into::into), dtype: Some(weights), ..options() };
             let cache = kv_dtype.unwrap_or(if weights == DType::F32 { DType::F32 } else { DType::F16 });
             alone(&fixture, &options, |decoder| {
                 for sizes in [&[37][..], &[20], &[5, 1, 16, 15], &[]] {
