@@ -50,9 +50,9 @@ def run(program, name, seconds, place):
     last = re.findall(r"cov: (\d+) ft: (\d+) corp: (\d+)", text)[-1:] or [("0", "0", "0")]
     numbers = {"edges": int(last[0][0]), "features": int(last[0][1]), "corpus": int(last[0][2])}
     for key, pattern in {
-        "executions": r"number_of_executed_units: (\d+)",
+        "executions": r"number_of_executed_units:\s+(\d+)",
         "edges_in_program": r"Loaded 1 modules\s+\((\d+) inline",
-        "peak_rss_mib": r"peak_rss_mb: (\d+)",
+        "peak_rss_mib": r"peak_rss_mb:\s+(\d+)",
     }.items():
         found = re.search(pattern, text)
         numbers[key] = int(found[1]) if found else None

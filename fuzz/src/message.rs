@@ -4,8 +4,8 @@ use std::fmt::Display;
 
 use models::ModelError;
 
-/// Names and values from a file are shortened to some hundred characters; paths come on top.
-const MAX_LINE_BYTES: usize = 2000;
+/// Characters: names and values from a file are shortened to some hundred; paths come on top.
+const MAX_LINE: usize = 2000;
 
 /// One error, one line.
 ///
@@ -13,8 +13,8 @@ const MAX_LINE_BYTES: usize = 2000;
 /// The message is empty, longer than a line may be, or has a line break or another control character.
 pub fn check_line(error: &dyn Display) {
     let text = error.to_string();
-    let length = text.len();
-    assert!((1..=MAX_LINE_BYTES).contains(&length), "{length} bytes of message: {:.300}", text);
+    let length = text.chars().count();
+    assert!((1..=MAX_LINE).contains(&length), "{length} characters of message: {:.300}", text);
     assert!(!text.chars().any(char::is_control), "a control character in {text:?}");
 }
 

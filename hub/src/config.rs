@@ -221,12 +221,11 @@ pub(crate) fn one_line(text: &str) -> String {
     text.chars().take(200).map(visible).collect()
 }
 
-/// At most 80 characters of a value, for messages.
+/// At most 80 characters of a value, for messages, in one line.
 pub(crate) fn shorten(text: &str) -> String {
-    match text.char_indices().nth(80) {
-        Some((end, _)) => format!("{}…", &text[..end]),
-        None => text.to_owned(),
-    }
+    let visible = |c: char| if c.is_control() { ' ' } else { c };
+    let more = if text.chars().nth(80).is_some() { "…" } else { "" };
+    text.chars().take(80).map(visible).chain(more.chars()).collect()
 }
 
 #[cfg(test)]

@@ -43,7 +43,10 @@ pub(crate) fn load_model(
     };
     let options = load_options(settings);
     if device != DeviceKind::Cuda {
-        let backend = CpuBackend::new(CpuOptions { threads: settings.threads, isa: None }, communicator)?;
+        let backend = CpuBackend::new(
+            CpuOptions { threads: settings.threads, isa: None, pin_threads: true },
+            communicator,
+        )?;
         return load(backend, files, &options, ledger);
     }
     #[cfg(feature = "cuda")]

@@ -21,7 +21,7 @@ pub(super) fn locate(model: &std::path::Path) -> Option<ModelFiles> {
 
 /// Loads a model, or sees it refused properly.
 pub(super) fn load(files: &ModelFiles) {
-    let options = CpuOptions { threads: 1, isa: None };
+    let options = CpuOptions { threads: 1, isa: None, pin_threads: false };
     let backend = CpuBackend::new(options, Box::new(Single)).expect("a backend on this machine");
     if let Err(error) = models::load(backend, files, &LoadOptions::default()) {
         check_model_error(&error);

@@ -5,6 +5,7 @@
 mod bad_models;
 mod calls;
 mod process;
+mod threads;
 mod tiny_model;
 
 #[path = "../../src/engine/testing/byte_tokenizer.rs"]

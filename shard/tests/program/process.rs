@@ -32,9 +32,14 @@ impl Place {
 
     /// `shard serve` of the model, without anything of this process's environment that could change it.
     pub(crate) fn command(&self) -> Command {
+        self.command_of(1)
+    }
+
+    /// The same with so many threads.
+    pub(crate) fn command_of(&self, threads: usize) -> Command {
         let mut command = program();
         command.arg("serve").arg(self.model()).arg("--uds-path").arg(self.dir.path().join("s"));
-        command.args(["--dtype", "float32", "--threads", "1", "--json-output"]);
+        command.args(["--dtype", "float32", "--threads", &threads.to_string(), "--json-output"]);
         command
     }
 

@@ -1,7 +1,8 @@
 //! How fast the CPU kernels are at SmolLM2-135M's shapes, beside a plain loop that only reads memory.
 //!
 //! `cargo run --release -p backend --example kernels -- [--json] [--threads N] [--dtype bfloat16] [--isa portable|avx2|avx512|vnni|bf16]
-//! [--cpu-time]`; the last counts the processor time of the first thread, for `--threads 1` on a busy machine.
+//! [--cpu-time] [--pin]`; `--cpu-time` counts the processor time of the first thread, for `--threads 1` on a busy machine, and with
+//! `--pin` each thread stays on one core.
 //! Every figure is the median of several runs. Figures of a machine that does something else meanwhile are worthless.
 
 mod measure;
@@ -9,7 +10,7 @@ mod model;
 
 use std::io::Write;
 
-use backend::cpu::Isa;
+use backend::cpu::{CpuOptions, Isa};
 use backend::{Activation, BackendError, DType};
 
 use measure::{Figure, median_seconds, memory_read};
@@ -17,14 +18,14 @@ use model::{LAYERS, Model, Weights};
 
 struct Options {
     json: bool,
-    threads: usize,
+    cpu: CpuOptions,
     dtype: DType,
-    isa: Option<Isa>,
 }
 
 fn options() -> Result<Options, String> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    let mut options = Options { json: false, threads: cores, dtype: DType::BF16, isa: None };
+    let cpu = CpuOptions { threads: cores, isa: None, pin_threads: false };
+    let mut options = Options { json: false, cpu, dtype: DType::BF16 };
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         let mut value = || arguments.next().ok_or(format!("{argument} needs a value"));
@@ -32,8 +33,9 @@ fn options() -> Result<Options, String> {
             "--json" => options.json = true,
             "--cpu-time" => measure::COUNTS_CPU_TIME.store(true, std::sync::atomic::Ordering::Relaxed),
             "--threads" => {
-                options.threads = value()?.parse().map_err(|error| format!("--threads: {error}"))?
+                options.cpu.threads = value()?.parse().map_err(|error| format!("--threads: {error}"))?
             }
+            "--pin" => options.cpu.pin_threads = true,
             "--dtype" => {
                 let name = value()?;
                 options.dtype = DType::from_name(&name).ok_or(format!("--dtype {name}: unknown"))?;
@@ -43,7 +45,7 @@ fn options() -> Result<Options, String> {
                 let names = ["portable", "avx2", "avx512", "vnni", "bf16"];
                 let index =
                     names.iter().position(|&known| known == name).ok_or(format!("--isa {name}: unknown"))?;
-                options.isa = Some(Isa::ALL[index]);
+                options.cpu.isa = Some(Isa::ALL[index]);
             }
             other => return Err(format!("{other}: unknown")),
         }
@@ -54,11 +56,11 @@ fn options() -> Result<Options, String> {
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let options = options()?;
     let mut figures = Vec::new();
-    let read = memory_read(options.threads);
+    let read = memory_read(options.cpu.threads);
     figures.push(Figure::new("memory read, huge pages", read, "GB/s"));
 
     let started = std::time::Instant::now();
-    let mut model = Model::new(options.threads, options.isa, Weights::Plain(options.dtype))?;
+    let mut model = Model::new(options.cpu, Weights::Plain(options.dtype))?;
     let bytes = model.weight_bytes() as f64;
     figures.push(Figure::new("packing the whole model", started.elapsed().as_secs_f64() * 1e3, "ms"));
 
@@ -121,7 +123,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
 /// The same model from quantized weights.
 fn quantized(options: &Options, bits: u32, figures: &mut Vec<Figure>) -> Result<(), BackendError> {
-    let mut model = Model::new(options.threads, options.isa, Weights::Quantized(bits))?;
+    let mut model = Model::new(options.cpu, Weights::Quantized(bits))?;
     let bytes = model.weight_bytes() as f64;
     let mut add =
         |name: &str, value, unit| figures.push(Figure::new(format!("{bits}-bit {name}"), value, unit));

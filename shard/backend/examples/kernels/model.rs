@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use backend::collectives::Single;
-use backend::cpu::{CpuBackend, CpuBuffer, CpuKvCache, CpuOptions, CpuRope, CpuVector, Isa, PackedLinear};
+use backend::cpu::{CpuBackend, CpuBuffer, CpuKvCache, CpuOptions, CpuRope, CpuVector, PackedLinear};
 use backend::sampling::{SamplingParams, SamplingRow};
 use backend::{
     Activation, AttentionShape, Backend, BackendError, DType, HostMatrix, KvLayout, QuantizedMatrix,
@@ -99,8 +99,8 @@ pub(crate) enum Weights {
 }
 
 impl Model {
-    pub(crate) fn new(threads: usize, isa: Option<Isa>, weights: Weights) -> Result<Self, BackendError> {
-        let backend = CpuBackend::new(CpuOptions { threads, isa }, Box::new(Single))?;
+    pub(crate) fn new(options: CpuOptions, weights: Weights) -> Result<Self, BackendError> {
+        let backend = CpuBackend::new(options, Box::new(Single))?;
         let pack = |count, rows, cols| match weights {
             Weights::Plain(dtype) => {
                 let matrix = [random_matrix(rows, cols, dtype)];

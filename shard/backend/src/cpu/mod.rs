@@ -2,7 +2,7 @@
 //!
 //! Reading order: [`operations`] is `impl Backend`; [`plain_linear`], [`quantized_linear`], [`kv_cache`] and [`buffer`] say
 //! how things lie in memory;
-//! [`matmul`] and [`attention`] spread work over [`threads`]; [`kernels`] holds the arithmetic, written once over
+//! [`matmul`] and [`attention`] spread work over [`threads`], which [`cores`] gives places; [`kernels`] holds the arithmetic, written once over
 //! sixteen lanes and compiled for each instruction set of [`isa`].
 //!
 //! Decoding is a race to read the weights once: they lie packed on huge pages, in the order in which they are read.
@@ -12,6 +12,7 @@
 mod arena;
 mod attention;
 mod buffer;
+mod cores;
 mod experts;
 mod heads;
 mod isa;
@@ -52,6 +53,9 @@ pub struct CpuOptions {
     pub threads: usize,
     /// Kernels to use; none: the best this processor has.
     pub isa: Option<Isa>,
+    /// Whether each thread stays on a core of its own, where the ranks' threads fill those that this process may use. The
+    /// caller's does so from its first step on. Every rank says the same.
+    pub pin_threads: bool,
 }
 
 /// A small parameter in memory.
@@ -95,10 +99,20 @@ impl CpuBackend {
         let isa = Isa::choose(options.isa)?;
         let s = if options.threads == 1 { "" } else { "s" };
         let kernels = kernels::Kernels::of(isa);
+        let cpus = if options.pin_threads {
+            cores::choose(options.threads, communicator.rank(), communicator.world_size())
+        } else {
+            None
+        };
+        let pinned = if cpus.is_some() { ", pinned" } else { "" };
         Ok(CpuBackend {
-            description: format!("{}, {isa} kernels, {} thread{s}", processor_name(), options.threads),
+            description: format!(
+                "{}, {isa} kernels, {} thread{s}{pinned}",
+                processor_name(),
+                options.threads
+            ),
             kernels,
-            threads: RefCell::new(threads::Threads::start(options.threads)?),
+            threads: RefCell::new(threads::Threads::start(options.threads, cpus.as_deref())?),
             arena: RefCell::default(),
             communicator,
             step: StepInput::default(),

@@ -105,6 +105,7 @@ impl Backend for CpuBackend {
 
     fn begin_step(&mut self, step: &StepInput) -> Result<(), BackendError> {
         crate::step_check::check(step)?;
+        self.threads.get_mut().pin_caller();
         self.step.clone_from(step);
         self.step_number += 1;
         Ok(())

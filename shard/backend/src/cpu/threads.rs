@@ -1,8 +1,7 @@
 //! A few threads that run one function together, many thousand times a second.
 //!
 //! The caller is thread 0. The others spin for a moment after each run, since the next operation of a forward pass comes
-//! within microseconds, and then park: an idle shard costs nothing. Threads are not pinned to cores, so that two shards
-//! on one machine do not end up on the same ones.
+//! within microseconds, and then park: an idle shard costs nothing. [`cores`] says where they are pinned.
 
 use std::cell::UnsafeCell;
 use std::hint::spin_loop;
@@ -10,8 +9,9 @@ use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
-use std::thread::{self, JoinHandle};
+use std::thread::{self, JoinHandle, ThreadId};
 
+use super::cores;
 use crate::BackendError;
 
 /// Spins of a waiting thread before it lets others run: about 50 microseconds. Longer than any gap between two operations
@@ -24,6 +24,10 @@ type Task<'a> = dyn Fn(usize) + Sync + 'a;
 pub(super) struct Threads {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
+    /// The caller's processor, where threads are pinned.
+    caller_cpu: Option<usize>,
+    /// The caller that was pinned.
+    pinned_caller: Option<ThreadId>,
 }
 
 struct Shared {
@@ -46,8 +50,8 @@ unsafe impl Sync for Shared {}
 unsafe impl Send for Shared {}
 
 impl Threads {
-    /// Starts `count - 1` workers.
-    pub(super) fn start(count: usize) -> Result<Self, BackendError> {
+    /// Starts `count - 1` workers. `cpus`: the processor of each thread, the caller's first; none: no thread is pinned.
+    pub(super) fn start(count: usize, cpus: Option<&[usize]>) -> Result<Self, BackendError> {
         let workers = count.saturating_sub(1);
         let shared = Arc::new(Shared {
             task: UnsafeCell::new(None),
@@ -59,12 +63,25 @@ impl Threads {
             arrived: AtomicUsize::new(0),
             barriers: AtomicUsize::new(0),
         });
-        let mut threads = Threads { shared, workers: Vec::with_capacity(workers) };
+        let cpu_of = |thread: usize| cpus.and_then(|cpus| cpus.get(thread).copied());
+        let mut threads = Threads {
+            shared,
+            workers: Vec::with_capacity(workers),
+            caller_cpu: cpu_of(0),
+            pinned_caller: None,
+        };
         for worker in 0..workers {
             let shared = Arc::clone(&threads.shared);
+            let cpu = cpu_of(worker + 1);
+            let work = move || {
+                if let Some(cpu) = cpu {
+                    cores::pin_thread(cpu);
+                }
+                shared.work(worker);
+            };
             let handle = thread::Builder::new()
                 .name(format!("cpu-worker-{}", worker + 1))
-                .spawn(move || shared.work(worker))
+                .spawn(work)
                 .map_err(|error| BackendError::Device {
                     operation: format!("starting CPU thread {} of {count}", worker + 2),
                     reason: format!("{error}; --threads sets their number"),
@@ -77,6 +94,17 @@ impl Threads {
     /// Number of threads, the caller's included.
     pub(super) fn count(&self) -> usize {
         self.workers.len() + 1
+    }
+
+    /// Pins the calling thread as thread 0. Not part of [`Threads::run`]: weights are loaded by a thread that goes on to start
+    /// others, which would inherit its place.
+    pub(super) fn pin_caller(&mut self) {
+        let Some(cpu) = self.caller_cpu else { return };
+        let caller = Some(thread::current().id());
+        if self.pinned_caller != caller {
+            cores::pin_thread(cpu);
+            self.pinned_caller = caller;
+        }
     }
 
     /// Runs `task` with each thread's index and returns when all are done. Not to be called from within a task.
@@ -251,12 +279,18 @@ impl<T> SharedMut<T> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicI32;
+    use std::time::Duration;
+
+    use nix::sched::{CpuSet, sched_getaffinity};
+    use nix::unistd::Pid;
+
     use super::*;
 
     #[test]
     fn every_thread_runs_once_and_barriers_hold() {
         for count in [1, 2, 3] {
-            let mut threads = Threads::start(count).unwrap();
+            let mut threads = Threads::start(count, None).unwrap();
             let barrier = threads.barrier();
             for round in 0..200 {
                 let before = AtomicUsize::new(0);
@@ -267,15 +301,61 @@ mod tests {
                 });
                 if round % 50 == 0 {
                     // Long enough for the workers to park.
-                    thread::sleep(std::time::Duration::from_millis(2));
+                    thread::sleep(Duration::from_millis(2));
                 }
             }
         }
     }
 
+    /// Where the calling thread may run.
+    fn own_cpus() -> Vec<usize> {
+        let set = sched_getaffinity(Pid::from_raw(0)).unwrap();
+        (0..CpuSet::count()).filter(|&cpu| set.is_set(cpu).unwrap()).collect()
+    }
+
+    #[test]
+    fn threads_stay_where_they_are_put() {
+        let all = own_cpus();
+        let cpus: Vec<usize> = (0..3).map(|thread| all[thread % all.len()]).collect();
+        // In a thread of its own, since the test's own is used again.
+        thread::spawn(move || {
+            let mut threads = Threads::start(3, Some(&cpus)).unwrap();
+            assert_eq!(own_cpus(), all, "starting them leaves the caller alone");
+            threads.pin_caller();
+            threads.run(&|index| assert_eq!(own_cpus(), [cpus[index]]));
+            let others = thread::spawn(own_cpus).join().unwrap();
+            assert_eq!(others, [cpus[0]], "what a pinned thread starts inherits its place");
+        })
+        .join()
+        .unwrap();
+    }
+
+    #[test]
+    fn idle_threads_use_no_processor_time() {
+        let mut threads = Threads::start(3, None).unwrap();
+        let ids = [const { AtomicI32::new(0) }; 3];
+        threads.run(&|index| ids[index].store(nix::unistd::gettid().as_raw(), Ordering::Relaxed));
+        // Nanoseconds that a worker has run for so far.
+        let used = |worker: usize| {
+            let id = ids[worker].load(Ordering::Relaxed);
+            let text = std::fs::read_to_string(format!("/proc/self/task/{id}/schedstat")).unwrap();
+            Duration::from_nanos(text.split_whitespace().next().unwrap().parse().unwrap())
+        };
+        let are_parked = || threads.shared.is_parked.iter().all(|is_parked| is_parked.load(Ordering::SeqCst));
+        while !are_parked() {
+            thread::sleep(Duration::from_millis(1));
+        }
+        let before = [1, 2].map(used);
+        thread::sleep(Duration::from_millis(300));
+        let after = [1, 2].map(used);
+        for (before, after) in before.into_iter().zip(after) {
+            assert!(after - before < Duration::from_millis(3), "{before:?} {after:?}");
+        }
+    }
+
     #[test]
     fn a_panic_in_a_worker_reaches_the_caller() {
-        let mut threads = Threads::start(2).unwrap();
+        let mut threads = Threads::start(2, None).unwrap();
         let result = catch_unwind(AssertUnwindSafe(|| threads.run(&|index| assert_eq!(index, 0))));
         assert!(result.is_err());
     }

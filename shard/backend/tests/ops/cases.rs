@@ -43,7 +43,7 @@ pub(crate) fn cuda() -> Option<backend::cuda::CudaBackend> {
 
 /// One CPU backend.
 pub(crate) fn cpu(isa: Isa, threads: usize) -> CpuBackend {
-    CpuBackend::new(CpuOptions { threads, isa: Some(isa) }, Box::new(Single)).unwrap()
+    CpuBackend::new(CpuOptions { threads, isa: Some(isa), pin_threads: false }, Box::new(Single)).unwrap()
 }
 
 /// A backend with the best kernels.

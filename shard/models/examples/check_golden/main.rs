@@ -101,7 +101,7 @@ fn run_rank(
     if arguments.is_cuda {
         return run_on_cuda(arguments, cases, communicator);
     }
-    let options = CpuOptions { threads: arguments.threads, isa: None };
+    let options = CpuOptions { threads: arguments.threads, isa: None, pin_threads: false };
     run_on(CpuBackend::new(options, communicator)?, arguments, cases)
 }
 

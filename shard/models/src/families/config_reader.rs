@@ -31,9 +31,11 @@ impl<'a> ConfigReader<'a> {
         !self.mistakes.is_empty()
     }
 
-    /// Notes a mistake.
-    pub(super) fn wrong(&mut self, mistake: impl Into<String>) {
-        self.mistakes.push(format!("config.json: {}", mistake.into()));
+    /// Notes a mistake, in one line whatever values it quotes.
+    pub(super) fn wrong(&mut self, mistake: impl AsRef<str>) {
+        let visible = |c: char| if c.is_control() { ' ' } else { c };
+        let line: String = mistake.as_ref().chars().map(visible).collect();
+        self.mistakes.push(format!("config.json: {line}"));
     }
 
     /// The value of a getter whose error already names the key.

@@ -68,8 +68,11 @@ fn on_ranks<T: Send>(
                         timeout: Duration::from_secs(20),
                     };
                     let communicator = Box::new(join(&rendezvous).unwrap());
-                    let backend =
-                        CpuBackend::new(CpuOptions { threads: 2, isa: None }, communicator).unwrap();
+                    let backend = CpuBackend::new(
+                        CpuOptions { threads: 2, isa: None, pin_threads: false },
+                        communicator,
+                    )
+                    .unwrap();
                     let mut decoder = load(backend, &fixture.files(), options).unwrap();
                     decoder.allocate_kv_cache(NUM_BLOCKS).unwrap();
                     body(&mut decoder)
@@ -292,7 +295,8 @@ fn tensors_that_do_not_fit_are_listed_at_once() {
     fixture.add("model.layers.3.mlp.up_proj.weight", &[4, 4]);
     fixture.write();
     let communicator = Box::new(backend::collectives::Single);
-    let backend = CpuBackend::new(CpuOptions { threads: 1, isa: None }, communicator).unwrap();
+    let backend =
+        CpuBackend::new(CpuOptions { threads: 1, isa: None, pin_threads: false }, communicator).unwrap();
     let error = load(backend, &fixture.files(), &options()).err().unwrap().to_string();
     assert_eq!(
         error.lines().collect::<Vec<_>>(),
