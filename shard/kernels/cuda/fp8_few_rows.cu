@@ -1,4 +1,4 @@
-// out[M, N] = x[M, K] W[N, K]^T (+ bias) for 2 to 32 rows of x and weights of eight bits, on any GPU with bf16 tensor cores.
+// out[M, N] = x[M, K] W[N, K]^T (+ bias) for 2 to 16 rows of x and weights of eight bits, on any GPU with bf16 tensor cores.
 //
 // As few_rows.cu: weights go from memory to the registers of the tensor cores' operand, where they are widened to the type of x,
 // exactly; which k an element stands for does not matter as long as both operands agree, so a lane takes 16 neighbours at once.
@@ -161,6 +161,3 @@ FEW_ROWS_BOTH(8, 1)
 FEW_ROWS_BOTH(8, 2)
 FEW_ROWS_BOTH(16, 1)
 FEW_ROWS_BOTH(16, 2)
-FEW_ROWS_BOTH(32, 1)
-FEW_ROWS_BOTH(32, 2)
-FEW_ROWS_BOTH(32, 4)

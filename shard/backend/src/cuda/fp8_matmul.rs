@@ -6,11 +6,14 @@
 
 use std::sync::Arc;
 
+use cudarc::driver::sys::CUdevice_attribute as Attribute;
+
 use super::cublaslt::{CublasLt, Operands, Product, WORKSPACE_BYTES};
 use super::driver::{Context, DeviceMemory, DevicePtr};
 use super::fp8_linear::Rounding;
+use super::fp8_skinny::Fp8Skinny;
 use super::launch::{Argument, Launch, Queue, args};
-use super::matmul::out_type;
+use super::matmul::{Task, out_type, task};
 use super::module::{ByTypes, Function, Module};
 use super::{CudaBuffer, CudaLinear, CudaVector, DeviceFacts};
 use crate::{BackendError, DType};
@@ -25,8 +28,11 @@ const GEMV_ROWS: usize = 2;
 const GEMV_OUTPUTS: usize = 8;
 /// Shared memory that every GPU with bf16 products grants a block.
 const MAX_SHARED_BYTES: usize = 96 << 10;
-/// Most rows for which weights are widened on their way.
-const FEW_ROWS: usize = 32;
+/// The same of its gated form.
+const GATED_GEMV_ROWS: usize = 2;
+/// Most rows for which every warp reads activations by itself, and the same of the gated form.
+const FEW_ROWS: usize = 8;
+const GATED_FEW_ROWS: usize = 8;
 const WARPS: usize = 8;
 /// Rows of activations are rounded and multiplied in parts of multiples of this.
 const PART_ROWS: usize = 128;
@@ -36,13 +42,15 @@ const PART_ROWS: usize = 128;
 pub enum Fp8Kernel {
     /// A warp an output, for up to four rows of activations.
     Gemv,
-    /// Weights widened into the operands of tensor cores, for up to 32 rows of activations.
+    /// Weights widened into the operands of tensor cores, for up to 16 rows of activations.
     FewRows {
         /// Rows that an instantiation is made for.
         tokens: usize,
         /// Times 16 rows of weights a block.
         tiles: usize,
     },
+    /// Weights streamed through shared memory in tiles of 128 rows, for up to 64 rows of activations.
+    Skinny,
     /// Activations rounded to eight bits, then cuBLASLt.
     Library,
     /// Weights dequantized, then cuBLASLt.
@@ -52,7 +60,7 @@ pub enum Fp8Kernel {
 impl Fp8Kernel {
     /// Whether it adds the bias by itself.
     pub(super) fn adds_bias(self) -> bool {
-        matches!(self, Fp8Kernel::Gemv | Fp8Kernel::FewRows { .. })
+        matches!(self, Fp8Kernel::Gemv | Fp8Kernel::FewRows { .. } | Fp8Kernel::Skinny)
     }
 }
 
@@ -108,12 +116,13 @@ struct FewRows {
 }
 
 /// Most rows and tiles of the instantiations, those first that are taken.
-const SHAPES: [(usize, usize); 5] = [(8, 2), (8, 1), (16, 2), (16, 1), (32, 2)];
+const SHAPES: [(usize, usize); 4] = [(8, 1), (8, 2), (16, 1), (16, 2)];
 
 /// Kernels.
 pub(super) struct Fp8Matmuls {
     gemvs: Vec<Gemv>,
     few_rows: Vec<FewRows>,
+    skinny: Fp8Skinny,
     pub(super) rounding: Rounding,
     convert: ByTypes,
     /// Whether the library multiplies eight bits with a scale a row.
@@ -151,9 +160,12 @@ impl Fp8Matmuls {
             })
         });
         let matmul = Module::load(context, "matmul")?;
+        let most_shared =
+            context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         Ok(Self {
             gemvs: gemvs.collect::<Result<_, BackendError>>()?,
             few_rows: few_rows.collect::<Result<_, BackendError>>()?,
+            skinny: Fp8Skinny::load(context, facts, usize::try_from(most_shared).unwrap_or(0))?,
             rounding: Rounding::load(context)?,
             convert: matmul.by_types("convert", &[(DType::F32, DType::BF16), (DType::F32, DType::F16)])?,
             has_library: facts.capability == (9, 0),
@@ -166,12 +178,12 @@ impl Fp8Matmuls {
     }
 
     /// The kernel for a product, by what whole steps took.
-    pub(super) fn choose(&self, x: &CudaBuffer, weight: &CudaLinear, out: &CudaBuffer) -> Fp8Kernel {
-        let kernels = self.kernels(x, weight, out);
+    pub(super) fn choose(&self, task: Task<'_>, x: DType, workspace: &DeviceMemory) -> Fp8Kernel {
+        let kernels = self.kernels(task, x, workspace);
         let is_taken = |kernel: &Fp8Kernel| match kernel {
-            Fp8Kernel::Gemv => x.rows() <= GEMV_ROWS,
-            Fp8Kernel::FewRows { .. } => x.rows() <= FEW_ROWS,
-            Fp8Kernel::Library | Fp8Kernel::Dequantized => true,
+            Fp8Kernel::Gemv => task.rows <= GEMV_ROWS,
+            Fp8Kernel::FewRows { .. } => task.rows <= FEW_ROWS,
+            Fp8Kernel::Skinny | Fp8Kernel::Library | Fp8Kernel::Dequantized => true,
         };
         kernels.into_iter().find(is_taken).unwrap_or(Fp8Kernel::Dequantized)
     }
@@ -220,6 +232,9 @@ impl Fp8Matmuls {
                 let launch = few_rows_launch(of_type(shape.plain, weight), shape, outputs);
                 queue.launch(&launch, args![parameters])
             }
+            Fp8Kernel::Skinny => {
+                self.skinny.multiply(queue, workspace, task(x, (weight, bias), out), None).map(|_| ())
+            }
             Fp8Kernel::Library => self.multiply_rounded(queue, workspace, library, (x, weight, out)),
             Fp8Kernel::Dequantized => self.multiply_dequantized(queue, workspace, library, (x, weight, out)),
         }
@@ -228,28 +243,31 @@ impl Fp8Matmuls {
     /// `out = activation(gate) * up` of the product's halves; false: this product is for others.
     pub(super) fn multiply_gated(
         &self,
-        queue: &Queue,
+        (queue, workspace): (&Queue, &DeviceMemory),
         x: &CudaBuffer,
         (weight, bias): (&CudaLinear, Option<&CudaVector>),
         activation: i32,
         out: &CudaBuffer,
     ) -> Result<bool, BackendError> {
-        if !takes_activations(x, weight, out) || out.dtype() != x.dtype() {
+        let task = task(x, (weight, bias), out);
+        if !takes_activations(task, x.dtype()) || out.dtype() != x.dtype() {
             return Ok(false);
         }
         let outputs = weight.out_features / 2;
-        let shared_bytes = x.rows() * x.width() * x.dtype().size_bytes();
-        if (1..=GEMV_ROWS).contains(&x.rows()) && shared_bytes <= MAX_SHARED_BYTES {
+        if (1..=GATED_GEMV_ROWS).contains(&x.rows()) && shared_bytes(task) <= MAX_SHARED_BYTES {
             let parameters = gemv_parameters(x, (weight, bias), out, outputs);
             let launch = gemv_launch(of_type(self.gemvs[x.rows() - 1].gated, weight), x, outputs);
             queue.launch(&launch, args![parameters, activation])?;
             return Ok(true);
         }
-        let Some(shape) = self.few_rows.iter().find(|shape| fits(shape, x.rows())) else { return Ok(false) };
-        let parameters = few_rows_parameters(x, (weight, bias), out, (outputs, activation));
-        let launch = few_rows_launch(of_type(shape.gated, weight), shape, outputs);
-        queue.launch(&launch, args![parameters])?;
-        Ok(true)
+        let shape = self.few_rows.iter().find(|shape| fits(shape, x.rows()));
+        if let Some(shape) = shape.filter(|_| x.rows() <= GATED_FEW_ROWS) {
+            let parameters = few_rows_parameters(x, (weight, bias), out, (outputs, activation));
+            let launch = few_rows_launch(of_type(shape.gated, weight), shape, outputs);
+            queue.launch(&launch, args![parameters])?;
+            return Ok(true);
+        }
+        self.skinny.multiply(queue, workspace, task, Some(activation))
     }
 
     /// Rounds the activations, as many rows at a time as the workspace has room for, and multiplies eight bits.
@@ -344,11 +362,17 @@ impl Fp8Matmuls {
 }
 
 /// Whether weights are widened beside such activations.
-fn takes_activations(x: &CudaBuffer, weight: &CudaLinear, out: &CudaBuffer) -> bool {
-    x.dtype() == weight.dtype
+fn takes_activations(task: Task<'_>, x: DType) -> bool {
+    let weight = task.weight;
+    x == weight.dtype
         && weight.dtype != DType::F32
         && weight.in_features.is_multiple_of(PIECE)
-        && (out.dtype() == DType::F32 || out.dtype() == weight.dtype)
+        && (task.out_dtype == DType::F32 || task.out_dtype == weight.dtype)
+}
+
+/// Shared memory of a block of the kernel with a warp an output.
+fn shared_bytes(task: Task<'_>) -> usize {
+    task.rows * task.weight.in_features * task.weight.dtype.size_bytes()
 }
 
 /// Whether an instantiation is the smallest that is enough.

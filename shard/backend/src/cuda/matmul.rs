@@ -127,7 +127,7 @@ impl Matmuls {
             return Ok(());
         }
         if weight.scales().is_some() {
-            let kernel = self.fp8.choose(x, weight, out);
+            let kernel = self.fp8.choose(task(x, (weight, bias), out), x.dtype(), workspace);
             let tools = (queue, workspace, &mut self.library);
             self.fp8.multiply(tools, kernel, (x, weight, bias), out)?;
             return if kernel.adds_bias() { Ok(()) } else { self.add_bias(queue, bias, out) };
@@ -161,7 +161,7 @@ impl Matmuls {
         out.resize(x.rows());
         let activation = activation_number(activation);
         if weight.scales().is_some() {
-            return self.fp8.multiply_gated(queue, x, (weight, bias), activation, out);
+            return self.fp8.multiply_gated((queue, workspace), x, (weight, bias), activation, out);
         }
         if x.rows() > GEMV_ROWS && x.dtype() == weight.dtype && out.dtype() == weight.dtype {
             let task = task(x, (weight, bias), out);
@@ -300,7 +300,7 @@ impl Matmuls {
     }
 }
 
-fn task<'a>(
+pub(super) fn task<'a>(
     x: &CudaBuffer,
     (weight, bias): (&'a CudaLinear, Option<&CudaVector>),
     out: &CudaBuffer,
@@ -338,8 +338,9 @@ impl CudaBackend {
     pub fn matmul_kernels(&self, x: &CudaBuffer, weight: &CudaLinear, out: &CudaBuffer) -> Vec<MatmulKernel> {
         if weight.scales().is_some() {
             let fp8 = &self.matmuls.fp8;
-            let chosen = fp8.choose(x, weight, out);
-            let mut kernels = fp8.kernels(x, weight, out);
+            let task = task(x, (weight, None), out);
+            let chosen = fp8.choose(task, x.dtype(), &self.workspace);
+            let mut kernels = fp8.kernels(task, x.dtype(), &self.workspace);
             kernels.sort_by_key(|&kernel| kernel != chosen);
             return kernels.into_iter().map(MatmulKernel::Fp8).collect();
         }

@@ -18,6 +18,7 @@ mod experts;
 mod few_rows;
 mod fp8_linear;
 mod fp8_matmul;
+mod fp8_skinny;
 mod gemv;
 mod graph;
 mod heads;
