@@ -189,16 +189,19 @@ impl Fp8Matmuls {
     }
 
     /// All that can compute it.
-    pub(super) fn kernels(&self, x: &CudaBuffer, weight: &CudaLinear, out: &CudaBuffer) -> Vec<Fp8Kernel> {
+    pub(super) fn kernels(&self, task: Task<'_>, x: DType, workspace: &DeviceMemory) -> Vec<Fp8Kernel> {
+        let (weight, rows) = (task.weight, task.rows);
         let mut kernels = Vec::new();
-        if takes_activations(x, weight, out) {
-            let shared_bytes = x.rows() * x.width() * x.dtype().size_bytes();
-            if (1..=GEMV_MAX).contains(&x.rows()) && shared_bytes <= MAX_SHARED_BYTES {
+        if takes_activations(task, x) {
+            if (1..=GEMV_MAX).contains(&rows) && shared_bytes(task) <= MAX_SHARED_BYTES {
                 kernels.push(Fp8Kernel::Gemv);
             }
-            let fitting = self.few_rows.iter().filter(|shape| fits(shape, x.rows()));
+            let fitting = self.few_rows.iter().filter(|shape| fits(shape, rows));
             kernels
                 .extend(fitting.map(|&FewRows { tokens, tiles, .. }| Fp8Kernel::FewRows { tokens, tiles }));
+            if self.skinny.accepts(task, workspace) {
+                kernels.push(Fp8Kernel::Skinny);
+            }
         }
         let sizes = [weight.in_features, weight.out_features];
         if self.has_library && sizes.iter().all(|size| size.is_multiple_of(PIECE)) {

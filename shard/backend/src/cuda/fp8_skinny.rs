@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
+use super::DeviceFacts;
 use super::driver::{Context, DeviceMemory, DevicePtr};
 use super::launch::{Argument, Launch, Queue, args};
 use super::matmul::{Task, out_type};
 use super::module::{Function, Module};
-use super::DeviceFacts;
 use crate::{BackendError, DType};
 
 const THREADS: u32 = 256;
@@ -47,11 +47,8 @@ struct Shape {
     stages: usize,
 }
 
-const SHAPES: [Shape; 3] = [
-    Shape { tokens: 16, stages: 4 },
-    Shape { tokens: 32, stages: 4 },
-    Shape { tokens: 64, stages: 4 },
-];
+const SHAPES: [Shape; 3] =
+    [Shape { tokens: 16, stages: 4 }, Shape { tokens: 32, stages: 4 }, Shape { tokens: 64, stages: 4 }];
 
 impl Shape {
     /// Sums that a thread holds.
@@ -108,7 +105,11 @@ impl Fp8Skinny {
         Ok(Self {
             kernels: kernels.collect::<Result<_, BackendError>>()?,
             num_sms: facts.num_sms,
-            arrivals: DeviceMemory::zeroed(context, MAX_TILES * size_of::<u32>(), "counters of shared tiles")?,
+            arrivals: DeviceMemory::zeroed(
+                context,
+                MAX_TILES * size_of::<u32>(),
+                "counters of shared tiles",
+            )?,
         })
     }
 
