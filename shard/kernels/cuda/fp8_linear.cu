@@ -4,6 +4,8 @@
 constexpr int THREADS = 256;
 // Elements of a thread at a time.
 constexpr int PIECE = 16;
+// Pieces that a thread keeps between looking for the largest and rounding; those of longer rows are read again.
+constexpr int HELD = 4;
 constexpr float LARGEST = 448.0f;
 
 // Each row of x `[rows, width]` as E4M3 `[rows, out_pitch]` with a scale: its largest magnitude over 448. A row that has an infinity
@@ -18,27 +20,41 @@ __device__ __forceinline__ void quantize_rows(const T* x, int64_t pitch, uint8_t
     uint8_t* const to = out + blockIdx.x * out_pitch;
     float largest = 0.0f;
     const int pieces = is_wide ? width / PIECE : 0;
-    for (int at = threadIdx.x; at < pieces; at += THREADS) {
-        float v[PIECE];
-        load_floats<T, PIECE>(row + at * PIECE, v);
+    const auto look_at = [&](const Vec<T, PIECE>& v) {
 #pragma unroll
-        for (int i = 0; i < PIECE; ++i) largest = fmaxf(largest, fabsf(v[i]));
+        for (int i = 0; i < PIECE; ++i) largest = fmaxf(largest, fabsf(to_float(v.at[i])));
+    };
+    Vec<T, PIECE> held[HELD];
+#pragma unroll
+    for (int h = 0; h < HELD; ++h) {
+        const int at = threadIdx.x + h * THREADS;
+        if (at < pieces) held[h] = *reinterpret_cast<const Vec<T, PIECE>*>(row + at * PIECE);
     }
+#pragma unroll
+    for (int h = 0; h < HELD; ++h)
+        if (static_cast<int>(threadIdx.x) + h * THREADS < pieces) look_at(held[h]);
+    for (int at = threadIdx.x + HELD * THREADS; at < pieces; at += THREADS)
+        look_at(*reinterpret_cast<const Vec<T, PIECE>*>(row + at * PIECE));
     for (int at = pieces * PIECE + threadIdx.x; at < width; at += THREADS) largest = fmaxf(largest, fabsf(to_float(row[at])));
     largest = block_max(largest, scratch);
     // Below this its inverse would be infinite.
     const float scale = largest > 1e-35f ? largest / LARGEST : 1.0f, inverse = 1.0f / scale;
     if (threadIdx.x == 0) scales[blockIdx.x] = scale;
-    for (int at = threadIdx.x; at < pieces; at += THREADS) {
-        float v[PIECE];
-        load_floats<T, PIECE>(row + at * PIECE, v);
+    const auto round = [&](const Vec<T, PIECE>& v, int at) {
         uint32_t words[PIECE / 4];
 #pragma unroll
         for (int i = 0; i < PIECE / 4; ++i)
-            words[i] = narrow_two<e4m3>(v[4 * i] * inverse, v[4 * i + 1] * inverse) |
-                       narrow_two<e4m3>(v[4 * i + 2] * inverse, v[4 * i + 3] * inverse) << 16;
+            words[i] = narrow_two<e4m3>(to_float(v.at[4 * i]) * inverse, to_float(v.at[4 * i + 1]) * inverse) |
+                       narrow_two<e4m3>(to_float(v.at[4 * i + 2]) * inverse, to_float(v.at[4 * i + 3]) * inverse) << 16;
         *reinterpret_cast<uint4*>(to + at * PIECE) = make_uint4(words[0], words[1], words[2], words[3]);
+    };
+#pragma unroll
+    for (int h = 0; h < HELD; ++h) {
+        const int at = threadIdx.x + h * THREADS;
+        if (at < pieces) round(held[h], at);
     }
+    for (int at = threadIdx.x + HELD * THREADS; at < pieces; at += THREADS)
+        round(*reinterpret_cast<const Vec<T, PIECE>*>(row + at * PIECE), at);
     for (int at = pieces * PIECE + threadIdx.x; at < width; at += THREADS) to[at] = narrow<e4m3>(to_float(row[at]) * inverse);
 }
 

@@ -11,12 +11,13 @@ mod testing;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use backend::collectives::Single;
 use backend::collectives::shm::{Rendezvous, join};
 use backend::cpu::{CpuBackend, CpuOptions};
 use backend::sampling::{SamplingParams, SamplingRow};
-use backend::{DType, StepInput};
+use backend::{DType, KvDType, StepInput};
 use fixture::{Fixture, Stored};
-use models::{CausalLm, Decoder, LoadOptions, load};
+use models::{CausalLm, Decoder, LoadOptions, Quantize, load};
 
 type CpuDecoder = Decoder<CpuBackend>;
 
@@ -177,6 +178,44 @@ fn prefill_decode_and_chunks_equal_the_reference() {
             });
         }
     }
+}
+
+/// Scales a row and scales a block, also where a rank's window cuts a block.
+#[test]
+fn weights_of_eight_bits_are_numbers_times_scales_on_any_ranks() {
+    let fixture = Fixture::plain(Stored::Fp8);
+    let tokens = fixture.tokens(37, 5);
+    let expected = reference::logits(&fixture, &tokens);
+    for quantize in [None, Some(Quantize::Fp8)] {
+        let options = LoadOptions { quantize, ..options() };
+        for world_size in 1..=3 {
+            let all =
+                on_ranks(&fixture, world_size, &options, |decoder| in_pieces(decoder, &tokens, &[20, 9]));
+            assert_close(&all[0], &expected, tolerance(DType::F32, DType::F32));
+        }
+    }
+}
+
+#[test]
+fn eight_bits_that_the_processor_does_not_keep_are_refused() {
+    let fixture = Fixture::plain(Stored::Bf16);
+    let refusal = |options: &LoadOptions| {
+        let backend =
+            CpuBackend::new(CpuOptions { threads: 1, isa: None, pin_threads: false }, Box::new(Single))
+                .unwrap();
+        match load(backend, &fixture.files(), options) {
+            Ok(_) => panic!("accepted"),
+            Err(error) => error.to_string(),
+        }
+    };
+    let quantized = refusal(&LoadOptions { quantize: Some(Quantize::Fp8), ..options() });
+    assert_eq!(
+        quantized,
+        "--quantize fp8 rounds weights for a GPU, and this is the CPU: leave it out, or use --device cuda"
+    );
+    let kv_dtype = KvDType::from_fp8_name("fp8_e4m3fn");
+    let cached = refusal(&LoadOptions { kv_dtype, ..options() });
+    assert!(cached.starts_with("--kv-cache-dtype fp8_e4m3fn: ") && !cached.contains('\n'), "{cached}");
 }
 
 #[test]
