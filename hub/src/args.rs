@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::builder::{OsStringValueParser, TypedValueParser, ValueParser};
 
@@ -30,6 +31,10 @@ pub struct HubArgs {
     #[arg(long, env, hide = true, value_parser = lenient_path())]
     pub hf_home: Option<PathBuf>,
 
+    /// Parent of `huggingface` when HF_HOME is not set, in place of `.cache` in the home directory.
+    #[arg(long, env, hide = true, value_parser = lenient_path())]
+    pub xdg_cache_home: Option<PathBuf>,
+
     /// Home directory; the cache is under `.cache/huggingface` in it.
     #[arg(long, env, hide = true, value_parser = lenient_path())]
     pub home: Option<PathBuf>,
@@ -57,14 +62,33 @@ pub struct HubArgs {
     /// `1`, `true`, `yes` or `on`: no network, only what is in the cache.
     #[arg(long, env, hide = true)]
     pub hf_hub_offline: Option<String>,
+
+    /// Seconds without a byte after which a connection of a download is made anew, as huggingface_hub names it. Default: 20.
+    #[arg(long, env, hide = true, value_parser = clap::value_parser!(u64).range(1..))]
+    pub hf_hub_download_timeout: Option<u64>,
+
+    /// `1`, `true`, `yes` or `on`: downloads show log lines on a terminal too.
+    #[arg(long, env, hide = true)]
+    pub hf_hub_disable_progress_bars: Option<String>,
+
+    /// Connections of a download. Default: 8.
+    #[arg(long, env = "QUARTET_DOWNLOAD_CONNECTIONS", hide = true, value_parser = clap::value_parser!(u64).range(1..=64))]
+    pub download_connections: Option<u64>,
+
+    /// Bytes of a file that one request of a download asks for, at least 65536. Default: 67108864.
+    #[arg(long, env = "QUARTET_DOWNLOAD_SEGMENT_BYTES", hide = true, value_parser = clap::value_parser!(u64).range(65536..))]
+    pub download_segment_bytes: Option<u64>,
 }
 
 impl HubArgs {
     /// What these options mean. Reads the token file when no variable holds a token.
     pub fn options(&self) -> HubOptions {
         let given = |path: &Option<PathBuf>| path.clone().filter(|path| !path.as_os_str().is_empty());
-        let hf_home = given(&self.hf_home)
-            .unwrap_or_else(|| given(&self.home).unwrap_or_default().join(".cache").join("huggingface"));
+        let hf_home = given(&self.hf_home).unwrap_or_else(|| {
+            let caches = given(&self.xdg_cache_home)
+                .unwrap_or_else(|| given(&self.home).unwrap_or_default().join(".cache"));
+            caches.join("huggingface")
+        });
         let cache_dir = given(&self.huggingface_hub_cache)
             .or_else(|| given(&self.hf_hub_cache))
             .unwrap_or_else(|| hf_home.join("hub"));
@@ -83,6 +107,19 @@ impl HubArgs {
             token,
             offline: self.hf_hub_offline.as_deref().is_some_and(is_true),
             weights_cache_override: given(&self.weights_cache_override),
+            download: self.download_options(),
+        }
+    }
+
+    fn download_options(&self) -> DownloadOptions {
+        let usual = DownloadOptions::default();
+        let has_no_bars = self.hf_hub_disable_progress_bars.as_deref().is_some_and(is_true);
+        DownloadOptions {
+            connections: self.download_connections.map_or(usual.connections, |count| count as usize),
+            segment_bytes: self.download_segment_bytes.unwrap_or(usual.segment_bytes),
+            stall_timeout: self.hf_hub_download_timeout.map_or(usual.stall_timeout, Duration::from_secs),
+            progress: if has_no_bars { ProgressOutput::Lines } else { ProgressOutput::Auto },
+            ..usual
         }
     }
 }
@@ -105,6 +142,47 @@ pub struct HubOptions {
     pub offline: bool,
     /// A flat directory that holds the weight files, whatever the model id.
     pub weights_cache_override: Option<PathBuf>,
+    /// How downloads are made.
+    pub download: DownloadOptions,
+}
+
+/// How downloads are made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DownloadOptions {
+    /// Connections at once, all files together: enough to fill a fast line, few enough to be polite.
+    pub connections: usize,
+    /// Bytes of a file that one request asks for: large, since every request costs one of the Hub's rate limit.
+    pub segment_bytes: u64,
+    /// Without a byte for so long, a connection counts as dead and is made anew.
+    pub stall_timeout: Duration,
+    /// Pause before the second try of what failed; further ones are twice as long each.
+    pub first_pause: Duration,
+    /// How the user is told.
+    pub progress: ProgressOutput,
+}
+
+impl Default for DownloadOptions {
+    fn default() -> Self {
+        Self {
+            connections: 8,
+            segment_bytes: 64 << 20,
+            stall_timeout: Duration::from_secs(20),
+            first_pause: Duration::from_millis(500),
+            progress: ProgressOutput::Auto,
+        }
+    }
+}
+
+/// How the user is told how far a download is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ProgressOutput {
+    /// Bars when standard error is a terminal, else as `Lines`.
+    #[default]
+    Auto,
+    /// One log line a second.
+    Lines,
+    /// The same, with the figures as fields of their own, for logs that machines read.
+    Structured,
 }
 
 /// Text that never appears in logs.
@@ -158,6 +236,24 @@ mod tests {
         assert_eq!(parse(&all).cache_dir, PathBuf::from("/a"));
         assert_eq!(parse(&all[2..]).cache_dir, PathBuf::from("/b"));
         assert_eq!(parse(&all[4..]).cache_dir, PathBuf::from("/c/hub"));
+        assert_eq!(parse(&["--xdg-cache-home", "/d"]).cache_dir, PathBuf::from("/d/huggingface/hub"));
+        assert_eq!(parse(&[]).cache_dir, PathBuf::from("/nowhere/.cache/huggingface/hub"));
+    }
+
+    #[test]
+    fn downloads_have_defaults_and_bounds() {
+        assert_eq!(parse(&[]).download, DownloadOptions::default());
+        let download =
+            parse(&["--hf-hub-download-timeout", "7", "--hf-hub-disable-progress-bars", "1"]).download;
+        assert_eq!(
+            (download.stall_timeout, download.progress),
+            (Duration::from_secs(7), ProgressOutput::Lines)
+        );
+        let download = parse(&["--download-connections", "2", "--download-segment-bytes", "65536"]).download;
+        assert_eq!((download.connections, download.segment_bytes), (2, 65536));
+        for bad in [["--download-connections", "0"], ["--hf-hub-download-timeout", "0"]] {
+            assert!(Cli::try_parse_from(["x", bad[0], bad[1]]).is_err(), "{bad:?}");
+        }
     }
 
     #[test]

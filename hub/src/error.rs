@@ -66,6 +66,38 @@ pub enum HubError {
         source: io::Error,
     },
 
+    /// A model must be downloaded, and the cache cannot be written.
+    #[error(
+        "model {model_id:?} is not complete in {} and cannot be downloaded into it: {source}; download it where it can be \
+         written (`launcher download`), or change --huggingface-hub-cache",
+        path.display()
+    )]
+    ReadOnlyCache {
+        /// What was asked for.
+        model_id: String,
+        /// The repository's folder in the cache.
+        path: PathBuf,
+        /// Why it cannot be written.
+        source: io::Error,
+    },
+
+    /// The disk of the cache is too small, or became full.
+    #[error(
+        "no space for {model_id:?} in {}: {} more are needed, {reason}; free space there, or change --huggingface-hub-cache",
+        path.display(),
+        indicatif::HumanBytes(*needed)
+    )]
+    NoSpace {
+        /// What was asked for.
+        model_id: String,
+        /// The repository's folder in the cache.
+        path: PathBuf,
+        /// Bytes that have not been written yet.
+        needed: u64,
+        /// What is free, or what the system says.
+        reason: String,
+    },
+
     /// A JSON file is damaged, or a value in it has the wrong type.
     #[error("{origin}: {problem}")]
     Format {

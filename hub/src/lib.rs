@@ -8,7 +8,6 @@ mod args;
 mod bounded;
 mod config;
 mod download;
-mod download_plan;
 mod error;
 mod generation_config;
 pub mod gguf;
@@ -23,7 +22,7 @@ mod tokenizer;
 mod tokenizer_files;
 mod weight_choice;
 
-pub use args::{HubArgs, HubOptions, Secret};
+pub use args::{DownloadOptions, HubArgs, HubOptions, ProgressOutput, Secret};
 pub use config::ModelConfig;
 pub use download::fetch;
 pub use error::HubError;

@@ -86,7 +86,7 @@ pub fn locate(model: &ModelRef, options: &HubOptions) -> Result<ModelFiles, HubE
     locate_with(
         model,
         options,
-        "check --model-id and --huggingface-hub-cache, or run `shard download-weights` first",
+        "check --model-id and --huggingface-hub-cache, or run `launcher download` first",
     )
 }
 

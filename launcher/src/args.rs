@@ -8,7 +8,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use clap::{Parser, ValueEnum};
+use clap::{Parser, Subcommand, ValueEnum};
 
 /// Serves a large language model: plans the memory, starts one shard per device and a router before them, supervises
 /// them, and drains them when it is asked to stop.
@@ -16,8 +16,11 @@ use clap::{Parser, ValueEnum};
 /// Every option can be set by the environment variable shown beside it. A SIGTERM, SIGINT or SIGHUP finishes the running
 /// requests and exits with 0; a second one ends everything now.
 #[derive(Parser, Clone, Debug)]
-#[command(name = "launcher", version, max_term_width = 110)]
+#[command(name = "launcher", version, max_term_width = 110, args_conflicts_with_subcommands = true)]
 pub struct Args {
+    /// What else than serving.
+    #[command(subcommand)]
+    pub command: Option<Command>,
     /// Which model.
     #[command(flatten, next_help_heading = "Model")]
     pub model: ModelArgs,
@@ -45,6 +48,40 @@ pub struct Args {
     /// Variables that have no option in the manual.
     #[command(flatten)]
     pub hidden: HiddenArgs,
+}
+
+/// What else than serving the launcher does.
+#[derive(Subcommand, Clone, Debug)]
+pub enum Command {
+    /// Download a model's files into the cache, or go on with a download that was interrupted, and exit.
+    ///
+    /// Nothing is asked of the network when the model is complete. Exits with 0 when it is.
+    Download(Box<DownloadArgs>),
+}
+
+/// What to download to where.
+#[derive(clap::Args, Clone, Debug)]
+pub struct DownloadArgs {
+    /// The model, in place of `--model-id`.
+    #[arg(value_name = "MODEL_ID")]
+    pub model: Option<String>,
+
+    /// The model: a repository on the Hugging Face Hub, such as `HuggingFaceTB/SmolLM2-135M-Instruct`, or one of its
+    /// `.gguf` files, such as `organisation/name/file.gguf`.
+    #[arg(long, env, required_unless_present = "model")]
+    pub model_id: Option<String>,
+
+    /// Commit, branch or `refs/pr/N` of the model on the Hub. Default: the repository's main branch.
+    #[arg(long, env)]
+    pub revision: Option<String>,
+
+    /// Where model files are.
+    #[command(flatten)]
+    pub hub: hub::HubArgs,
+
+    /// Logs.
+    #[command(flatten)]
+    pub log: process::LogArgs,
 }
 
 /// Which model, in which precision.
@@ -496,6 +533,22 @@ mod tests {
             count += 1;
         }
         assert_eq!(count, 54);
+    }
+
+    #[test]
+    fn download_takes_the_model_either_way_and_needs_one() {
+        let parse = |args: &[&str]| {
+            let args = Args::try_parse_from([&["launcher", "download"], args].concat())?;
+            let Some(Command::Download(args)) = args.command else { panic!("no download") };
+            Ok::<_, clap::Error>((args.model, args.model_id, args.revision))
+        };
+        let text = |text: &str| Some(text.to_owned());
+        assert_eq!(parse(&["org/a", "--revision", "b"]).unwrap(), (text("org/a"), None, text("b")));
+        assert_eq!(parse(&["--model-id", "org/a"]).unwrap(), (None, text("org/a"), None));
+        assert_eq!(parse(&[]).unwrap_err().exit_code(), 2);
+        // What belongs to serving is no option of a download.
+        assert!(parse(&["org/a", "--port", "80"]).is_err());
+        assert!(Args::try_parse_from(["launcher", "--port", "80", "download", "org/a"]).is_err());
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use clap::Parser;
-use launcher::args::Args;
+use launcher::args::{Args, Command};
 use launcher::devices::Devices;
 use launcher::env_report::EnvReport;
 use launcher::error::{Failure, LauncherError};
@@ -11,12 +11,16 @@ use launcher::machine::Machine;
 use launcher::programs::{ROUTER_NAMES, SHARD_NAMES, SearchPath};
 use launcher::startup_ledger::StartupLedger;
 use launcher::supervisor::{Launch, supervise};
-use launcher::{plan, preflight};
+use launcher::{plan, preflight, weights};
 use process::{ExitCode, Program, init_logging, max_level};
 
 fn main() -> std::process::ExitCode {
     let ledger = StartupLedger::new(Instant::now());
     let args = Args::parse();
+    if let Some(Command::Download(args)) = &args.command {
+        init_logging(args.log.settings(Program::Launcher));
+        return exit(weights::download(args));
+    }
     let settings = args.log.settings(Program::Launcher);
     let logger_level = max_level(&settings.filter);
     init_logging(settings);
@@ -24,7 +28,12 @@ fn main() -> std::process::ExitCode {
         tracing::info!("{}", EnvReport::collect());
     }
     tracing::info!("{args:#?}");
-    match check(args, logger_level, ledger).and_then(run) {
+    exit(check(args, logger_level, ledger).and_then(run))
+}
+
+/// The exit code, after the last words.
+fn exit(outcome: Result<(), Failure>) -> std::process::ExitCode {
+    match outcome {
         Ok(()) => ExitCode::Ok.into(),
         Err(failure) => {
             tracing::error!("{}", failure.reason);

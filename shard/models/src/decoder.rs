@@ -122,7 +122,7 @@ impl<B: Backend> Decoder<B> {
         scratch: &mut Scratch<B>,
         cache: &mut B::KvCache,
     ) -> Result<(), ModelError> {
-        embedding.embed(backend, stream)?;
+        embedding.embed(backend, stream, scratch)?;
         for Layer { residual, mixer, mlp } in layers {
             match residual {
                 Residual::Sequential { mixer: mixer_branch, mlp: mlp_branch } => {
@@ -132,6 +132,14 @@ impl<B: Backend> Decoder<B> {
                     let io = stream.input(backend, mlp_branch.norm.as_ref())?;
                     mlp.forward(backend, io, scratch)?;
                     stream.finish(backend, mlp_branch)?;
+                }
+                Residual::PostNorm { mixer: mixer_norm, mlp: mlp_norm } => {
+                    let io = stream.input(backend, None)?;
+                    mixer.forward(backend, io, scratch, cache)?;
+                    stream.finish_with_norm(backend, Some(mixer_norm))?;
+                    let io = stream.input(backend, None)?;
+                    mlp.forward(backend, io, scratch)?;
+                    stream.finish_with_norm(backend, mlp_norm.as_ref())?;
                 }
                 Residual::Parallel { norm, mlp_norm } => {
                     let io = stream.input(backend, Some(norm))?;

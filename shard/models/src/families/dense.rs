@@ -155,7 +155,7 @@ pub(super) fn add_qk_norms(spec: &mut DecoderSpec, scope: QkNormScope, norm: fn(
 pub(super) fn branches(spec: &mut DecoderSpec) -> impl Iterator<Item = &mut BranchSpec> {
     spec.layers.iter_mut().flat_map(|layer| match &mut layer.residual {
         ResidualSpec::Sequential { mixer, mlp } => vec![mixer, mlp],
-        ResidualSpec::Parallel { .. } => Vec::new(),
+        ResidualSpec::PostNorm { .. } | ResidualSpec::Parallel { .. } => Vec::new(),
     })
 }
 
@@ -176,6 +176,7 @@ pub(super) fn norms(spec: &mut DecoderSpec) -> impl Iterator<Item = &mut NormSpe
                 let branches = [&mut mixer.norm, &mut mixer.post_norm, &mut mlp.norm, &mut mlp.post_norm];
                 norms.extend(branches.into_iter().flatten());
             }
+            ResidualSpec::PostNorm { mixer, mlp } => norms.extend(mlp.iter_mut().chain([mixer])),
             ResidualSpec::Parallel { norm, mlp_norm } => norms.extend(mlp_norm.iter_mut().chain([norm])),
         }
         norms

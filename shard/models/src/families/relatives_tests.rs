@@ -213,6 +213,12 @@ fn stablelm_has_layer_norms_with_biases() {
     let tensors = found.tensors();
     let bias = tensors.iter().find(|tensor| tensor.name == "model.layers.1.input_layernorm.bias");
     assert_eq!(bias.unwrap().shape, [64]);
-    let error = refusal(stablelm(json!({"use_parallel_residual": true})));
-    assert_eq!(error, "config.json: use_parallel_residual: found true, which comes later, expected false");
+    let of_12b = spec(stablelm(json!({"use_parallel_residual": true, "qk_layernorm": true, "head_dim": 32})));
+    assert!(matches!(of_12b.layers[0].residual, ResidualSpec::Parallel { mlp_norm: None, .. }));
+    let tensors = of_12b.tensors();
+    let shape =
+        |name: &str| tensors.iter().find(|tensor| tensor.name == name).map(|tensor| &tensor.shape[..]);
+    assert_eq!(shape("model.layers.1.self_attn.q_layernorm.norms.3.weight"), Some(&[32][..]));
+    assert_eq!(shape("model.layers.1.self_attn.q_layernorm.norms.4.weight"), None);
+    assert_eq!(shape("model.layers.1.post_attention_layernorm.weight"), None);
 }

@@ -1,21 +1,21 @@
-//! StableLM 2 (arXiv:2402.17834): Llama with LayerNorm, turning a quarter of each head.
+//! StableLM 2 (arXiv:2402.17834): Llama with LayerNorm, turning a quarter of each head; the 12B model has a norm for each head of
+//! queries and keys, and attention and feed-forward side by side.
 
 use hub::ModelConfig;
 
 use super::config_reader::ConfigReader;
-use super::dense::{Dense, norms};
+use super::dense::{Dense, attentions, norms};
 use super::rope;
 use crate::ModelError;
-use crate::spec::{DecoderSpec, NormKind};
+use crate::spec::{
+    BranchSpec, DecoderSpec, HEAD_NUMBER, NormKind, NormSpec, QkNormScope, QkNormSpec, ResidualSpec,
+};
 
 /// Llama with LayerNorms.
 pub(super) fn spec(config: &ModelConfig) -> Result<DecoderSpec, ModelError> {
     let mut reader = ConfigReader::new(config);
-    for key in ["qk_layernorm", "use_parallel_residual"] {
-        if reader.flag_or(key, false) {
-            reader.wrong(format!("{key}: found true, which comes later, expected false"));
-        }
-    }
+    let has_head_norms = reader.flag_or("qk_layernorm", false);
+    let is_parallel = reader.flag_or("use_parallel_residual", false);
     let dense = Dense {
         qkv_bias: reader.flag_or("use_qkv_bias", false),
         o_bias: false,
@@ -29,6 +29,26 @@ pub(super) fn spec(config: &ModelConfig) -> Result<DecoderSpec, ModelError> {
     for norm in norms(&mut spec) {
         norm.kind = NormKind::Layer;
         norm.bias = norm.weight.strip_suffix("weight").map(|prefix| format!("{prefix}bias"));
+    }
+    if is_parallel {
+        for layer in &mut spec.layers {
+            if let ResidualSpec::Sequential { mixer: BranchSpec { norm: Some(norm), .. }, .. } =
+                &layer.residual
+            {
+                layer.residual = ResidualSpec::Parallel { norm: norm.clone(), mlp_norm: None };
+            }
+        }
+    }
+    if has_head_norms {
+        let eps = spec.norm.eps;
+        for (index, attention) in attentions(&mut spec).enumerate() {
+            let norm = |name: &str| {
+                let prefix = format!("model.layers.{index}.self_attn.{name}.norms.{HEAD_NUMBER}");
+                NormSpec::layer(&prefix, false, eps)
+            };
+            let scope = QkNormScope::HeadWithOwnTensor;
+            attention.qk_norm = Some(QkNormSpec { scope, q: norm("q_layernorm"), k: norm("k_layernorm") });
+        }
     }
     reader.finish(spec)
 }

@@ -91,6 +91,18 @@ impl<B: Backend> Linear<B> {
         Self::new(loader, weight, bias)
     }
 
+    /// The rows `rows` of a matrix without a bias, each divided by its Euclidean norm before it is rounded to the weights' type.
+    pub(super) fn normalised(
+        loader: &mut Loader<'_, B>,
+        linear: &LinearSpec,
+        rows: Range<usize>,
+        in_features: usize,
+    ) -> Result<Self, ModelError> {
+        let windows: Vec<_> = windows(linear, rows, 0..in_features).collect();
+        let weight = loader.pack_normalised(&windows)?;
+        Self::new(loader, weight, None)
+    }
+
     fn new(
         loader: &mut Loader<'_, B>,
         weight: B::Linear,

@@ -106,6 +106,8 @@ impl<'a, B: Backend> Loader<'a, B> {
 /// What a buffer is for; those of different roles are in use at the same time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Role {
+    /// Rows of an embedding that is narrower than the stream.
+    Embedded,
     Projected,
     Mixed,
     Squares,
@@ -123,7 +125,7 @@ impl Role {
     /// The precision it needs in a model of `dtype`: what is summed over ranks or compared stays in float32.
     fn dtype(self, dtype: DType) -> DType {
         match self {
-            Role::Squares | Role::RouterLogits => DType::F32,
+            Role::Embedded | Role::Squares | Role::RouterLogits => DType::F32,
             _ => dtype,
         }
     }

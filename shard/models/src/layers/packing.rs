@@ -1,5 +1,6 @@
 //! From windows of stored tensors to a packed weight: from the quantized blocks where all of them are, else from plain numbers.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use backend::{Backend, DType, Fp8Matrix, HostMatrix, QuantizedMatrix};
@@ -32,6 +33,30 @@ pub(super) fn windows(
         cols: cols.clone(),
         is_transposed: linear.is_transposed,
     })
+}
+
+/// Below this a row counts as that long, as in PyTorch's `normalize`.
+const SMALLEST_NORM: f64 = 1e-12;
+
+/// The rows of `matrix`, each divided by its Euclidean norm, as `dtype`.
+fn normalised_rows(matrix: &HostMatrix<'_>, dtype: DType) -> HostMatrix<'static> {
+    let mut bytes = Vec::with_capacity(matrix.rows * matrix.cols * dtype.size_bytes());
+    let mut row = vec![0.0; matrix.cols];
+    for index in 0..matrix.rows {
+        matrix.read_row(index, &mut row);
+        let norm = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>().sqrt();
+        let factor = 1.0 / norm.max(SMALLEST_NORM);
+        for &x in &row {
+            let x = (f64::from(x) * factor) as f32;
+            match dtype {
+                DType::F32 => bytes.extend(x.to_le_bytes()),
+                DType::F16 => bytes.extend(half::f16::from_f32(x).to_le_bytes()),
+                DType::BF16 => bytes.extend(half::bf16::from_f32(x).to_le_bytes()),
+            }
+        }
+    }
+    let (rows, cols) = (matrix.rows, matrix.cols);
+    HostMatrix { dtype, rows, cols, row_stride: cols, bytes: Cow::Owned(bytes) }
 }
 
 impl<'a, B: Backend> Loader<'a, B> {
@@ -74,6 +99,14 @@ impl<'a, B: Backend> Loader<'a, B> {
         let weight = self.backend.linear(&matrices, dtype)?;
         matrices.into_iter().for_each(|matrix| self.source.recycle(matrix));
         Ok(weight)
+    }
+
+    /// Packs the windows, stacked along their rows, with each row divided by its Euclidean norm.
+    pub(super) fn pack_normalised(&self, windows: &[Window<'_>]) -> Result<B::Linear, ModelError> {
+        let matrices = self.matrices(windows)?;
+        let normalised: Vec<_> = matrices.iter().map(|matrix| normalised_rows(matrix, self.dtype)).collect();
+        matrices.into_iter().for_each(|matrix| self.source.recycle(matrix));
+        Ok(self.backend.linear(&normalised, self.dtype)?)
     }
 
     /// The windows as plain numbers.

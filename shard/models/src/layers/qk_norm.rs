@@ -48,6 +48,13 @@ impl<B: Backend> QkNorm<B> {
                 QkNormScope::AllHeads => {
                     loader.source.vector(&spec.weight, heads.start * head_dim..heads.end * head_dim)?
                 }
+                QkNormScope::HeadWithOwnTensor => {
+                    let mut weight = Vec::with_capacity(heads.len() * head_dim);
+                    for head in heads.clone() {
+                        weight.extend(loader.source.vector(&spec.weight_of_head(head), 0..head_dim)?);
+                    }
+                    weight
+                }
                 QkNormScope::HeadWithOwnWeight => {
                     let rows = loader.source.matrix(&spec.weight, heads.clone(), 0..head_dim)?;
                     let mut weight = vec![0.0; rows.rows * head_dim];
@@ -71,7 +78,7 @@ impl<B: Backend> QkNorm<B> {
         let k = part(&norm.k, &split.kv, attention.num_kv_heads, split.kv_copies)?;
         let scope = match norm.scope {
             QkNormScope::Head => Scope::Head,
-            QkNormScope::HeadWithOwnWeight => Scope::HeadWithOwnWeight,
+            QkNormScope::HeadWithOwnWeight | QkNormScope::HeadWithOwnTensor => Scope::HeadWithOwnWeight,
             QkNormScope::AllHeads => Scope::AllHeads(loader.reserve(Role::Squares, 1)?),
         };
         Ok(Self { scope, q, k })

@@ -15,6 +15,13 @@ pub(crate) enum Residual<B: Backend> {
         /// Around the feed-forward.
         mlp: Branch<B>,
     },
+    /// One after the other: `x = norm(x + f(x))`.
+    PostNorm {
+        /// Of the sum with the mixer's result.
+        mixer: Norm<B>,
+        /// Of the sum with the feed-forward's; none: left to the next norm.
+        mlp: Option<Norm<B>>,
+    },
     /// Side by side: `x += mixer(norm(x)) + mlp(mlp_norm(x))`.
     Parallel {
         /// Of what goes into the mixer.
@@ -35,6 +42,10 @@ impl<B: Backend> Residual<B> {
             ResidualSpec::Sequential { mixer, mlp } => Residual::Sequential {
                 mixer: Branch::load(loader, mixer, width)?,
                 mlp: Branch::load(loader, mlp, width)?,
+            },
+            ResidualSpec::PostNorm { mixer, mlp } => Residual::PostNorm {
+                mixer: Norm::load(loader, mixer, width)?,
+                mlp: mlp.as_ref().map(|norm| Norm::load(loader, norm, width)).transpose()?,
             },
             ResidualSpec::Parallel { norm, mlp_norm } => Residual::Parallel {
                 norm: Norm::load(loader, norm, width)?,
@@ -165,6 +176,19 @@ impl<B: Backend> Stream<B> {
             backend.scale(&mut self.delta, branch.multiplier)?;
         }
         Ok(())
+    }
+
+    /// Sums over the ranks what a part wrote, adds it and normalises the sum, or leaves both to the next norm.
+    pub(crate) fn finish_with_norm(
+        &mut self,
+        backend: &mut B,
+        norm: Option<&Norm<B>>,
+    ) -> Result<(), ModelError> {
+        backend.all_reduce(&mut self.delta)?;
+        let Some(norm) = norm else { return Ok(()) };
+        self.is_pending = false;
+        backend.add(&mut self.residual, &self.delta)?;
+        norm.forward_in_place(backend, &mut self.residual)
     }
 
     /// Takes the tokens `rows` of another stream, which stays as it is.

@@ -65,6 +65,8 @@ pub enum QkNormScope {
     Head,
     /// LayerNorm of each head by itself, each with its row of the weight `[heads, head_dim]`; no bias.
     HeadWithOwnWeight,
+    /// The same, each with a tensor `[head_dim]`, in whose name [`HEAD_NUMBER`](super::HEAD_NUMBER) stands for the head.
+    HeadWithOwnTensor,
     /// RMSNorm of all heads together, with the weight `[heads * head_dim]`.
     AllHeads,
 }

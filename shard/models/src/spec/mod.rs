@@ -44,11 +44,13 @@ pub struct DecoderSpec {
     pub other_tensors: Vec<String>,
 }
 
-/// What enters the residual stream: `norm(multiplier * tokens[id] + positions[position])`.
+/// What enters the residual stream: `norm(multiplier * projection(tokens[id]) + positions[position])`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct EmbeddingSpec {
-    /// Name of the table, `[vocab_size, hidden_size]`.
+    /// Name of the table, `[vocab_size, hidden_size]`, or narrower with a projection.
     pub tokens: String,
+    /// Between a narrower table and the stream, where there is one.
+    pub projection: Option<EmbeddingProjectionSpec>,
     /// Factor on its rows, usually 1.
     pub multiplier: f32,
     /// Learned positions, where there are any.
@@ -60,8 +62,19 @@ pub struct EmbeddingSpec {
 impl EmbeddingSpec {
     /// Tokens alone, of the table `name`.
     pub fn tokens(name: &str) -> Self {
-        Self { tokens: name.to_owned(), multiplier: 1.0, positions: None, norm: None }
+        Self { tokens: name.to_owned(), projection: None, multiplier: 1.0, positions: None, norm: None }
     }
+}
+
+/// An embedding, and a matrix of the logits, narrower than the residual stream.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct EmbeddingProjectionSpec {
+    /// Width of both.
+    pub width: usize,
+    /// From the table's rows to the stream, `[hidden_size, width]`.
+    pub proj_in: LinearSpec,
+    /// From the last norm to what the logits are computed of, `[width, hidden_size]`.
+    pub proj_out: LinearSpec,
 }
 
 /// A learned embedding of positions.
@@ -95,6 +108,13 @@ pub enum ResidualSpec {
         mixer: BranchSpec,
         /// Around the feed-forward.
         mlp: BranchSpec,
+    },
+    /// One after the other, with the sums themselves normalised: `x = norm(x + f(x))`, with the mixer for `f`, then the feed-forward.
+    PostNorm {
+        /// Of the sum with the mixer's result.
+        mixer: NormSpec,
+        /// Of the sum with the feed-forward's; none after the last layer, whose norm is the decoder's.
+        mlp: Option<NormSpec>,
     },
     /// Side by side: `x += mixer(norm(x)) + mlp(mlp_norm(x))`.
     Parallel {
@@ -157,7 +177,15 @@ impl NormSpec {
         let bias = has_bias.then(|| format!("{prefix}.bias"));
         Self { kind: NormKind::Layer, bias, ..Self::rms(prefix, eps) }
     }
+
+    /// The weight of one head, where every head has a tensor: the name has [`HEAD_NUMBER`] in the number's place.
+    pub(crate) fn weight_of_head(&self, head: usize) -> String {
+        self.weight.replace(HEAD_NUMBER, &head.to_string())
+    }
 }
+
+/// Stands for the number of a head in the name of a norm whose heads have tensors of their own.
+pub const HEAD_NUMBER: &str = "{head}";
 
 /// Kinds of normalisation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -173,8 +201,10 @@ pub enum NormKind {
 pub enum LmHeadSpec {
     /// The embedding, transposed.
     Tied,
-    /// A matrix of its own, `[vocab_size, hidden_size]`.
+    /// A matrix of its own, `[vocab_size, hidden_size]`, or narrower as the embedding.
     Own(LinearSpec),
+    /// The same with each row divided by its Euclidean norm.
+    Normalised(LinearSpec),
 }
 
 impl LmHeadSpec {

@@ -3,8 +3,9 @@
 use std::collections::HashSet;
 
 use super::{
-    AttentionSpec, BranchSpec, DecoderSpec, ExpertsSpec, GatedSpec, LatentAttentionSpec,
-    LatentProjectionSpec, LinearSpec, LmHeadSpec, MixerSpec, MlpSpec, NormSpec, QkNormScope, ResidualSpec,
+    AttentionSpec, BranchSpec, DecoderSpec, EmbeddingProjectionSpec, ExpertsSpec, GatedSpec,
+    LatentAttentionSpec, LatentProjectionSpec, LinearSpec, LmHeadSpec, MixerSpec, MlpSpec, NormSpec,
+    QkNormScope, ResidualSpec,
 };
 
 /// A tensor that the spec needs.
@@ -21,7 +22,13 @@ impl DecoderSpec {
     pub fn tensors(&self) -> Vec<ExpectedTensor> {
         let hidden = self.hidden_size;
         let mut list = TensorList::default();
-        list.add(&self.embedding.tokens, &[self.vocab_size, hidden]);
+        let mut table_width = hidden;
+        if let Some(EmbeddingProjectionSpec { width, proj_in, proj_out }) = &self.embedding.projection {
+            list.linear(proj_in, hidden, *width);
+            list.linear(proj_out, *width, hidden);
+            table_width = *width;
+        }
+        list.add(&self.embedding.tokens, &[self.vocab_size, table_width]);
         if let Some(positions) = &self.embedding.positions {
             list.add(&positions.weight, &[positions.rows, hidden]);
         }
@@ -33,6 +40,10 @@ impl DecoderSpec {
                         list.norms(norm, hidden);
                         list.norms(post_norm, hidden);
                     }
+                }
+                ResidualSpec::PostNorm { mixer, mlp } => {
+                    list.norm(mixer, &[hidden]);
+                    list.norms(mlp, hidden);
                 }
                 ResidualSpec::Parallel { norm, mlp_norm } => {
                     list.norm(norm, &[hidden]);
@@ -46,8 +57,8 @@ impl DecoderSpec {
             list.mlp(&layer.mlp, hidden);
         }
         list.norm(&self.norm, &[hidden]);
-        if let LmHeadSpec::Own(lm_head) = &self.lm_head {
-            list.linear(lm_head, self.vocab_size, hidden);
+        if let LmHeadSpec::Own(lm_head) | LmHeadSpec::Normalised(lm_head) = &self.lm_head {
+            list.linear(lm_head, self.vocab_size, table_width);
         }
         list.tensors
     }
@@ -98,6 +109,9 @@ impl TensorList {
                 match norm.scope {
                     QkNormScope::Head => self.norm(norm_spec, &[head_dim]),
                     QkNormScope::HeadWithOwnWeight => self.norm(norm_spec, &[heads, head_dim]),
+                    QkNormScope::HeadWithOwnTensor => {
+                        (0..heads).for_each(|head| self.add(&norm_spec.weight_of_head(head), &[head_dim]));
+                    }
                     QkNormScope::AllHeads => self.norm(norm_spec, &[heads * head_dim]),
                 }
             }

@@ -8,8 +8,8 @@ use half::bf16;
 use hub::{HubOptions, ModelFiles, ModelRef};
 use serde_json::{Value, json};
 
-use crate::mixtures;
 use crate::testing::{Noise, gguf_bytes};
+use crate::{mixtures, relatives};
 
 /// How weights are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,6 +71,14 @@ pub(crate) enum Kind {
     Experts,
     /// Attention over latent vectors, experts in groups: DeepSeek-V3.
     Latent,
+    /// Norms of the sums, a narrow embedding: OPT 350M.
+    NormedSums,
+    /// Norms of each head, attention and feed-forward side by side: StableLM 2 12B.
+    HeadNorms,
+    /// Linear biases: Baichuan 13B.
+    LinearBiases,
+    /// Rows of the logits' matrix of length 1: Baichuan 2.
+    NormedHead,
 }
 
 /// A weight, as the numbers that the file holds.
@@ -138,6 +146,7 @@ impl Fixture {
             model: folder.path().to_owned(),
             folder,
         };
+        relatives::resize(&mut fixture);
         fixture.fill();
         if stored == Stored::Fp8 {
             let projections =
@@ -150,6 +159,9 @@ impl Fixture {
     }
 
     fn fill(&mut self) {
+        if relatives::is_relative(self.kind) {
+            return relatives::fill(self);
+        }
         let (hidden, inner) = (self.hidden_size, self.intermediate_size);
         let (queries, keys) = (self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim);
         self.add("model.embed_tokens.weight", &[self.vocab_size, hidden]);
@@ -242,6 +254,7 @@ impl Fixture {
         if self.stored == Stored::Fp8 {
             config["quantization_config"] = json!({"quant_method": "fp8", "weight_block_size": BLOCK});
         }
+        relatives::change(&mut config, self);
         std::fs::write(self.folder().join("config.json"), config.to_string()).unwrap();
         let (first, second) = self.tensors.split_at(self.tensors.len() / 2);
         for (name, tensors) in [("model-00001-of-00002", first), ("model-00002-of-00002", second)] {

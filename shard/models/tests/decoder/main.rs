@@ -5,6 +5,7 @@
 mod fixture;
 mod mixtures;
 mod reference;
+mod relatives;
 #[path = "../../src/testing.rs"]
 mod testing;
 

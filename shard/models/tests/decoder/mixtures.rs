@@ -24,7 +24,6 @@ fn has_query_latent(fixture: &Fixture) -> bool {
 /// Adds what llama does not have to its configuration.
 pub(crate) fn change(config: &mut Value, fixture: &Fixture) {
     let changes = match fixture.kind {
-        Kind::Llama => return,
         Kind::Experts => json!({
             "architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe",
             "qkv_bias": fixture.has_biases, "num_experts": NUM_EXPERTS,
@@ -40,6 +39,7 @@ pub(crate) fn change(config: &mut Value, fixture: &Fixture) {
             "topk_group": 2, "moe_intermediate_size": EXPERT_WIDTH, "n_shared_experts": 1, "norm_topk_prob": true,
             "routed_scaling_factor": 1.5, "num_nextn_predict_layers": 1,
         }),
+        _ => return,
     };
     for (key, value) in changes.as_object().unwrap() {
         config[key] = value.clone();

@@ -1,10 +1,13 @@
 //! The models as their papers have them: one token after the other in f64, no cache, no batch, nothing shared with the executor.
 
 use crate::fixture::{Fixture, Kind};
-use crate::mixtures;
+use crate::{mixtures, relatives};
 
 /// The logits after every token.
 pub(crate) fn logits(fixture: &Fixture, tokens: &[u32]) -> Vec<Vec<f64>> {
+    if relatives::is_relative(fixture.kind) {
+        return relatives::logits(fixture, tokens);
+    }
     let embedding = matrix(fixture, "model.embed_tokens.weight", fixture.vocab_size);
     let mut stream: Vec<Vec<f64>> = tokens.iter().map(|&id| embedding[id as usize].clone()).collect();
     for layer in 0..fixture.num_layers {
@@ -73,7 +76,7 @@ pub(crate) fn mlp(fixture: &Fixture, x: &[Vec<f64>], prefix: &str) -> Vec<Vec<f6
     linear(fixture, &inner, &format!("{prefix}.down_proj"))
 }
 
-fn norm(fixture: &Fixture, x: &[Vec<f64>], name: &str) -> Vec<Vec<f64>> {
+pub(crate) fn norm(fixture: &Fixture, x: &[Vec<f64>], name: &str) -> Vec<Vec<f64>> {
     norm_with(fixture, x, name, 1e-5)
 }
 
@@ -98,12 +101,12 @@ pub(crate) fn linear(fixture: &Fixture, x: &[Vec<f64>], name: &str) -> Vec<Vec<f
     x.iter().map(output).collect()
 }
 
-fn matrix(fixture: &Fixture, name: &str, rows: usize) -> Vec<Vec<f64>> {
+pub(crate) fn matrix(fixture: &Fixture, name: &str, rows: usize) -> Vec<Vec<f64>> {
     let values: Vec<f64> = fixture.values(name).unwrap().iter().map(|&value| f64::from(value)).collect();
     values.chunks_exact(values.len() / rows).map(<[f64]>::to_vec).collect()
 }
 
-fn add(x: &mut [Vec<f64>], y: &[Vec<f64>]) {
+pub(crate) fn add(x: &mut [Vec<f64>], y: &[Vec<f64>]) {
     for (x, y) in x.iter_mut().zip(y) {
         x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
     }

@@ -2,11 +2,16 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use serde_json::json;
+use sha2::{Digest, Sha256};
 
+use super::part_file::PartFile;
 use super::*;
+use crate::args::DownloadOptions;
 use crate::weight_choice::{PYTORCH_INDEX, SAFETENSORS_INDEX};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
@@ -18,6 +23,8 @@ struct FakeHub {
     files: Vec<(String, Vec<u8>, String)>,
     /// The status of every answer, when it is to fail.
     status: Option<u16>,
+    /// Leaves sizes and hashes out of the list, as mirrors do.
+    is_terse: bool,
     /// How many of the next long answers break off in the middle.
     num_broken: AtomicUsize,
     /// Path and Authorization header of every request.
@@ -79,8 +86,16 @@ impl FakeHub {
         self.requests.lock().unwrap().push((path.clone(), authorization));
         let response = match self.status {
             Some(status) => response(status, &[], b"no"),
-            None if path == "/api/models/org/tiny/revision/main" => {
-                let siblings: Vec<_> = self.files.iter().map(|file| json!({"rfilename": file.0})).collect();
+            None if path == "/api/models/org/tiny/revision/main?blobs=true" => {
+                let sibling = |(name, content, etag): &(String, Vec<u8>, String)| {
+                    let lfs = json!({"sha256": etag, "size": content.len()});
+                    if self.is_terse {
+                        json!({"rfilename": name})
+                    } else {
+                        json!({"rfilename": name, "lfs": lfs})
+                    }
+                };
+                let siblings: Vec<_> = self.files.iter().map(sibling).collect();
                 response(200, &[], json!({"sha": COMMIT, "siblings": siblings}).to_string().as_bytes())
             }
             None => self.content(&path, start, end),
@@ -126,7 +141,8 @@ fn response(status: u16, headers: &[String], body: &[u8]) -> Vec<u8> {
 }
 
 fn options(cache: &Path, endpoint: String) -> HubOptions {
-    HubOptions { cache_dir: cache.to_owned(), endpoint, ..HubOptions::default() }
+    let download = DownloadOptions { first_pause: Duration::from_millis(5), ..DownloadOptions::default() };
+    HubOptions { cache_dir: cache.to_owned(), endpoint, download, ..HubOptions::default() }
 }
 
 fn tiny() -> ModelRef {
@@ -195,18 +211,38 @@ fn goes_on_where_an_interrupted_download_stopped() {
     let (hub, endpoint) = FakeHub::tiny().serve();
     let blobs = cache.path().join("models--org--tiny/blobs");
     std::fs::create_dir_all(&blobs).unwrap();
-    // One file is half there, one complete but not renamed, one longer than it may be.
-    let part = |name: &str, content: &[u8]| {
+    let part = |name: &str| {
         let etag = &hub.files.iter().find(|file| file.0 == name).unwrap().2;
-        std::fs::write(blobs.join(etag).with_extension("part"), content).unwrap();
+        blobs.join(etag).with_extension("quartet-part")
     };
-    part("m-1.safetensors", &[1; 35_000]);
-    part("m-2.safetensors", &[2; 30_000]);
-    part("tokenizer.json", &[0; 100]);
+    // One file is half there, one complete but not renamed, one complete but wrong, one is something else.
+    let half = PartFile::open(&part("m-1.safetensors"), 70_000, 10_000).unwrap();
+    half.write(0, &[1; 25_000]).unwrap();
+    half.write(50_000, &[1; 10_000]).unwrap();
+    std::fs::write(part("m-2.safetensors"), vec![2; 30_000]).unwrap();
+    std::fs::write(part("tokenizer.json"), "[]").unwrap();
+    std::fs::write(part("config.json"), vec![0; 5000]).unwrap();
     let files = fetch(&tiny(), &options(cache.path(), endpoint)).unwrap();
     assert_eq!(std::fs::read(&files.weights.paths()[0]).unwrap(), vec![1; 70_000]);
     assert_eq!(std::fs::read(&files.weights.paths()[1]).unwrap(), vec![2; 30_000]);
     assert_eq!(std::fs::read(files.root.join("tokenizer.json")).unwrap(), b"{}");
+    assert_eq!(files.config().unwrap().model_type(), Some("llama"));
+    let asked =
+        |name: &str| hub.requests.lock().unwrap().iter().filter(|request| request.0.ends_with(name)).count();
+    // Four of seven segments were not complete, all of the second file was there.
+    assert_eq!((asked("m-1.safetensors"), asked("m-2.safetensors"), asked("tokenizer.json")), (4, 0, 1));
+    let left: Vec<_> = std::fs::read_dir(blobs).unwrap().map(|entry| entry.unwrap().path()).collect();
+    assert!(left.iter().all(|path| path.extension().is_none()), "{left:?}");
+}
+
+#[test]
+fn a_list_without_hashes_costs_one_more_request_a_file() {
+    let cache = tempfile::tempdir().unwrap();
+    let (hub, endpoint) = FakeHub { is_terse: true, ..FakeHub::tiny() }.serve();
+    let files = fetch(&tiny(), &options(cache.path(), endpoint)).unwrap();
+    assert_eq!(std::fs::read(&files.weights.paths()[1]).unwrap(), vec![2; 30_000]);
+    // The list, then twice each of index, weights, configuration and tokenizer.
+    assert_eq!(hub.num_requests(), 1 + 2 * 6);
 }
 
 #[test]
@@ -228,6 +264,7 @@ fn damaged_files_are_refused_and_removed() {
     let options = options(cache.path(), endpoint);
     let error = fetch(&tiny(), &options).unwrap_err().to_string();
     assert!(error.contains("m-2.safetensors does not have the SHA-256"), "{error}");
+    assert!(error.contains("fetched 2 times"), "{error}");
     let snapshot = cache.path().join("models--org--tiny/snapshots").join(COMMIT);
     assert!(!snapshot.join("m-2.safetensors").exists());
     assert!(locate(&tiny(), &options).is_err());
