@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use backend::{Backend, DType};
 
-use super::linear::Linear;
+use super::linear::{ColumnPart, Linear};
 use super::{Loader, Norm, Role, Scratch, Stream};
 use crate::ModelError;
 use crate::spec::{DecoderSpec, EmbeddingProjectionSpec, EmbeddingSpec, LinearSpec, LmHeadSpec};
