@@ -23,16 +23,18 @@ const THREADS: u32 = 256;
 const PIECE: usize = 16;
 /// Most rows of the kernel with a warp an output, and most for which it is taken.
 const GEMV_MAX: usize = 4;
-const GEMV_ROWS: usize = 2;
+const GEMV_ROWS: usize = 1;
 /// Outputs of a block of it.
 const GEMV_OUTPUTS: usize = 8;
 /// Shared memory that every GPU with bf16 products grants a block.
 const MAX_SHARED_BYTES: usize = 96 << 10;
 /// The same of its gated form.
-const GATED_GEMV_ROWS: usize = 2;
+const GATED_GEMV_ROWS: usize = 1;
 /// Most rows for which every warp reads activations by itself, and the same of the gated form.
-const FEW_ROWS: usize = 8;
-const GATED_FEW_ROWS: usize = 8;
+const FEW_ROWS: usize = 16;
+const GATED_FEW_ROWS: usize = 16;
+/// Most rows for which weights are streamed through shared memory where the library does not multiply eight bits.
+const SKINNY_ROWS: usize = 64;
 const WARPS: usize = 8;
 /// Rows of activations are rounded and multiplied in parts of multiples of this.
 const PART_ROWS: usize = 128;
@@ -183,7 +185,9 @@ impl Fp8Matmuls {
         let is_taken = |kernel: &Fp8Kernel| match kernel {
             Fp8Kernel::Gemv => task.rows <= GEMV_ROWS,
             Fp8Kernel::FewRows { .. } => task.rows <= FEW_ROWS,
-            Fp8Kernel::Skinny | Fp8Kernel::Library | Fp8Kernel::Dequantized => true,
+            // Alone it is quicker than the library up to 32 rows, between attention and norms it was slower.
+            Fp8Kernel::Skinny => !self.has_library && task.rows <= SKINNY_ROWS,
+            Fp8Kernel::Library | Fp8Kernel::Dequantized => true,
         };
         kernels.into_iter().find(is_taken).unwrap_or(Fp8Kernel::Dequantized)
     }
@@ -269,6 +273,9 @@ impl Fp8Matmuls {
             let launch = few_rows_launch(of_type(shape.gated, weight), shape, outputs);
             queue.launch(&launch, args![parameters])?;
             return Ok(true);
+        }
+        if self.has_library || x.rows() > SKINNY_ROWS {
+            return Ok(false);
         }
         self.skinny.multiply(queue, workspace, task, Some(activation))
     }
