@@ -3,12 +3,15 @@
 
     python3 scripts/bench_decode.py [--model FILE.gguf] [--weights bf16|q8_0|file]... [--threads 2] [--runs 5]
                                     [--bin target/release] [--peer-python PYTHON]
+                                    [--transformers-python PYTHON --transformers-model DIR]
 
 One shard, driven by our benchmark over its socket: 64 greedy steps after 128 tokens, alone and 8 at a time, and a prefill of
 512 tokens. `bf16`: the file's weights dequantized (`--dtype bfloat16`); `q8_0`: a file that llama.cpp's quantizer makes of it;
 `file`: its own blocks. llama.cpp does the same through its C calls, for bf16 on a file of its own quantizer; PYTHON is an
 interpreter with llama-cpp-python and numpy installed (CMAKE_ARGS=-DGGML_NATIVE=ON pip install --no-binary llama-cpp-python
-llama-cpp-python). Without it only ours is timed, and not in q8_0. The two alternate, so that a noisy machine disturbs both.
+llama-cpp-python). Without it only ours is timed, and not in q8_0. transformers (bf16 only) needs an interpreter that has it and torch, and the
+same model as a directory of safetensors. All alternate, so that a noisy machine disturbs all, with a loop that only reads memory
+(`target/release/examples/kernels --read-only`, where it is built): the limit of decode is what it reads over the weights' bytes.
 Without --model: SmolLM2-135M-Instruct. Prints one JSON line for each kind of weights, with medians and their ratios.
 """
 
@@ -25,6 +28,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 PROMPT, STEPS, PREFILL, BATCH = 128, 64, 512, 8
 KINDS = ["bf16", "q8_0", "file"]
+PEERS = ["llama.cpp", "transformers"]
 
 
 def smollm2():
@@ -72,14 +76,32 @@ def peer_script(options, *arguments):
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
+def transformers(options):
+    command = [options.transformers_python, str(HERE / "peer_transformers.py"), options.transformers_model]
+    command += map(str, (options.threads, PROMPT, STEPS, PREFILL))
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True).stdout
+
+
+def memory_read(options):
+    """GB/s of a loop that only reads, on huge pages; nothing where the example is not built."""
+    command = [f"{options.bin}/examples/kernels", "--read-only", "--json", "--threads", str(options.threads)]
+    if not Path(command[0]).exists():
+        return []
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return [json.loads(output)["figures"][0]["value"]]
+
+
 def compare(options, model, kind, folder):
-    """Times both, in turn, on one kind of weights."""
+    """Times all, in turn, on one kind of weights."""
     converted = f"{folder}/{kind}.gguf"
     if options.peer_python and kind != "file":
         peer_script(options, "convert", kind, model, converted)
     own_file, peer_file = {"bf16": (model, converted), "q8_0": (converted, converted), "file": (model, model)}[kind]
-    series = {"ours": {"decode": [], f"batch {BATCH}": [], "prefill": []}, "llama.cpp": {"decode": [], "prefill": []}}
+    series = {"ours": {"decode": [], f"batch {BATCH}": [], "prefill": []}}
+    series |= {peer: {"decode": [], "prefill": []} for peer in PEERS}
+    bandwidth = []
     for _ in range(options.runs):
+        bandwidth += memory_read(options)
         with Shard(options, own_file, folder, "bfloat16" if kind == "bf16" else None) as shard:
             for what, shape, field in [
                 ("decode", (PROMPT, STEPS + 1, 1), "decode_throughput"),
@@ -87,26 +109,37 @@ def compare(options, model, kind, folder):
                 ("prefill", (PREFILL, 1, 1), "prefill_throughput"),
             ]:
                 series["ours"][what].append(ours(options, own_file, shard.prefix, shape, field))
+        answers = {}
         if options.peer_python:
-            for what, value in json.loads(
-                peer_script(options, "time", peer_file, options.threads, PROMPT, STEPS, PREFILL)
-            ).items():
-                series["llama.cpp"][what].append(value)
-    return series
+            shape = (options.threads, PROMPT, STEPS, PREFILL)
+            answers["llama.cpp"] = peer_script(options, "time", peer_file, *shape)
+        if options.transformers_python and kind == "bf16":
+            answers["transformers"] = transformers(options)
+        for peer, answer in answers.items():
+            for what, value in json.loads(answer).items():
+                series[peer][what].append(value)
+    limits = [gigabytes * 1e9 / os.path.getsize(peer_file) for gigabytes in bandwidth if Path(peer_file).exists()]
+    return series, limits
 
 
-def report(options, model, kind, series):
+def report(options, model, kind, series, limits):
     result = {"model": Path(model).name, "weights": kind, "threads": options.threads}
     result["load_average_at_end"] = os.getloadavg()[0]
     for name, values in ((f"{who} {what}", v) for who, whats in series.items() for what, v in whats.items()):
         if values:
             result[f"{name} tokens/s"] = round(statistics.median(values), 1)
             result[f"{name} runs"] = [round(value, 1) for value in values]
-    own, peer = series["ours"], series["llama.cpp"]
+    own = series["ours"]
     # Ratios run by run: what disturbed one of them most likely disturbed the other.
-    for what in peer:
-        if peer[what]:
-            result[f"{what} ratio"] = round(statistics.median(a / b for a, b in zip(own[what], peer[what])), 2)
+    for peer in PEERS:
+        for what, values in series[peer].items():
+            if values:
+                ratio = statistics.median(a / b for a, b in zip(own[what], values))
+                result[f"{what} to {peer}"] = round(ratio, 2)
+    if limits:
+        result["decode limit tokens/s"] = round(statistics.median(limits), 1)
+        result["decode limit runs"] = [round(limit, 1) for limit in limits]
+        result["decode to limit"] = round(statistics.median(a / b for a, b in zip(own["decode"], limits)), 2)
     batch = zip(own[f"batch {BATCH}"], own["decode"])
     result[f"batch {BATCH} to 1"] = round(statistics.median(a / b for a, b in batch), 2)
     return result
@@ -120,14 +153,18 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--peer-python", metavar="PYTHON")
+    parser.add_argument("--transformers-python", metavar="PYTHON")
+    parser.add_argument("--transformers-model", metavar="DIR")
     options = parser.parse_args()
     kinds = options.weights or (KINDS if options.peer_python else ["bf16", "file"])
     if "q8_0" in kinds and not options.peer_python:
         sys.exit("--weights q8_0: llama.cpp's quantizer makes that file, so it needs --peer-python")
+    if bool(options.transformers_python) != bool(options.transformers_model):
+        sys.exit("--transformers-python and --transformers-model belong together")
     model = options.model or smollm2()
     for kind in kinds:
         with tempfile.TemporaryDirectory() as folder:
-            print(json.dumps(report(options, model, kind, compare(options, model, kind, folder))), flush=True)
+            print(json.dumps(report(options, model, kind, *compare(options, model, kind, folder))), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ use crate::error::HubError;
 use crate::links::check_links;
 use crate::model_files::{ModelFiles, WeightFiles};
 use crate::weight_choice::{
-    EXPECTED_WEIGHTS, PYTORCH_INDEX, WeightFormat, WeightNames, choose_weights, is_gguf, no_weights,
+    EXPECTED_WEIGHTS, PYTORCH_INDEX, WeightFormat, WeightNames, choose_weights, is_gguf, missing_of_series,
+    no_weights,
 };
 
 /// Which model is meant.
@@ -220,11 +221,16 @@ fn weights_in_flat(
         let weights = format!("a weight file ({EXPECTED_WEIGHTS})");
         return Err(no_weights(model, &names).unwrap_or_else(|| model.missing(&weights, root, remedy)));
     };
-    let wanted = match choice.names {
-        WeightNames::Indexed(index) => files_of_index(&root.join(index))?,
-        WeightNames::Files(files) => files,
+    let (wanted, series) = match choice.names {
+        WeightNames::Indexed(index) => (files_of_index(&root.join(index))?, Vec::new()),
+        // A download of another program may have stopped in between.
+        WeightNames::Files(files) => {
+            let series = missing_of_series(&files);
+            (files, series)
+        }
     };
-    let missing: Vec<&String> = wanted.iter().filter(|name| names.binary_search(name).is_err()).collect();
+    let missing: Vec<&String> =
+        wanted.iter().filter(|name| names.binary_search(name).is_err()).chain(&series).collect();
     if !missing.is_empty() {
         return Err(model.missing(&list(&missing), root, remedy));
     }

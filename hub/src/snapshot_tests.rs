@@ -37,6 +37,14 @@ fn directory_yields_its_safetensors_sorted() {
 }
 
 #[test]
+fn a_series_without_one_of_its_files_is_not_complete() {
+    let (first, second) = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors");
+    let error = locate_in(&directory(&["config.json", first])).unwrap_err();
+    assert!(error.contains(second), "{error}");
+    assert_eq!(locate_in(&directory(&["config.json", first, second])).unwrap(), [first, second]);
+}
+
+#[test]
 fn a_second_copy_of_the_weights_is_left_out() {
     let dir = directory(&["config.json", "consolidated.safetensors", "model.safetensors"]);
     assert_eq!(locate_in(&dir).unwrap(), ["model.safetensors"]);

@@ -90,6 +90,28 @@ fn safetensors_among(names: &[String]) -> Vec<String> {
     if usual.is_empty() { found } else { usual }
 }
 
+/// The files that a numbered series lacks, such as `model-00002-of-00003.safetensors` where the other two are; sorted. `files`
+/// are sorted names without an index that would tell.
+pub(crate) fn missing_of_series(files: &[String]) -> Vec<String> {
+    let series = files.iter().filter_map(|name| {
+        let (start, end) = name.split_once("-of-")?;
+        let (stem, number) = start.rsplit_once('-')?;
+        let (total, suffix) = end.split_once('.')?;
+        let is_number = |text: &str| text.len() == 5 && text.bytes().all(|byte| byte.is_ascii_digit());
+        let count: usize = total.parse().ok().filter(|_| is_number(number) && is_number(total))?;
+        Some((stem, total, suffix, count))
+    });
+    let name = |(stem, total, suffix, count): (&str, &str, &str, usize)| {
+        let (stem, total, suffix) = (stem.to_owned(), total.to_owned(), suffix.to_owned());
+        (1..=count).map(move |number| format!("{stem}-{number:05}-of-{total}.{suffix}"))
+    };
+    // One member stands for its series; of a hostile name's 99,999 files the first few are told.
+    let mut missing: Vec<String> =
+        series.take(1).flat_map(name).filter(|name| files.binary_search(name).is_err()).collect();
+    missing.sort();
+    missing
+}
+
 fn only_gguf(model: &ModelRef, names: &[String], place: &str) -> Result<Option<String>, HubError> {
     let found: Vec<&String> = names.iter().filter(|name| is_gguf(name) && !name.contains('/')).collect();
     match found.as_slice() {
@@ -116,4 +138,24 @@ pub(crate) fn no_weights(model: &ModelRef, names: &[String]) -> Option<HubError>
 
 pub(crate) fn is_gguf(name: &str) -> bool {
     Path::new(name).extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_series_knows_its_members() {
+        let missing = |names: &[&str]| {
+            missing_of_series(&names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>())
+        };
+        let (first, second) = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors");
+        assert_eq!(missing(&[second]), [first]);
+        assert_eq!(missing(&[first, second]), [""; 0]);
+        for other in
+            ["model.safetensors", "a-of-b.bin", "model-1-of-2.bin", "one-of-00002.bin", "x-00001-of-2.bin"]
+        {
+            assert_eq!(missing(&[other]), [""; 0], "{other}");
+        }
+    }
 }

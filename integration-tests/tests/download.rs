@@ -320,3 +320,21 @@ fn a_named_gguf_file_is_all_that_is_fetched() {
     assert!(std::fs::read(&files.weights.paths()[0]).unwrap() == hub.content("a.Q4_0.gguf"));
     assert!(hub.requests().iter().skip(1).all(|request| request.path.contains("a.Q4_0.gguf")));
 }
+
+#[test]
+fn what_another_program_left_broken_is_replaced() {
+    let hub = tiny().serve();
+    let cache = Cache::of(&hub);
+    let folder = cache.options.cache_dir.join("models--org--tiny");
+    let (snapshot, blobs) = (folder.join("snapshots").join(COMMIT), folder.join("blobs"));
+    std::fs::create_dir_all(&snapshot).unwrap();
+    std::fs::create_dir_all(&blobs).unwrap();
+    // A file with too few bytes, a link to a blob with too few, a link that leads nowhere; no configuration yet.
+    std::fs::write(snapshot.join("tokenizer.json"), "{").unwrap();
+    let digest = "0".repeat(64);
+    std::fs::write(blobs.join(&digest), "short").unwrap();
+    std::os::unix::fs::symlink(format!("../../blobs/{digest}"), snapshot.join(WEIGHTS)).unwrap();
+    std::os::unix::fs::symlink("../../blobs/nowhere", snapshot.join("config.json")).unwrap();
+    cache.fetch_whole(&hub);
+    assert_eq!(std::fs::read(snapshot.join("tokenizer.json")).unwrap(), b"{}");
+}

@@ -1,8 +1,8 @@
 //! How fast the CPU kernels are at SmolLM2-135M's shapes, beside a plain loop that only reads memory.
 //!
 //! `cargo run --release -p backend --example kernels -- [--json] [--threads N] [--dtype bfloat16] [--isa portable|avx2|avx512|vnni|bf16]
-//! [--cpu-time] [--pin]`; `--cpu-time` counts the processor time of the first thread, for `--threads 1` on a busy machine, and with
-//! `--pin` each thread stays on one core.
+//! [--cpu-time] [--pin] [--read-only]`; `--cpu-time` counts the processor time of the first thread, for `--threads 1` on a busy
+//! machine, with `--pin` each thread stays on one core, and `--read-only` stops after the plain loop.
 //! Every figure is the median of several runs. Figures of a machine that does something else meanwhile are worthless.
 
 mod measure;
@@ -20,17 +20,19 @@ struct Options {
     json: bool,
     cpu: CpuOptions,
     dtype: DType,
+    read_only: bool,
 }
 
 fn options() -> Result<Options, String> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let cpu = CpuOptions { threads: cores, isa: None, pin_threads: false };
-    let mut options = Options { json: false, cpu, dtype: DType::BF16 };
+    let mut options = Options { json: false, cpu, dtype: DType::BF16, read_only: false };
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         let mut value = || arguments.next().ok_or(format!("{argument} needs a value"));
         match argument.as_str() {
             "--json" => options.json = true,
+            "--read-only" => options.read_only = true,
             "--cpu-time" => measure::COUNTS_CPU_TIME.store(true, std::sync::atomic::Ordering::Relaxed),
             "--threads" => {
                 options.cpu.threads = value()?.parse().map_err(|error| format!("--threads: {error}"))?
@@ -58,6 +60,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut figures = Vec::new();
     let read = memory_read(options.cpu.threads);
     figures.push(Figure::new("memory read, huge pages", read, "GB/s"));
+
+    if options.read_only {
+        return Ok(print(&options, "memory", &figures)?);
+    }
 
     let started = std::time::Instant::now();
     let mut model = Model::new(options.cpu, Weights::Plain(options.dtype))?;
@@ -105,16 +111,20 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         quantized(&options, bits, &mut figures)?;
     }
 
+    Ok(print(&options, &model.description(), &figures)?)
+}
+
+fn print(options: &Options, device: &str, figures: &[Figure]) -> std::io::Result<()> {
     let mut out = std::io::stdout().lock();
     if options.json {
-        writeln!(out, "{{\"device\":\"{}\",\"figures\":[", model.description())?;
+        writeln!(out, "{{\"device\":\"{device}\",\"figures\":[")?;
         for (index, figure) in figures.iter().enumerate() {
             writeln!(out, "{}{}", figure.json(), if index + 1 < figures.len() { "," } else { "" })?;
         }
         writeln!(out, "]}}")?;
     } else {
-        writeln!(out, "{}, {}", model.description(), options.dtype)?;
-        for figure in &figures {
+        writeln!(out, "{device}, {}", options.dtype)?;
+        for figure in figures {
             writeln!(out, "{figure}")?;
         }
     }
