@@ -85,7 +85,9 @@ pub(crate) fn stored_as(
             if let Some(format) = format.filter(|format| !format.is_null()) {
                 return Err(unsupported(&format!("{key}.fmt"), Some(format), "\"e4m3\""));
             }
-            Ok(Some(Fp8Scheme { block: block(key, section.get("weight_block_size"))? }))
+            Ok(Some(Fp8Scheme {
+                block: block(&format!("{key}.weight_block_size"), section.get("weight_block_size"))?,
+            }))
         }
         Quantize::CompressedTensors => compressed(key, section).map(Some),
     }
