@@ -503,6 +503,38 @@ def make_proto_message():
     save("proto_message", "answer", message((1, message((1, 4), (2, tokens), (3, tokens), (4, done), (5, tokens))), (2, cached), (3, 99)))
 
 
+# --- engine -----------------------------------------------------------------
+
+
+def engine_request(number, ids, rest=(1,)):
+    """`rest`: 1 for an honest request, else 0 and the bytes of everything in it."""
+    return bytes([number, len(ids), *ids, *rest])
+
+
+def make_engine():
+    """Calls as fuzz/src/targets/engine.rs reads them."""
+    warm, cold = b"\1", b"\0"
+
+    def prefill(batch, requests, cached=None):
+        joined = bytes([0]) if cached is None else bytes([1, cached])
+        return bytes([0, batch]) + joined + bytes([len(requests)]) + b"".join(requests)
+
+    decode = bytes([3, 1, 1])
+    one, two = engine_request(1, [1, 2, 3]), engine_request(2, [4, 5, 6, 7, 1])
+    save("engine", "batch", warm + prefill(1, [one, two]) + decode * 6)
+    joined = prefill(1, [one]) + decode + prefill(2, [two], 1) + bytes([3, 2, 1, 2]) + bytes([5, 1, 1, 2]) + decode * 3
+    save("engine", "join-and-filter", warm + joined + bytes([6, 1, 1]) + decode)
+    save("engine", "no-warmup", cold + prefill(1, [one]) + decode + bytes([5, 3, 0]))
+    # Block 1 and some of its slots, a chunk of 3; then the same block for somebody else.
+    ends = bytes([0, 32, 0, 1, 3, 0, 2, 6, 0, 1, 0, 0, 0, 0, 0, 5, 0, 3])
+    own = bytes([0, 0, 0, 1, 1, 12, *range(16, 28)]) + ends
+    save("engine", "blocks", warm + prefill(1, [engine_request(1, [1, 2, 3, 4, 5, 6], own)]) * 2 + decode * 4)
+    wrong = bytes([0, 2, 250, 246, 1, 247, 3, 246, 0, 1, 3, 246, 255, 0]) + bytes([2, 246, 246, 1, 246, 1, 247, 246])
+    save("engine", "wrong", warm + prefill(1, [one, engine_request(3, [1], wrong)]) + decode * 2)
+    warmup = bytes([7, 1]) + one + bytes([1, 20, 30, 1, 40])
+    save("engine", "warm-again", warm + prefill(1, [one]) + warmup + decode)
+
+
 def main():
     make_safetensors()
     make_index()
@@ -514,6 +546,7 @@ def main():
     make_small_configs()
     make_http_request()
     make_proto_message()
+    make_engine()
 
 
 if __name__ == "__main__":

@@ -76,5 +76,6 @@ smoke_tests!(
     small_configs,
     chat_template,
     http_request,
-    proto_message
+    proto_message,
+    engine
 );

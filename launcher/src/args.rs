@@ -57,6 +57,11 @@ pub enum Command {
     ///
     /// Nothing is asked of the network when the model is complete. Exits with 0 when it is.
     Download(Box<DownloadArgs>),
+    /// Show what serving with the same options would do, and start nothing: devices, memory, tensor split, limits and the
+    /// commands of all processes.
+    ///
+    /// Works without a network, on what is on this disk.
+    Plan(Box<PlanArgs>),
 }
 
 /// What to download to where.
@@ -82,6 +87,49 @@ pub struct DownloadArgs {
     /// Logs.
     #[command(flatten)]
     pub log: process::LogArgs,
+}
+
+/// How a plan is shown, and the options of serving.
+#[derive(clap::Args, Clone, Debug)]
+pub struct PlanArgs {
+    /// As one JSON object.
+    #[arg(long)]
+    pub json: bool,
+    /// Which model.
+    #[command(flatten, next_help_heading = "Model")]
+    pub model: ModelArgs,
+    /// On what it runs.
+    #[command(flatten, next_help_heading = "Devices")]
+    pub devices: DeviceArgs,
+    /// How long and how many requests may be.
+    #[command(flatten, next_help_heading = "Limits")]
+    pub limits: LimitArgs,
+    /// Where it is served.
+    #[command(flatten, next_help_heading = "Serving")]
+    pub serving: ServingArgs,
+    /// What is done when a process dies.
+    #[command(flatten, next_help_heading = "Recovery")]
+    pub recovery: RecoveryArgs,
+    /// Features that are switched on by an option.
+    #[command(flatten, next_help_heading = "Features")]
+    pub features: FeatureArgs,
+    /// Where model files are.
+    #[command(flatten, next_help_heading = "Model files")]
+    pub hub: hub::HubArgs,
+    /// Logs.
+    #[command(flatten, next_help_heading = "Logs")]
+    pub log: process::LogArgs,
+    /// Variables that have no option in the manual.
+    #[command(flatten)]
+    pub hidden: HiddenArgs,
+}
+
+impl From<PlanArgs> for Args {
+    fn from(plan: PlanArgs) -> Self {
+        let PlanArgs { json: _, model, devices, limits, serving, recovery, features, hub, log, hidden } =
+            plan;
+        Self { command: None, model, devices, limits, serving, recovery, features, hub, log, hidden }
+    }
 }
 
 /// Which model, in which precision.
@@ -142,6 +190,11 @@ pub struct DeviceArgs {
     /// CPU threads of each shard. Default: the machine's cores divided by the number of shards.
     #[arg(long, env = "QUARTET_THREADS")]
     pub threads: Option<usize>,
+
+    /// A request gets the same tokens whatever is computed beside it, bit for bit: on CUDA, at the cost of speed. On the CPU
+    /// results alone and in a batch agree to rounding, and this is refused.
+    #[arg(long, env = "QUARTET_DETERMINISTIC")]
+    pub deterministic: bool,
 
     /// Whether the model is split over several devices: `true` (all visible ones, unless `--num-shard` says how many) or
     /// `false`. Default: what `--num-shard` says.
@@ -533,6 +586,24 @@ mod tests {
             count += 1;
         }
         assert_eq!(count, 54);
+    }
+
+    #[test]
+    fn a_plan_takes_every_option_of_serving() {
+        let names = |command: &clap::Command| {
+            let mut names: Vec<_> = command.get_arguments().map(|arg| arg.get_id().to_string()).collect();
+            names.retain(|name| name != "json");
+            names.sort();
+            names
+        };
+        let command = Args::command();
+        assert_eq!(names(command.find_subcommand("plan").unwrap()), names(&command));
+        let parsed = Args::parse_from(["launcher", "plan", "--num-shard", "3", "--json"]);
+        let Some(Command::Plan(plan)) = parsed.command else { panic!("a plan") };
+        assert!(plan.json);
+        assert_eq!(Args::from(*plan).devices.num_shard, Some(3));
+        let mixed = Args::try_parse_from(["launcher", "--port", "1", "plan"]);
+        assert_eq!(mixed.unwrap_err().exit_code(), 2);
     }
 
     #[test]

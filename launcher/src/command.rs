@@ -109,6 +109,9 @@ impl ShardSpec {
         command.set("QUARTET_INSTANCE_ID", runtime.instance_id.as_str());
         command.set_if_some("QUARTET_LIFELINE_FD", &runtime.lifeline_fd);
         command.set_if_some("QUARTET_THREADS", &self.args.devices.threads);
+        if self.args.devices.deterministic {
+            command.set("QUARTET_DETERMINISTIC", "true");
+        }
         command
     }
 
@@ -190,6 +193,11 @@ impl RouterSpec {
     /// The spec for checked options.
     pub fn new(args: &Args, max_input_tokens: Option<usize>, max_batch_prefill_tokens: u32) -> Self {
         Self { args: args.clone(), max_input_tokens, max_batch_prefill_tokens }
+    }
+
+    /// The most prompt tokens of one step.
+    pub fn max_batch_prefill_tokens(&self) -> u32 {
+        self.max_batch_prefill_tokens
     }
 
     /// The router's command; the shards' sockets are `UDS_PREFIX-RANK`.

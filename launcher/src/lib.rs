@@ -7,6 +7,7 @@
 //! - [`weights`]: the model's files. [`runtime_dir`]: where the sockets live. [`command`]: the children's command lines.
 //! - [`supervisor`]: the state machine and the event loop, with [`child`], [`log_relay`], [`readiness`] and [`liveness`] as its
 //!   hands.
+//! - [`plan_report`] and [`footprint`]: `launcher plan`.
 //! - [`startup_ledger`]: where the time went. [`error`]: why it ended. [`env_report`]: `--env`.
 
 pub mod args;
@@ -16,12 +17,14 @@ pub mod command;
 pub mod devices;
 pub mod env_report;
 pub mod error;
+pub mod footprint;
 pub mod liveness;
 pub mod log_relay;
 pub mod machine;
 pub mod memory;
 pub mod nvml;
 pub mod plan;
+pub mod plan_report;
 pub mod preflight;
 pub mod programs;
 pub mod readiness;

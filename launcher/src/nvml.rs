@@ -1,5 +1,7 @@
 //! What the NVIDIA driver's library says about the devices. It is loaded when it is there; nothing is needed to build.
 
+use std::path::Path;
+
 use nvml_wrapper::enums::device::UsedGpuMemory;
 use nvml_wrapper::struct_wrappers::device::ProcessInfo;
 use nvml_wrapper::{Device, Nvml};
@@ -59,8 +61,18 @@ fn process(process: &ProcessInfo) -> GpuProcess {
     }
 }
 
+/// Its name in this container's `/proc`, if the process of this number is one that has a device open: the driver counts the
+/// processes of the machine, which have other numbers here.
 fn process_name(pid: u32) -> Option<String> {
+    let mut files = std::fs::read_dir(format!("/proc/{pid}/fd")).ok()?.flatten();
+    files.find(|file| {
+        std::fs::read_link(file.path()).is_ok_and(|path| path.starts_with("/dev") && is_nvidia(&path))
+    })?;
     Some(std::fs::read_to_string(format!("/proc/{pid}/comm")).ok()?.trim().to_owned())
+}
+
+fn is_nvidia(path: &Path) -> bool {
+    path.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with("nvidia"))
 }
 
 fn slices(device: &Device<'_>) -> Vec<GpuSlice> {
@@ -90,7 +102,7 @@ mod tests {
     }
 
     #[test]
-    fn processes_have_names_and_maybe_sizes() {
+    fn processes_have_sizes_and_names_where_they_are_certain() {
         let info = |pid, used_gpu_memory| ProcessInfo {
             pid,
             used_gpu_memory,
@@ -99,7 +111,8 @@ mod tests {
         };
         let own = process(&info(std::process::id(), UsedGpuMemory::Used(5)));
         assert_eq!(own.bytes, Some(5));
-        assert!(own.name.is_some_and(|name| !name.is_empty()));
+        assert_eq!(own.name, None, "this process has no device open, so it cannot be the one that is meant");
+        assert!(is_nvidia(Path::new("/dev/nvidia0")) && !is_nvidia(Path::new("/dev/null")));
         let gone = process(&info(u32::MAX, UsedGpuMemory::Unavailable));
         assert_eq!((gone.name, gone.bytes), (None, None));
     }

@@ -23,6 +23,10 @@ pub struct LaunchPlan {
     pub bind: SocketAddr,
     /// The socket prefix the user asked for.
     pub uds_prefix: Option<String>,
+    /// Requests in flight at once.
+    pub max_concurrent_requests: usize,
+    /// CPU threads of each shard, where given.
+    pub threads: Option<usize>,
     /// How long running requests may take to finish when the service is asked to stop.
     pub graceful_timeout: Duration,
     /// One log line each: options that were taken but change nothing, and choices the user did not make.
@@ -66,6 +70,8 @@ pub fn plan(
         router: RouterSpec::new(args, max_input_tokens, max_batch_prefill_tokens),
         bind: SocketAddr::new(ip, args.serving.port),
         uds_prefix: args.devices.shard_uds_path.clone(),
+        max_concurrent_requests: args.limits.max_concurrent_requests,
+        threads: args.devices.threads,
         graceful_timeout: Duration::from_secs(args.serving.graceful_termination_timeout),
         notices: notices(args, devices, num_shard, max_batch_prefill_tokens),
     })

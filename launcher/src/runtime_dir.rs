@@ -132,7 +132,10 @@ fn socket_paths(prefix: &str, num_shard: usize) -> impl Iterator<Item = PathBuf>
 }
 
 /// The longest socket path must fit into the kernel's address.
-fn check_length(prefix: &str, num_shard: usize) -> Result<(), String> {
+///
+/// # Errors
+/// By how much it does not.
+pub(crate) fn check_length(prefix: &str, num_shard: usize) -> Result<(), String> {
     let longest = socket_paths(prefix, num_shard).map(|path| path.as_os_str().len()).max().unwrap_or(0);
     if longest > MAX_SOCKET_PATH_BYTES {
         return Err(format!(

@@ -5,7 +5,7 @@ use nix::sys::signal::{SigHandler, Signal, signal};
 use process::SignalStream;
 
 use crate::args::{Args, DownloadArgs};
-use crate::devices::Devices;
+use crate::devices::{Device, Devices};
 use crate::error::{Failure, LauncherError};
 use crate::plan::{self, LaunchPlan};
 use crate::preflight;
@@ -34,7 +34,9 @@ pub fn prepare(args: &Args, devices: &Devices) -> Result<Prepared, Failure> {
     for notice in &plan.notices {
         tracing::info!("{notice}");
     }
-    preflight::check_memory(&files).map_err(Failure::argument)?;
+    if devices.device == Device::Cpu {
+        preflight::check_memory(&files).map_err(Failure::argument)?;
+    }
     let runtime_dir =
         RuntimeDir::claim(plan.uds_prefix.as_deref(), plan.shard.num_shard).map_err(Failure::argument)?;
     Ok(Prepared { plan, runtime_dir })

@@ -24,6 +24,7 @@ const EVERYTHING: &[&str] = &[
     "2",
     "--threads",
     "4",
+    "--deterministic",
     "--max-input-length",
     "100",
     "--max-total-tokens",
@@ -184,6 +185,7 @@ fn shard_with_everything() {
         ("CUDA_GRAPHS", "4,8"),
         ("DISABLE_CUSTOM_KERNELS", "True"),
         ("QUARTET_THREADS", "4"),
+        ("QUARTET_DETERMINISTIC", "true"),
     ] {
         assert_eq!(env.get(name), Some(&value), "{name}");
     }

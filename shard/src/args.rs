@@ -22,6 +22,8 @@ pub enum Command {
     Serve(Box<ServeArgs>),
     /// Download the weights of a model, if they are not on this disk yet
     DownloadWeights(Box<DownloadArgs>),
+    /// Print what serving with the same options would take of each rank's memory, as JSON; loads nothing
+    Footprint(Box<FootprintArgs>),
     /// Print the GPU architectures this program has kernels for, one a line; none: it runs on the CPU only
     Architectures,
 }
@@ -110,6 +112,22 @@ pub struct ServeArgs {
     pub hub: HubArgs,
 }
 
+/// Options of `footprint`.
+#[derive(ClapArgs, Debug, Clone)]
+pub struct FootprintArgs {
+    /// Free bytes of each rank's device, separated by commas; one number is shared by all ranks
+    #[arg(long, value_delimiter = ',')]
+    pub free_bytes: Vec<usize>,
+
+    /// Most prompt tokens of one step
+    #[arg(long, default_value = "4096")]
+    pub max_prefill_tokens: usize,
+
+    /// The options of serving.
+    #[command(flatten)]
+    pub serve: ServeArgs,
+}
+
 /// What Quartet's launcher tells its shards beyond text-generation-inference's options.
 #[derive(ClapArgs, Debug, Clone, Default)]
 pub struct QuartetArgs {
@@ -128,6 +146,10 @@ pub struct QuartetArgs {
     /// Number of this rank's GPU among those it sees; its rank when not given
     #[arg(long, env = "QUARTET_CUDA_ORDINAL", hide_env = true)]
     pub cuda_ordinal: Option<String>,
+
+    /// The same bits for a request whatever else is computed beside it, at the cost of speed; on CUDA
+    #[arg(long, env = "QUARTET_DETERMINISTIC", hide_env = true)]
+    pub deterministic: bool,
 
     /// Number of an open pipe whose end tells that the launcher is gone
     #[arg(long, env = "QUARTET_LIFELINE_FD", hide_env = true)]
@@ -243,7 +265,10 @@ impl Args {
         match &self.command {
             Command::Serve(serve) => serve.log.clone(),
             Command::DownloadWeights(download) => download.log.clone(),
-            Command::Architectures => ShardLogArgs { logger_level: "INFO".to_owned(), json_output: false },
+            // Their standard output is read by programs.
+            Command::Footprint(_) | Command::Architectures => {
+                ShardLogArgs { logger_level: "OFF".to_owned(), json_output: false }
+            }
         }
     }
 }

@@ -13,11 +13,18 @@ use crate::ledger::Ledger;
 use crate::settings::{DeviceKind, ServeSettings};
 
 /// Tokens of a KV block; what upstream's paged attention uses.
-const BLOCK_SIZE: usize = 16;
+pub(crate) const BLOCK_SIZE: usize = 16;
 
 /// Rows whose logits exist at a time on a GPU: as many sequences as it decodes well together.
-#[cfg(feature = "cuda")]
-const CUDA_ROWS_SAMPLED: usize = 256;
+pub(crate) const CUDA_ROWS_SAMPLED: usize = 256;
+
+/// The most tokens of a step on a GPU.
+pub(crate) fn cuda_step_tokens() -> usize {
+    #[cfg(feature = "cuda")]
+    return CudaOptions::default().max_step_tokens;
+    #[cfg(not(feature = "cuda"))]
+    0
+}
 
 /// GPU architectures this program has kernels for.
 pub(crate) fn architectures() -> &'static [&'static str] {
@@ -42,6 +49,7 @@ pub(crate) fn load_model(
         other => other,
     };
     let options = load_options(settings);
+    check_deterministic(settings.is_deterministic, device)?;
     if device != DeviceKind::Cuda {
         let backend = CpuBackend::new(
             CpuOptions { threads: settings.threads, isa: None, pin_threads: true },
@@ -54,10 +62,16 @@ pub(crate) fn load_model(
         let mut cuda = CudaOptions {
             ordinal: settings.cuda_ordinal,
             loader_threads: settings.threads,
+            is_deterministic: settings.is_deterministic,
             ..CudaOptions::default()
         };
         if let Some(sizes) = &settings.cuda_graphs {
             cuda.graph_batches.clone_from(sizes);
+        }
+        if settings.world_size > 1 {
+            tracing::warn!(
+                "ranks add up their parts through the host's memory, which is slow: NCCL is not used"
+            );
         }
         let options = LoadOptions { max_rows_sampled: CUDA_ROWS_SAMPLED, ..options };
         load(CudaBackend::new(cuda, communicator)?, files, &options, ledger)
@@ -68,6 +82,18 @@ pub(crate) fn load_model(
         reason: "this program was built without its feature `cuda`; use --device cpu".to_owned(),
     }
     .into())
+}
+
+/// Refuses `--deterministic` where it is not kept.
+fn check_deterministic(is_wanted: bool, device: DeviceKind) -> Result<(), ShardError> {
+    if !is_wanted || device == DeviceKind::Cuda {
+        return Ok(());
+    }
+    Err(ShardError::Usage(vec![
+        "--deterministic is kept on CUDA only: on the CPU a request alone and in a batch agree to rounding; leave it out, or use \
+         --device cuda"
+            .to_owned(),
+    ]))
 }
 
 /// The device of `--device auto`, and why in the log.
@@ -92,7 +118,7 @@ fn missing_for_cuda(_ordinal: usize) -> Option<BackendError> {
     Some(BackendError::Device { operation: "CUDA".to_owned(), reason: "not part of this build".to_owned() })
 }
 
-fn load_options(settings: &ServeSettings) -> LoadOptions {
+pub(crate) fn load_options(settings: &ServeSettings) -> LoadOptions {
     LoadOptions {
         dtype: settings.dtype,
         quantize: settings.quantize,
@@ -114,4 +140,25 @@ fn load<B: Backend>(
     let model = models::load(backend, files, options)?;
     ledger.end_phase("weights");
     Ok(Box::new(model))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_deterministic_does_not_say_so() {
+        for (is_wanted, device, is_accepted) in [
+            (false, DeviceKind::Cpu, true),
+            (false, DeviceKind::Cuda, true),
+            (true, DeviceKind::Cuda, true),
+            (true, DeviceKind::Cpu, false),
+        ] {
+            let answer = check_deterministic(is_wanted, device);
+            assert_eq!(answer.is_ok(), is_accepted, "{answer:?}");
+            if let Err(error) = answer {
+                assert!(error.to_string().contains("leave it out, or use --device cuda"), "{error}");
+            }
+        }
+    }
 }

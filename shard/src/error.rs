@@ -94,12 +94,18 @@ mod tests {
             sequence: 3,
             reason: "gone".to_string(),
         };
+        let faulty = BackendError::DeviceLost {
+            device: "H100".to_string(),
+            operation: "waiting for a step (last launched: rope)".to_string(),
+            reason: "an illegal memory access".to_string(),
+        };
         for (error, code) in [
             (ShardError::Usage(vec!["a".to_string(), "b".to_string()]), ExitCode::Usage),
             (ModelError::Unusable(vec!["a".to_string()]).into(), ExitCode::ModelUnusable),
             (device().into(), ExitCode::Failure),
             (ShardError::EngineFailed(device().into()), ExitCode::EngineFailed),
             (ShardError::EngineFailed(lost.into()), ExitCode::PeerLost),
+            (ShardError::EngineFailed(faulty.into()), ExitCode::DeviceLost),
             (ShardError::EnginePanicked(String::new()), ExitCode::EngineFailed),
         ] {
             assert_eq!(error.exit_code(), code, "{error}");

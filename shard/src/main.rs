@@ -7,7 +7,7 @@ use clap::Parser;
 use process::{LogSettings, init_logging};
 use shard::args::{Args, Command};
 use shard::error::ShardError;
-use shard::{settings, startup};
+use shard::{footprint, settings, startup};
 
 fn main() -> ExitCode {
     let started = Instant::now();
@@ -33,6 +33,15 @@ fn run(args: &Args, started: Instant) -> Result<(), ShardError> {
             let num_cores = std::thread::available_parallelism().map_or(1, usize::from);
             let settings = settings::serve_settings(args, num_cores).map_err(ShardError::Usage)?;
             startup::serve(&settings, started)
+        }
+        Command::Footprint(args) => {
+            let num_cores = std::thread::available_parallelism().map_or(1, usize::from);
+            let settings = settings::serve_settings(&args.serve, num_cores).map_err(ShardError::Usage)?;
+            let room = footprint::Room {
+                free_bytes: args.free_bytes.clone(),
+                max_prefill_tokens: args.max_prefill_tokens,
+            };
+            footprint::print(&settings, &room)
         }
         Command::DownloadWeights(args) => {
             let settings = settings::download_settings(args).map_err(ShardError::Usage)?;

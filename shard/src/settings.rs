@@ -47,6 +47,8 @@ pub struct ServeSettings {
     pub cuda_ordinal: usize,
     /// Batch sizes whose decode steps are recorded as CUDA graphs; `None`: the backend's choice.
     pub cuda_graphs: Option<Vec<usize>>,
+    /// Results that do not depend on what is computed beside them.
+    pub is_deterministic: bool,
     /// CPU threads of this rank.
     pub threads: usize,
     /// Repeated in the handshake; empty when started by hand.
@@ -145,6 +147,7 @@ pub fn serve_settings(args: &ServeArgs, num_cores: usize) -> Result<ServeSetting
         device,
         cuda_ordinal,
         cuda_graphs,
+        is_deterministic: args.quartet.deterministic,
         threads,
         instance_id: args.quartet.instance_id.clone().unwrap_or_default(),
         lifeline_fd,

@@ -150,7 +150,7 @@ fn load_text(files: &ModelFiles) -> Result<Text, HubError> {
     })
 }
 
-fn engine_options(settings: &ServeSettings, model_max_length: Option<usize>) -> EngineOptions {
+pub(crate) fn engine_options(settings: &ServeSettings, model_max_length: Option<usize>) -> EngineOptions {
     EngineOptions {
         rank: settings.rank,
         world_size: settings.world_size,

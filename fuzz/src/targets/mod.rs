@@ -2,6 +2,7 @@
 
 pub mod chat_template;
 pub mod config;
+pub mod engine;
 pub mod gguf;
 pub mod gguf_tokenizer;
 pub mod http_request;
@@ -34,7 +35,7 @@ const KIB: usize = 1 << 10;
 const MIB: usize = 1 << 20;
 
 /// All of them.
-pub const TARGETS: [Target; 12] = [
+pub const TARGETS: [Target; 13] = [
     Target {
         name: "safetensors",
         run: safetensors::run,
@@ -89,4 +90,5 @@ pub const TARGETS: [Target; 12] = [
         max_memory: 64 * MIB,
         mutations: 3000,
     },
+    Target { name: "engine", run: engine::run, max_len: 4 * KIB, max_memory: 256 * MIB, mutations: 500 },
 ];

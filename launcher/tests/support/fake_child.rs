@@ -47,7 +47,9 @@ struct Settings {
 async fn main() {
     let settings = Settings::parse_from(["fake"]);
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    if arguments.first().is_some_and(|first| first == "serve") {
+    if arguments.first().is_some_and(|first| first == "footprint") {
+        println!("{}", footprint(settings.world_size, value(&arguments, "--free-bytes")));
+    } else if arguments.first().is_some_and(|first| first == "serve") {
         shard(settings, &arguments).await;
     } else {
         router(settings, &arguments).await;
@@ -58,6 +60,24 @@ fn value<'a>(arguments: &'a [String], option: &str) -> &'a str {
     let at =
         arguments.iter().position(|argument| argument == option).unwrap_or_else(|| panic!("no {option}"));
     &arguments[at + 1]
+}
+
+/// What a shard says of a model of 12 query heads on any number of ranks.
+fn footprint(world_size: u32, free_bytes: &str) -> serde_json::Value {
+    let free: Vec<u64> = free_bytes.split(',').map(|bytes| bytes.parse().unwrap()).collect();
+    let ranks: Vec<_> = (0..world_size)
+        .map(|rank| {
+            let part = |len: u32| [rank * len / world_size, (rank + 1) * len / world_size];
+            serde_json::json!({
+                "weight_bytes": 1_u64 << 30, "workspace_bytes": 1 << 20, "logits_bytes": 1 << 20, "block_bytes": 1 << 20,
+                "query_heads": part(12), "kv_heads": part(4), "feed_forward": part(1536), "vocabulary": part(49152),
+                "cache": {"num_blocks": free[rank as usize % free.len()] >> 20, "total_tokens": 16000 + rank,
+                    "max_total_tokens": 8192, "max_input_tokens": 8191},
+            })
+        })
+        .collect();
+    serde_json::json!({"device": "cuda", "dtype": "bfloat16", "kv_dtype": "bfloat16", "is_quantized": false, "num_layers": 4,
+        "block_size": 16, "max_context": 8192, "ranks": ranks})
 }
 
 fn write_pid(dir: &Path, name: &str) {

@@ -6,8 +6,9 @@
 pub enum BackendError {
     /// An allocation did not fit.
     #[error(
-        "not enough memory for {what}: needs {needed_bytes} bytes, {available_bytes} bytes are free; raise the limit \
-         (the container's memory, `ulimit -v`), use more ranks (--num-shard on more devices), or a smaller model"
+        "not enough memory for {what}: needs {needed_bytes} bytes, {available_bytes} bytes are free, {}; raise the limit \
+         (the container's memory, `ulimit -v`), or use a smaller --dtype or model",
+        shortage(*needed_bytes, *available_bytes)
     )]
     OutOfMemory {
         /// What was to be allocated.
@@ -58,4 +59,34 @@ pub enum BackendError {
         /// The answer.
         reason: String,
     },
+}
+
+/// By how much, and how many ranks would help.
+fn shortage(needed_bytes: usize, available_bytes: usize) -> String {
+    let missing = needed_bytes.saturating_sub(available_bytes) as f64 / f64::from(1 << 30);
+    match needed_bytes.div_ceil(available_bytes.max(1)) {
+        times @ 2..=64 => {
+            format!(
+                "{missing:.2} GiB too few: {times} times as many ranks (--num-shard, a device each) would share it"
+            )
+        }
+        _ => format!("{missing:.2} GiB too few"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn too_little_memory_says_how_much_and_how_many_ranks_would_do() {
+        let error = BackendError::OutOfMemory {
+            what: "the weights of this rank".to_owned(),
+            needed_bytes: 140 << 30,
+            available_bytes: 79 << 30,
+        };
+        let text = error.to_string();
+        assert!(text.contains("61.00 GiB too few: 2 times as many ranks (--num-shard"), "{text}");
+        assert_eq!(shortage(1 << 30, 0), "1.00 GiB too few");
+    }
 }

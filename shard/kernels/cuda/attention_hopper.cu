@@ -101,7 +101,8 @@ template <typename T, int DIM, int KEYS> struct Prefill {
             most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
             // A query that has seen no key yet.
             const float base = most == -INFINITY ? 0.0f : most * factor;
-            rescale[half] = exp2_fast(state.highest[half] * factor - base);
+            // Exactly 1 where nothing is higher: how many tiles a query does not see must not show.
+            rescale[half] = state.highest[half] == most ? 1.0f : exp2_fast(state.highest[half] * factor - base);
             state.highest[half] = most;
             float sum = 0.0f;
 #pragma unroll

@@ -1,4 +1,4 @@
-// What the hardware allows: a loop that only reads.
+// What the hardware allows: a loop that only reads. And what it does not.
 #include "common.cuh"
 
 // Reads `count` times 16 bytes; `out` is written only where the sum is a number that random data does not give.
@@ -20,6 +20,12 @@ extern "C" __global__ void __launch_bounds__(512) read_all(const uint4* data, in
     }
     if (sum == 0x5eed1e55u) *out = sum;
     pdl_launch();
+}
+
+// Goes wrong, to see what is said then.
+extern "C" __global__ void fault() {
+    pdl_wait();
+    asm volatile("trap;");
 }
 
 // Numbers that look random, about even between -1 and 1.

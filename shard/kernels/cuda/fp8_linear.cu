@@ -70,6 +70,20 @@ __device__ __forceinline__ void dequantize_rows(const uint8_t* weight, int64_t p
     for (int at = threadIdx.x; at < width; at += THREADS) to[at] = from_float<T>(to_float(e4m3{row[at]}) * scale);
 }
 
+// `out = sums + bias`, row by row: `[rows, width]`, rounded once. `sums` may be `out`.
+template <typename T>
+__device__ __forceinline__ void add_to_rows(const float* sums, T* out, const float* bias, int rows, int width) {
+    pdl_launch();
+    pdl_wait();
+    const int column = blockIdx.x * blockDim.x + threadIdx.x;
+    if (column >= width) return;
+    const float value = bias[column];
+    for (int row = blockIdx.y; row < rows; row += gridDim.y) {
+        const int64_t at = static_cast<int64_t>(row) * width + column;
+        out[at] = from_float<T>(sums[at] + value);
+    }
+}
+
 #define INSTANTIATE(T)                                                                                                      \
     extern "C" __global__ void __launch_bounds__(THREADS) fp8_quantize_##T(                                                 \
         const T* x, int64_t pitch, uint8_t* out, int64_t out_pitch, float* scales, int width, int is_wide) {                \
@@ -78,5 +92,9 @@ __device__ __forceinline__ void dequantize_rows(const uint8_t* weight, int64_t p
     extern "C" __global__ void __launch_bounds__(THREADS) fp8_dequantize_##T(                                               \
         const uint8_t* weight, int64_t pitch, const float* scales, T* out, int64_t out_pitch, int width) {                  \
         dequantize_rows<T>(weight, pitch, scales, out, out_pitch, width);                                                   \
+    }                                                                                                                       \
+    extern "C" __global__ void __launch_bounds__(THREADS) fp8_add_bias_##T(                                                 \
+        const float* sums, T* out, const float* bias, int rows, int width) {                                                \
+        add_to_rows<T>(sums, out, bias, rows, width);                                                                       \
     }
 FOR_EACH_TYPE(INSTANTIATE)

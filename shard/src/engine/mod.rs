@@ -70,6 +70,35 @@ pub struct EngineOptions {
     pub run_ahead: bool,
 }
 
+/// The KV cache that a warm-up would make of `available_bytes`: its blocks, and what they allow.
+///
+/// # Errors
+/// As the warm-up: one line when the memory does not suffice, with the options that change it.
+pub fn forecast_cache(
+    model: &ModelInfo,
+    options: &EngineOptions,
+    max_prefill_tokens: usize,
+    available_bytes: usize,
+) -> Result<(usize, WarmupLimits), String> {
+    let request = WarmupRequest {
+        max_input_tokens: options.max_input_tokens,
+        max_total_tokens: options.max_total_tokens,
+        max_prefill_tokens,
+        ..WarmupRequest::default()
+    };
+    let plan = warmup::plan(&request, model, &cache_budget(model, options, available_bytes))?;
+    Ok((plan.num_blocks, plan.limits))
+}
+
+fn cache_budget(model: &ModelInfo, options: &EngineOptions, available_bytes: usize) -> CacheBudget {
+    CacheBudget {
+        available_bytes,
+        memory_fraction: options.memory_fraction,
+        local_world_size: options.world_size,
+        max_context: options.model_max_length.unwrap_or(usize::MAX).min(model.max_position_embeddings),
+    }
+}
+
 /// Why a call failed.
 #[derive(Debug)]
 enum StepError {
@@ -316,16 +345,7 @@ impl Engine {
             self.model.allocate_kv_cache(1)?;
         }
         let info = self.model.info();
-        let budget = CacheBudget {
-            available_bytes: self.model.memory()?.available_bytes,
-            memory_fraction: self.options.memory_fraction,
-            local_world_size: self.options.world_size,
-            max_context: self
-                .options
-                .model_max_length
-                .unwrap_or(usize::MAX)
-                .min(info.max_position_embeddings),
-        };
+        let budget = cache_budget(info, &self.options, self.model.memory()?.available_bytes);
         let plan = warmup::plan(&request, info, &budget)?;
         let block_bytes = info.block_bytes;
         let usable_tokens = (plan.num_blocks - 1) * info.block_size;

@@ -5,6 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
+use nix::sys::resource::{UsageWho, getrusage};
 use serde_json::{Value, json};
 
 use crate::process::{Place, run};
@@ -12,9 +13,11 @@ use crate::process::{Place, run};
 /// KiB of address space: the program, its threads and a small model take a quarter of it.
 const MAX_ADDRESS_SPACE: &str = "4194304";
 
-/// `shard serve` of the model must end with `code`, and with all of `words` in what it says; the number of lines.
-fn ends_with(place: &Place, code: i32, words: &[&str]) -> usize {
-    let command = place.command();
+/// MiB that no refusal may have used.
+const MAX_RESIDENT: i64 = 256;
+
+/// `command` must end with `code`, and with all of `words` in what it says; the number of lines.
+pub(crate) fn ends_with(command: &Command, code: i32, words: &[&str]) -> usize {
     let mut bounded = Command::new("/bin/sh");
     bounded.args(["-c", &format!("ulimit -v {MAX_ADDRESS_SPACE} && exec \"$0\" \"$@\"")]);
     bounded.arg(command.get_program()).args(command.get_args());
@@ -26,6 +29,9 @@ fn ends_with(place: &Place, code: i32, words: &[&str]) -> usize {
     }
     assert!(!stderr.contains("panicked"), "{stderr}");
     assert!(stderr.lines().all(|line| line.len() < 1000), "{stderr}");
+    // Of all that this test's process has started and waited for.
+    let resident = getrusage(UsageWho::RUSAGE_CHILDREN).unwrap().max_rss() / 1024;
+    assert!(resident < MAX_RESIDENT, "{resident} MiB were used");
     stderr.lines().count()
 }
 
@@ -33,7 +39,7 @@ fn ends_with(place: &Place, code: i32, words: &[&str]) -> usize {
 fn refused(spoil: impl FnOnce(&Path), words: &[&str]) {
     let place = Place::new();
     spoil(&place.model());
-    let num_lines = ends_with(&place, 10, words);
+    let num_lines = ends_with(&place.command(), 10, words);
     assert_eq!(num_lines, 1, "about {words:?}");
 }
 
@@ -99,7 +105,7 @@ fn tensors_that_are_missing_surplus_or_of_another_shape_are_all_listed() {
         "tensor extra.weight is not part of the model",
         "tensor head.weight is not part of the model",
     ];
-    assert_eq!(ends_with(&place, 10, &words), words.len());
+    assert_eq!(ends_with(&place.command(), 10, &words), words.len());
 }
 
 #[test]
@@ -153,7 +159,7 @@ fn configurations_with_absurd_numbers() {
     change_config(&place.model(), json!({"num_hidden_layers": 4096}));
     assert_eq!(
         ends_with(
-            &place,
+            &place.command(),
             10,
             &["tensor model.layers.2.input_layernorm.weight is missing", "more of this kind"]
         ),

@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
+mod bad_gguf;
 mod bad_models;
 mod calls;
 mod process;

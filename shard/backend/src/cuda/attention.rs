@@ -12,6 +12,7 @@ use super::kv_cache::PAGE_KEYS;
 use super::launch::{Argument, Launch, Queue, args};
 use super::module::{ByCache, Function, Module, cache_suffix};
 use super::rope::check_shape;
+use super::shared_split;
 use super::step::{QUERY_TILE, StepInputs};
 use super::{CudaBuffer, CudaKvCache, DeviceFacts};
 use crate::{AttentionShape, BackendError, DType, Fp8Format, KvDType};
@@ -338,10 +339,15 @@ impl Attentions {
             Some((kernel, blocks)) if group > FEW_HEADS => (kernel, blocks, group.min(MOST_HEADS)),
             _ => (size.decode.0, size.decode.1, group.min(FEW_HEADS)),
         };
-        let (blocks, (shared, stages)) = (1..=most_blocks).rev().find_map(|blocks| {
-            let share = (self.sm_shared / blocks).saturating_sub(RESERVED_SHARED).min(most);
-            Some((blocks, decode_shared(size.dim, form > 0, (heads, seqs), share)?))
-        })?;
+        let blocks_in = |bytes: usize| {
+            (1..=most_blocks).rev().find_map(|blocks| {
+                let share = (bytes / blocks).saturating_sub(RESERVED_SHARED).min(most);
+                Some((blocks, decode_shared(size.dim, form > 0, (heads, seqs), share)?))
+            })
+        };
+        // Large heads take all there is.
+        let preferred = shared_split::attention_bytes(seqs, self.sm_shared);
+        let (blocks, (shared, stages)) = blocks_in(preferred).or_else(|| blocks_in(self.sm_shared))?;
         let function = kernel[form][which];
         Some((size, DecodePlan { function, form, blocks: blocks * self.num_sms, shared, stages }))
     }

@@ -97,6 +97,18 @@ impl CudaBackend {
         })
     }
 
+    /// Launches a kernel that goes wrong and waits for it, for tests of what is said then. This process has no use of the
+    /// device afterwards.
+    ///
+    /// # Errors
+    /// [`BackendError::DeviceLost`].
+    pub fn provoke_fault(&mut self) -> Result<(), BackendError> {
+        self.context.make_current()?;
+        let function = Module::load(&self.context, "ceiling")?.function("fault")?;
+        self.queue.launch(&Launch { function, grid: [1; 3], block: 32, shared_bytes: 0 }, args![])?;
+        self.queue.wait()
+    }
+
     fn measure_reading(&self, module: &Module) -> Result<f64, BackendError> {
         let data = DeviceMemory::new(&self.context, READ_BYTES, "measuring")?;
         self.fill(module, &data)?;
@@ -144,6 +156,7 @@ impl CudaBackend {
         let operands = Operands {
             x: rounded.ptr(),
             weight: weight.ptr(),
+            bias: 0,
             out: out.ptr(),
             scales: [weight_scales.ptr(), scales.ptr()],
         };
@@ -156,9 +169,10 @@ impl CudaBackend {
             out_dtype: DType::BF16,
             out_stride: SIZE,
             is_fp8: true,
+            has_bias: false,
         };
         let (stream, workspace, library) =
-            (self.queue.stream(), self.workspace.ptr(), self.matmuls.library());
+            (self.queue.stream(), self.workspace.ptr(), self.matmuls.library.blaslt());
         let seconds = Timer::new()?.median(stream.raw(), || {
             (0..10).try_for_each(|_| library.multiply(stream, workspace, product, operands))
         })?;

@@ -32,12 +32,14 @@ pub(super) struct Product {
     pub(super) weight_stride: usize,
     /// Of weight and activations, unless they are of eight bits.
     pub(super) dtype: DType,
-    /// Of the result.
+    /// Of the result, and of a bias.
     pub(super) out_dtype: DType,
     /// Elements from one row of the result to the next.
     pub(super) out_stride: usize,
     /// Weight and activations are E4M3 with a scale for each row of either.
     pub(super) is_fp8: bool,
+    /// A bias of each output is added before the result is rounded.
+    pub(super) has_bias: bool,
 }
 
 /// Where its matrices are.
@@ -45,6 +47,8 @@ pub(super) struct Product {
 pub(super) struct Operands {
     pub(super) x: DevicePtr,
     pub(super) weight: DevicePtr,
+    /// Zero: none.
+    pub(super) bias: DevicePtr,
     pub(super) out: DevicePtr,
     /// Of the rows of weight and activations where they are of eight bits, f32.
     pub(super) scales: [DevicePtr; 2],
@@ -161,37 +165,12 @@ impl CublasLt {
             if self.plans.len() >= MAX_PLANS {
                 self.plans.clear();
             }
-            let plan = Plan::new(self.handle, product, operands.scales)?;
+            let plan = Plan::new(self.handle, product, operands)?;
             self.plans.insert(product, plan);
         }
         let plan = &self.plans[&product];
-        if product.is_fp8 {
-            plan.set_scales(operands.scales)?;
-        }
-        let (one, zero) = (1.0_f32, 0.0_f32);
-        // SAFETY: the descriptors fit the matrices, which the caller vouches for; the workspace is used by one operation at a
-        // time.
-        let status = unsafe {
-            lt::cublasLtMatmul(
-                self.handle,
-                plan.product,
-                ptr::from_ref(&one).cast(),
-                operands.weight as *const c_void,
-                plan.weight,
-                operands.x as *const c_void,
-                plan.x,
-                ptr::from_ref(&zero).cast(),
-                operands.out as *const c_void,
-                plan.out,
-                operands.out as *mut c_void,
-                plan.out,
-                &raw const plan.algorithm,
-                workspace as *mut c_void,
-                WORKSPACE_BYTES,
-                stream.raw().cast(),
-            )
-        };
-        check("multiplying", status)
+        plan.set_addresses(product, operands)?;
+        plan.launch(self.handle, (stream, workspace), operands)
     }
 }
 
@@ -206,11 +185,7 @@ impl Drop for CublasLt {
 impl Plan {
     /// Row-major matrices are the library's column-major ones transposed: `out^T = weight x^T`, with the weight's rows as its
     /// columns.
-    fn new(
-        handle: lt::cublasLtHandle_t,
-        product: Product,
-        scales: [DevicePtr; 2],
-    ) -> Result<Self, BackendError> {
+    fn new(handle: lt::cublasLtHandle_t, product: Product, operands: Operands) -> Result<Self, BackendError> {
         let Product { rows, outputs, inputs, weight_stride, .. } = product;
         let (in_type, out_type) = (product.in_type(), data_type(product.out_dtype));
         let layout = |data_type, rows: usize, cols: usize, stride: usize| {
@@ -243,15 +218,17 @@ impl Plan {
             describe(description, Description::CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &rows)?;
             describe(description, Description::CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &rows)?;
         }
+        if product.has_bias {
+            let added = lt::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS as u32;
+            describe(description, Description::CUBLASLT_MATMUL_DESC_EPILOGUE, &added)?;
+        }
         let weight = layout(in_type, inputs, outputs, weight_stride)?;
         let x = layout(in_type, inputs, rows, inputs)?;
         let out = layout(out_type, outputs, rows, product.out_stride)?;
         // SAFETY: plain data that `choose` fills.
         let algorithm = unsafe { mem::zeroed() };
         let mut plan = Self { product: description, weight, x, out, algorithm };
-        if product.is_fp8 {
-            plan.set_scales(scales)?;
-        }
+        plan.set_addresses(product, operands)?;
         plan.choose(handle).map_err(|error| BackendError::Device {
             operation: format!("planning {product:?}"),
             reason: error.to_string(),
@@ -259,17 +236,57 @@ impl Plan {
         Ok(plan)
     }
 
-    /// Where the scales of weight and activations are.
-    fn set_scales(&self, [weight, x]: [DevicePtr; 2]) -> Result<(), BackendError> {
-        describe(self.product, Description::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &weight)?;
-        describe(self.product, Description::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &x)
+    /// Where the bias, and the scales of weight and activations, are.
+    fn set_addresses(&self, product: Product, operands: Operands) -> Result<(), BackendError> {
+        if product.has_bias {
+            describe(self.product, Description::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &operands.bias)?;
+        }
+        if product.is_fp8 {
+            let [weight, x] = operands.scales;
+            describe(self.product, Description::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &weight)?;
+            describe(self.product, Description::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &x)?;
+        }
+        Ok(())
     }
 
-    /// Takes the algorithm that the library thinks best.
+    /// Launches it.
+    fn launch(
+        &self,
+        handle: lt::cublasLtHandle_t,
+        (stream, workspace): (&Stream, DevicePtr),
+        operands: Operands,
+    ) -> Result<(), BackendError> {
+        let (one, zero) = (1.0_f32, 0.0_f32);
+        // SAFETY: the descriptors fit the matrices, which the caller vouches for; the workspace is used by one operation at a
+        // time.
+        let status = unsafe {
+            lt::cublasLtMatmul(
+                handle,
+                self.product,
+                ptr::from_ref(&one).cast(),
+                operands.weight as *const c_void,
+                self.weight,
+                operands.x as *const c_void,
+                self.x,
+                ptr::from_ref(&zero).cast(),
+                operands.out as *const c_void,
+                self.out,
+                operands.out as *mut c_void,
+                self.out,
+                &raw const self.algorithm,
+                workspace as *mut c_void,
+                WORKSPACE_BYTES,
+                stream.raw().cast(),
+            )
+        };
+        check("multiplying", status)
+    }
+
+    /// Takes the algorithm that the library thinks best: timing eight of them at the shapes of prompts gained nothing.
     fn choose(&mut self, handle: lt::cublasLtHandle_t) -> Result<(), BackendError> {
         let mut preference = ptr::null_mut();
         let mut count = 0;
-        // SAFETY: places for what the library makes; the attribute is of this size.
+        // SAFETY: places for what the library makes; the attributes are of these types.
         unsafe {
             // What it may assume of addresses: buffers begin at multiples of 256.
             check("planning", lt::cublasLtMatmulPreferenceCreate(&raw mut preference))?;

@@ -18,7 +18,8 @@ const DRIVER_VERSION: i32 = 13_000;
 /// A device address.
 pub(crate) type DevicePtr = u64;
 
-/// An error of `operation` with the driver's own words.
+/// An error of `operation` with the driver's own words. What leaves the device useless for this process is
+/// [`BackendError::DeviceLost`].
 pub(super) fn failed(operation: &str, code: sys::CUresult) -> BackendError {
     let mut text = ptr::null();
     // SAFETY: `text` is a place for a pointer to a constant string; it stays null where the code is unknown.
@@ -29,7 +30,37 @@ pub(super) fn failed(operation: &str, code: sys::CUresult) -> BackendError {
     } else {
         "unknown error".to_owned()
     };
-    BackendError::Device { operation: operation.to_owned(), reason: format!("{words} ({code:?})") }
+    let reason = format!("{words} ({code:?})");
+    if is_lasting(code) {
+        return BackendError::DeviceLost {
+            device: "the GPU".to_owned(),
+            operation: operation.to_owned(),
+            reason,
+        };
+    }
+    BackendError::Device { operation: operation.to_owned(), reason }
+}
+
+/// Whether every later call would answer the same: a kernel went wrong, or the hardware did. It may be an earlier launch's.
+fn is_lasting(code: sys::CUresult) -> bool {
+    use sys::CUresult::*;
+    matches!(
+        code,
+        CUDA_ERROR_ILLEGAL_ADDRESS
+            | CUDA_ERROR_LAUNCH_TIMEOUT
+            | CUDA_ERROR_ASSERT
+            | CUDA_ERROR_HARDWARE_STACK_ERROR
+            | CUDA_ERROR_ILLEGAL_INSTRUCTION
+            | CUDA_ERROR_MISALIGNED_ADDRESS
+            | CUDA_ERROR_INVALID_ADDRESS_SPACE
+            | CUDA_ERROR_INVALID_PC
+            | CUDA_ERROR_LAUNCH_FAILED
+            | CUDA_ERROR_ECC_UNCORRECTABLE
+            | CUDA_ERROR_NVLINK_UNCORRECTABLE
+            | CUDA_ERROR_CONTAINED
+            | CUDA_ERROR_CONTEXT_IS_DESTROYED
+            | CUDA_ERROR_UNKNOWN
+    )
 }
 
 /// `Ok` when the driver said so.
@@ -55,24 +86,14 @@ pub(super) fn require(ordinal: usize) -> Result<(), BackendError> {
     }
     // SAFETY: the library is there.
     let code = unsafe { sys::cuInit(0) };
-    match code {
-        sys::CUresult::CUDA_SUCCESS => {}
-        sys::CUresult::CUDA_ERROR_NO_DEVICE => {
-            return Err(refused(
-                "the driver finds no GPU; CUDA_VISIBLE_DEVICES or the container hides them, or use --device cpu",
-            ));
-        }
-        other => return Err(failed("starting the CUDA driver", other)),
+    if let Some(problem) = problem_with_start(code) {
+        return Err(refused(problem));
     }
     let mut version = 0;
     // SAFETY: a place for a number.
     check("asking the driver's version", unsafe { sys::cuDriverGetVersion(&raw mut version) })?;
-    if version < DRIVER_VERSION {
-        return Err(refused(format!(
-            "the driver supports CUDA {}.{}, expected 13.0 or later: install a driver of branch 580 or later",
-            version / 1000,
-            version % 1000 / 10
-        )));
+    if let Some(problem) = problem_with_version(version) {
+        return Err(refused(problem));
     }
     let mut count = 0;
     // SAFETY: a place for a number.
@@ -83,6 +104,60 @@ pub(super) fn require(ordinal: usize) -> Result<(), BackendError> {
         )));
     }
     Ok(())
+}
+
+/// What `cuInit` found, in words; none: nothing is wrong.
+fn problem_with_start(code: sys::CUresult) -> Option<String> {
+    match code {
+        sys::CUresult::CUDA_SUCCESS => None,
+        sys::CUresult::CUDA_ERROR_NO_DEVICE => Some(
+            "the driver finds no GPU; CUDA_VISIBLE_DEVICES or the container hides them, or use --device cpu"
+                .to_owned(),
+        ),
+        sys::CUresult::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH
+        | sys::CUresult::CUDA_ERROR_COMPAT_NOT_SUPPORTED_ON_DEVICE => Some(format!(
+            "libcuda.so.1 does not fit the kernel's NVIDIA driver ({code:?}); after an update of the driver reboot, and do not \
+             put CUDA's compat folder on LD_LIBRARY_PATH"
+        )),
+        other => Some(format!(
+            "the CUDA driver does not start ({other:?}); nvidia-smi says whether it works at all"
+        )),
+    }
+}
+
+/// Of a driver that supports CUDA `version` at most (13000 is 13.0).
+fn problem_with_version(version: i32) -> Option<String> {
+    (version < DRIVER_VERSION).then(|| {
+        format!(
+            "the driver supports CUDA {}.{}, expected 13.0 or later: install a driver of branch 580 or later",
+            version / 1000,
+            version % 1000 / 10
+        )
+    })
+}
+
+/// Of a device of this compute capability: bfloat16 begins with 8.0.
+fn problem_with_capability((major, minor): (i32, i32)) -> Option<String> {
+    (major < 8).then(|| {
+        format!(
+            "the GPU has compute capability {major}.{minor}, expected 8.0 (Ampere) or later: choose another with \
+             CUDA_VISIBLE_DEVICES, or use --device cpu"
+        )
+    })
+}
+
+/// Why device `ordinal` gives no context; none: the driver's own words have to do.
+fn problem_with_context(code: sys::CUresult, ordinal: usize) -> Option<String> {
+    match code {
+        sys::CUresult::CUDA_ERROR_DEVICE_UNAVAILABLE => Some(format!(
+            "device {ordinal} is in use by another process and its compute mode is exclusive, or prohibited (nvidia-smi -q -d \
+             COMPUTE says which); choose another device, or end that process"
+        )),
+        sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY => Some(format!(
+            "device {ordinal} has no memory left for a context: another process holds it (nvidia-smi names it)"
+        )),
+        _ => None,
+    }
 }
 
 /// The device's primary context, current on the thread that made it.
@@ -111,17 +186,16 @@ impl Context {
             let mut raw = ptr::null_mut();
             match sys::cuDevicePrimaryCtxRetain(&raw mut raw, device) {
                 sys::CUresult::CUDA_SUCCESS => {}
-                code @ (sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY
-                | sys::CUresult::CUDA_ERROR_DEVICE_UNAVAILABLE) => {
-                    let error = failed("opening a context", code);
-                    return Err(refused(format!(
-                        "{error}; another process holds device {ordinal} (nvidia-smi names it) or its compute mode is exclusive"
-                    )));
+                code => {
+                    let problem = problem_with_context(code, ordinal);
+                    return Err(problem.map_or_else(|| failed("opening a context", code), refused));
                 }
-                code => return Err(failed("opening a context", code)),
             }
             let context = Self { device, raw };
             context.make_current()?;
+            if let Some(problem) = problem_with_capability(context.compute_capability()?) {
+                return Err(refused(problem));
+            }
             Ok(Arc::new(context))
         }
     }
@@ -157,6 +231,15 @@ impl Context {
         let code = unsafe { sys::cuDeviceGetName(text.as_mut_ptr().cast(), 256, self.device) };
         check("asking the device's name", code)?;
         Ok(CStr::from_bytes_until_nul(&text).unwrap_or_default().to_string_lossy().into_owned())
+    }
+
+    /// What tells the device from all others.
+    pub(super) fn uuid(&self) -> Result<[u8; 16], BackendError> {
+        let mut uuid = sys::CUuuid { bytes: [0; 16] };
+        // SAFETY: a place for 16 bytes.
+        let code = unsafe { sys::cuDeviceGetUuid_v2(&raw mut uuid, self.device) };
+        check("asking the device's identity", code)?;
+        Ok(uuid.bytes.map(|byte| byte as u8))
     }
 
     /// Free and total bytes of the device.
@@ -368,6 +451,47 @@ impl Drop for Stream {
             let _ = sys::cuCtxSetCurrent(self.context.raw);
             let _ = sys::cuStreamSynchronize(self.raw);
             let _ = sys::cuStreamDestroy_v2(self.raw);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::sys::CUresult;
+    use super::*;
+
+    #[test]
+    fn what_is_missing_is_said_in_one_line() {
+        let context = |code| problem_with_context(code, 3);
+        for (problem, word) in [
+            (problem_with_start(CUresult::CUDA_ERROR_NO_DEVICE), "CUDA_VISIBLE_DEVICES"),
+            (problem_with_start(CUresult::CUDA_ERROR_SYSTEM_DRIVER_MISMATCH), "reboot"),
+            (problem_with_start(CUresult::CUDA_ERROR_SYSTEM_NOT_READY), "SYSTEM_NOT_READY"),
+            (problem_with_version(12_080), "supports CUDA 12.8, expected 13.0 or later"),
+            (problem_with_capability((7, 5)), "compute capability 7.5, expected 8.0"),
+            (context(CUresult::CUDA_ERROR_DEVICE_UNAVAILABLE), "device 3 is in use"),
+            (context(CUresult::CUDA_ERROR_OUT_OF_MEMORY), "device 3 has no memory left"),
+        ] {
+            let problem = problem.unwrap();
+            assert!(problem.contains(word) && !problem.contains('\n'), "{problem}");
+        }
+        assert_eq!(problem_with_start(CUresult::CUDA_SUCCESS), None);
+        assert_eq!(problem_with_version(13_000), None);
+        assert_eq!(problem_with_capability((8, 0)), None);
+        assert_eq!(context(CUresult::CUDA_ERROR_INVALID_DEVICE), None);
+    }
+
+    #[test]
+    fn faults_that_last_are_told_from_refusals() {
+        for code in [
+            CUresult::CUDA_ERROR_ILLEGAL_ADDRESS,
+            CUresult::CUDA_ERROR_LAUNCH_FAILED,
+            CUresult::CUDA_ERROR_ECC_UNCORRECTABLE,
+        ] {
+            assert!(is_lasting(code), "{code:?}");
+        }
+        for code in [CUresult::CUDA_ERROR_OUT_OF_MEMORY, CUresult::CUDA_ERROR_INVALID_VALUE] {
+            assert!(!is_lasting(code), "{code:?}");
         }
     }
 }

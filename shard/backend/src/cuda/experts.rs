@@ -199,6 +199,7 @@ pub(super) struct ExpertKernels {
     tensor: [Vec<Tiled>; 2],
     /// These tiles are of warpgroups.
     has_warpgroups: bool,
+    is_deterministic: bool,
     plain: [ByType; 2],
     /// Grows while experts are made; its address is then fixed.
     scratch: RefCell<Option<DeviceMemory>>,
@@ -243,8 +244,12 @@ impl Part<'_> {
 }
 
 impl ExpertKernels {
-    /// Loads them.
-    pub(super) fn load(context: &Arc<Context>, facts: DeviceFacts) -> Result<Self, BackendError> {
+    /// Loads them. Tiles of one size compute everything where results must not depend on the number of tokens.
+    pub(super) fn load(
+        context: &Arc<Context>,
+        facts: DeviceFacts,
+        is_deterministic: bool,
+    ) -> Result<Self, BackendError> {
         let module = Module::load(context, "experts")?;
         let has_warpgroups = facts.capability == (9, 0)
             && kernels::architectures().contains(&"sm_90a")
@@ -265,7 +270,8 @@ impl ExpertKernels {
                 let [project_in, project_out] = [function("in")?, function("out")?];
                 Ok(Tiled { project_in, project_out, rows, columns: [64, 128], shared_bytes })
             };
-            sizes.iter().map(of_size).collect()
+            let sizes = sizes.iter().filter(|&&rows| !is_deterministic || rows == 64);
+            sizes.map(of_size).collect()
         };
         Ok(Self {
             choose: module.function("choose_experts")?,
@@ -275,6 +281,7 @@ impl ExpertKernels {
             project_out_few: module.by_type("project_out_few")?,
             tensor: [tiled("bf16")?, tiled("f16")?],
             has_warpgroups,
+            is_deterministic,
             plain: [module.by_type("project_in_plain")?, module.by_type("project_out_plain")?],
             scratch: RefCell::new(None),
         })
@@ -339,7 +346,7 @@ impl ExpertKernels {
             };
             let logits = router_logits.ptr() + (first * experts.len() * size_of::<f32>()) as DevicePtr;
             self.choose(&part, logits, (routing, correction))?;
-            if is_few(rows, chosen, experts.len(), self.has_warpgroups) {
+            if !self.is_deterministic && is_few(rows, chosen, experts.len(), self.has_warpgroups) {
                 self.stream(&part)?
             } else {
                 self.multiply(&part)?

@@ -33,13 +33,32 @@ pub(super) fn say_once(dtype: DType) {
 pub(super) struct Rounding {
     quantize: ByType,
     dequantize: ByType,
+    add_bias: ByType,
 }
 
 impl Rounding {
     /// Loads the kernels.
     pub(super) fn load(context: &Arc<Context>) -> Result<Self, BackendError> {
         let module = Module::load(context, "fp8_linear")?;
-        Ok(Self { quantize: module.by_type("fp8_quantize")?, dequantize: module.by_type("fp8_dequantize")? })
+        Ok(Self {
+            quantize: module.by_type("fp8_quantize")?,
+            dequantize: module.by_type("fp8_dequantize")?,
+            add_bias: module.by_type("fp8_add_bias")?,
+        })
+    }
+
+    /// `out = sums + bias` of `rows` rows of float32 sums, which may be `out`.
+    pub(super) fn add_bias(
+        &self,
+        queue: &Queue,
+        (sums, bias): (DevicePtr, DevicePtr),
+        [rows, width]: [usize; 2],
+        (out, dtype): (DevicePtr, DType),
+    ) -> Result<(), BackendError> {
+        let grid = [(width as u32).div_ceil(THREADS), rows.min(1024) as u32, 1];
+        let launch = Launch { function: self.add_bias.of(dtype), grid, block: THREADS, shared_bytes: 0 };
+        let (rows, width) = (rows as i32, width as i32);
+        queue.launch(&launch, args![sums, out, bias, rows, width])
     }
 
     /// Rounds `rows` rows of activations `[rows, width]` of `dtype` at `x` to `out`, whose rows lie `width` apart, with a scale each.

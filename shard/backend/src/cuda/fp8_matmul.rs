@@ -36,6 +36,8 @@ const GATED_FEW_ROWS: usize = 16;
 /// Most rows for which weights are streamed through shared memory where the library does not multiply eight bits.
 const SKINNY_ROWS: usize = 64;
 const WARPS: usize = 8;
+/// What the library takes addresses to be multiples of.
+const ALIGNMENT: usize = 256;
 /// Rows of activations are rounded and multiplied in parts of multiples of this.
 const PART_ROWS: usize = 128;
 
@@ -57,13 +59,6 @@ pub enum Fp8Kernel {
     Library,
     /// Weights dequantized, then cuBLASLt.
     Dequantized,
-}
-
-impl Fp8Kernel {
-    /// Whether it adds the bias by itself.
-    pub(super) fn adds_bias(self) -> bool {
-        matches!(self, Fp8Kernel::Gemv | Fp8Kernel::FewRows { .. } | Fp8Kernel::Skinny)
-    }
 }
 
 /// `Fp8Gemv` of fp8_gemv.cu.
@@ -99,6 +94,18 @@ struct FewRowsParameters {
 
 impl Argument for GemvParameters {}
 impl Argument for FewRowsParameters {}
+
+/// Rows that the library multiplies.
+#[derive(Clone, Copy)]
+struct Part {
+    x: DevicePtr,
+    x_dtype: DType,
+    rows: usize,
+    out: DevicePtr,
+    out_dtype: DType,
+    /// Bytes behind the library's workspace that may be used.
+    room: usize,
+}
 
 /// A kernel for bf16 and for f16.
 type Both = [Function; 2];
@@ -215,7 +222,7 @@ impl Fp8Matmuls {
         kernels
     }
 
-    /// `out = x weight^T`, and the bias where the kernel [`Fp8Kernel::adds_bias`].
+    /// `out = x weight^T (+ bias)`, rounded once.
     pub(super) fn multiply(
         &self,
         (queue, workspace, library): (&Queue, &DeviceMemory, &mut CublasLt),
@@ -242,8 +249,11 @@ impl Fp8Matmuls {
             Fp8Kernel::Skinny => {
                 self.skinny.multiply(queue, workspace, task(x, (weight, bias), out), None).map(|_| ())
             }
-            Fp8Kernel::Library => self.multiply_rounded(queue, workspace, library, (x, weight, out)),
-            Fp8Kernel::Dequantized => self.multiply_dequantized(queue, workspace, library, (x, weight, out)),
+            Fp8Kernel::Library | Fp8Kernel::Dequantized => {
+                let is_rounded = kernel == Fp8Kernel::Library;
+                let tools = (queue, workspace, library);
+                self.multiply_by_library(tools, is_rounded, (x, weight, bias), out)
+            }
         }
     }
 
@@ -280,38 +290,81 @@ impl Fp8Matmuls {
         self.skinny.multiply(queue, workspace, task, Some(activation))
     }
 
+    /// By NVIDIA's library: a bias is added to sums of float32, so that results are rounded once.
+    fn multiply_by_library(
+        &self,
+        (queue, workspace, library): (&Queue, &DeviceMemory, &mut CublasLt),
+        is_rounded: bool,
+        (x, weight, bias): (&CudaBuffer, &CudaLinear, Option<&CudaVector>),
+        out: &CudaBuffer,
+    ) -> Result<(), BackendError> {
+        let (width, outputs) = (x.width(), weight.out_features);
+        let room = workspace.bytes() - WORKSPACE_BYTES;
+        let has_sums = bias.is_some() && out.dtype() != DType::F32;
+        let room = if has_sums { room / 2 / ALIGNMENT * ALIGNMENT } else { room };
+        let rows_at_once = match has_sums {
+            true => part_rows(x.rows(), (room / (outputs * size_of::<f32>())).max(1)),
+            false => x.rows().max(1),
+        };
+        for first in (0..x.rows()).step_by(rows_at_once) {
+            let rows = rows_at_once.min(x.rows() - first);
+            let to = out.ptr() + (first * outputs * out.dtype().size_bytes()) as DevicePtr;
+            let sums = if has_sums { workspace.ptr() + (WORKSPACE_BYTES + room) as DevicePtr } else { to };
+            let part = Part {
+                x: x.ptr() + (first * width * x.dtype().size_bytes()) as DevicePtr,
+                x_dtype: x.dtype(),
+                rows,
+                out: sums,
+                out_dtype: if has_sums { DType::F32 } else { out.dtype() },
+                room,
+            };
+            if is_rounded {
+                self.multiply_rounded(queue, workspace, library, weight, part)?;
+            } else {
+                self.multiply_dequantized(queue, workspace, library, weight, part)?;
+            }
+            if let Some(bias) = bias {
+                self.rounding.add_bias(queue, (sums, bias.ptr()), [rows, outputs], (to, out.dtype()))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Rounds the activations, as many rows at a time as the workspace has room for, and multiplies eight bits.
     fn multiply_rounded(
         &self,
         queue: &Queue,
         workspace: &DeviceMemory,
         library: &mut CublasLt,
-        (x, weight, out): (&CudaBuffer, &CudaLinear, &CudaBuffer),
+        weight: &CudaLinear,
+        part: Part,
     ) -> Result<(), BackendError> {
-        let (width, outputs) = (x.width(), weight.out_features);
-        let room = workspace.bytes() - WORKSPACE_BYTES;
+        let Part { x, x_dtype, rows: all, out, out_dtype, room } = part;
+        let (width, outputs) = (weight.in_features, weight.out_features);
         let most = (room / (width + size_of::<f32>())).max(1);
-        let part = part_rows(x.rows(), most);
+        let at_once = part_rows(all, most);
         let rounded = workspace.ptr() + WORKSPACE_BYTES as DevicePtr;
-        let scales = rounded + (part * width).next_multiple_of(PIECE) as DevicePtr;
-        for first in (0..x.rows()).step_by(part) {
-            let rows = part.min(x.rows() - first);
-            let from = x.ptr() + (first * width * x.dtype().size_bytes()) as DevicePtr;
-            self.rounding.quantize(queue, (from, x.dtype()), [rows, width], (rounded, scales))?;
+        let scales = rounded + (at_once * width).next_multiple_of(PIECE) as DevicePtr;
+        for first in (0..all).step_by(at_once) {
+            let rows = at_once.min(all - first);
+            let from = x + (first * width * x_dtype.size_bytes()) as DevicePtr;
+            self.rounding.quantize(queue, (from, x_dtype), [rows, width], (rounded, scales))?;
             let product = Product {
                 rows,
                 outputs,
                 inputs: width,
                 weight_stride: weight.row_stride,
                 dtype: weight.dtype,
-                out_dtype: out.dtype(),
+                out_dtype,
                 out_stride: outputs,
                 is_fp8: true,
+                has_bias: false,
             };
-            let to = out.ptr() + (first * outputs * out.dtype().size_bytes()) as DevicePtr;
+            let to = out + (first * outputs * out_dtype.size_bytes()) as DevicePtr;
             let operands = Operands {
                 x: rounded,
                 weight: weight.ptr(),
+                bias: 0,
                 out: to,
                 scales: [weight.scales().unwrap_or_default(), scales],
             };
@@ -326,23 +379,24 @@ impl Fp8Matmuls {
         queue: &Queue,
         workspace: &DeviceMemory,
         library: &mut CublasLt,
-        (x, weight, out): (&CudaBuffer, &CudaLinear, &CudaBuffer),
+        weight: &CudaLinear,
+        part: Part,
     ) -> Result<(), BackendError> {
-        let (width, outputs, size) = (x.width(), weight.out_features, weight.dtype.size_bytes());
-        let room = (workspace.bytes() - WORKSPACE_BYTES) / 2;
+        let (width, outputs, size) = (weight.in_features, weight.out_features, weight.dtype.size_bytes());
+        let Part { x, x_dtype, rows: all, out, out_dtype, room } = part;
+        let room = room / 2;
         let plain = workspace.ptr() + WORKSPACE_BYTES as DevicePtr;
         let converted = plain + room as DevicePtr;
         let stride = width.next_multiple_of(PIECE);
         let weights_at_once = part_rows(outputs, (room / (stride * size)).max(1));
-        let is_converted = x.dtype() != weight.dtype;
-        let rows_at_once =
-            if is_converted { part_rows(x.rows(), (room / (width * size)).max(1)) } else { x.rows() };
-        for first_row in (0..x.rows()).step_by(rows_at_once) {
-            let rows = rows_at_once.min(x.rows() - first_row);
-            let mut from = x.ptr() + (first_row * width * x.dtype().size_bytes()) as DevicePtr;
+        let is_converted = x_dtype != weight.dtype;
+        let rows_at_once = if is_converted { part_rows(all, (room / (width * size)).max(1)) } else { all };
+        for first_row in (0..all).step_by(rows_at_once) {
+            let rows = rows_at_once.min(all - first_row);
+            let mut from = x + (first_row * width * x_dtype.size_bytes()) as DevicePtr;
             if is_converted {
                 let count = rows * width;
-                let function = self.convert.of(x.dtype(), weight.dtype)?;
+                let function = self.convert.of(x_dtype, weight.dtype)?;
                 let blocks = count.div_ceil(THREADS as usize).min(4096) as u32;
                 let launch = Launch { function, grid: [blocks, 1, 1], block: THREADS, shared_bytes: 0 };
                 let count = count as i64;
@@ -358,12 +412,13 @@ impl Fp8Matmuls {
                     inputs: width,
                     weight_stride: stride,
                     dtype: weight.dtype,
-                    out_dtype: out.dtype(),
+                    out_dtype,
                     out_stride: outputs,
                     is_fp8: false,
+                    has_bias: false,
                 };
-                let to = out.ptr() + ((first_row * outputs + first) * out.dtype().size_bytes()) as DevicePtr;
-                let operands = Operands { x: from, weight: plain, out: to, scales: [0; 2] };
+                let to = out + ((first_row * outputs + first) * out_dtype.size_bytes()) as DevicePtr;
+                let operands = Operands { x: from, weight: plain, bias: 0, out: to, scales: [0; 2] };
                 library.multiply(queue.stream(), workspace.ptr(), product, operands)?;
             }
         }

@@ -34,7 +34,8 @@ const TENSOR_COLUMNS: usize = 128;
 
 impl Heads {
     /// Loads them.
-    pub(super) fn load(context: &Arc<Context>) -> Result<Self, BackendError> {
+    /// Tiles are of one kind where results must not depend on the number of rows.
+    pub(super) fn load(context: &Arc<Context>, is_deterministic: bool) -> Result<Self, BackendError> {
         let module = Module::load(context, "heads")?;
         let tensor = |rows: usize| -> Result<(usize, [Function; 2]), BackendError> {
             let function = |name: &str| -> Result<Function, BackendError> {
@@ -45,7 +46,7 @@ impl Heads {
             Ok((rows, [function("bf16")?, function("f16")?]))
         };
         Ok(Self {
-            tensor: [tensor(32)?, tensor(128)?],
+            tensor: [tensor(if is_deterministic { 128 } else { 32 })?, tensor(128)?],
             plain: module.by_type("matmul_heads_plain")?,
             copy: [module.function("copy_heads_16")?, module.function("copy_heads_2")?],
         })

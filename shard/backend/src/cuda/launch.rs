@@ -63,6 +63,8 @@ pub(crate) struct Queue {
     pub(super) mode: Mode,
     /// Names the device in errors.
     device: String,
+    /// Percent of a multiprocessor's memory that kernels ask for as shared memory, see [`super::shared_split`].
+    shared_percent: Cell<Option<u32>>,
     /// What was launched last, for errors.
     last: Cell<sys::CUfunction>,
 }
@@ -73,7 +75,19 @@ unsafe impl Send for Queue {}
 impl Queue {
     /// Work on `stream` of the device of that name.
     pub(super) fn new(stream: Stream, device: &str) -> Self {
-        Self { stream, mode: Mode::Launch, device: device.to_owned(), last: Cell::new(ptr::null_mut()) }
+        let shared_percent = Cell::new(None);
+        Self {
+            stream,
+            mode: Mode::Launch,
+            device: device.to_owned(),
+            shared_percent,
+            last: Cell::new(ptr::null_mut()),
+        }
+    }
+
+    /// From now on kernels ask for this split of a multiprocessor's memory.
+    pub(super) fn set_shared_percent(&self, percent: Option<u32>) {
+        self.shared_percent.set(percent);
     }
 
     /// Waits until everything is done. The only place where the host waits for the device in a step.
@@ -81,17 +95,20 @@ impl Queue {
     /// # Errors
     /// [`BackendError::DeviceLost`]: whatever was launched went wrong, here or in the hardware.
     pub(crate) fn wait(&self) -> Result<(), BackendError> {
-        self.stream.synchronize(PATIENCE).map_err(|error| {
-            let reason = match error {
-                BackendError::Device { reason, .. } => reason,
-                other => other.to_string(),
-            };
-            BackendError::DeviceLost {
-                device: self.device.clone(),
-                operation: format!("waiting for a step (last launched: {})", self.last_kernel()),
-                reason,
-            }
-        })
+        self.stream.synchronize(PATIENCE).map_err(|error| self.lost("waiting for a step", error))
+    }
+
+    /// The error of a device that is of no use any more.
+    fn lost(&self, operation: &str, error: BackendError) -> BackendError {
+        let reason = match error {
+            BackendError::Device { reason, .. } | BackendError::DeviceLost { reason, .. } => reason,
+            other => other.to_string(),
+        };
+        BackendError::DeviceLost {
+            device: self.device.clone(),
+            operation: format!("{operation} (last launched: {})", self.last_kernel()),
+            reason,
+        }
     }
 
     /// Name of the kernel that was launched last, recorded ones aside.
@@ -128,9 +145,15 @@ impl Queue {
         }
         let [x, y, z] = launch.grid;
         // SAFETY: an attribute is plain data; its kind says which part of the union is read.
-        let mut attribute: sys::CUlaunchAttribute = unsafe { mem::zeroed() };
-        attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-        attribute.value.programmaticStreamSerializationAllowed = 1;
+        let mut attributes: [sys::CUlaunchAttribute; 2] = unsafe { mem::zeroed() };
+        attributes[0].id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        attributes[0].value.programmaticStreamSerializationAllowed = 1;
+        let mut count = 1;
+        if let Some(percent) = self.shared_percent.get() {
+            attributes[1].id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+            attributes[1].value.sharedMemCarveout = percent;
+            count = 2;
+        }
         let config = sys::CUlaunchConfig {
             gridDimX: x,
             gridDimY: y,
@@ -140,15 +163,20 @@ impl Queue {
             blockDimZ: 1,
             sharedMemBytes: launch.shared_bytes,
             hStream: self.stream.raw(),
-            attrs: &raw mut attribute,
-            numAttrs: 1,
+            attrs: attributes.as_mut_ptr(),
+            numAttrs: count,
         };
         // SAFETY: the arguments are as many and of the types the kernel has; each operation is tested against its reference.
         let code = unsafe {
             sys::cuLaunchKernelEx(&raw const config, launch.function.raw, args.as_mut_ptr(), ptr::null_mut())
         };
+        let launched = check("launching a kernel", code).map_err(|error| match error {
+            // An earlier one went wrong.
+            BackendError::DeviceLost { .. } => self.lost("launching a kernel", error),
+            other => other,
+        });
         self.last.set(launch.function.raw);
-        check("launching a kernel", code)
+        launched
     }
 
     /// Copies within the device, unless dry.

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use half::{bf16, f16};
+
 use super::driver::{Context, DeviceMemory, DevicePtr};
 use super::upload::Uploader;
 use crate::{BackendError, DType, HostMatrix};
@@ -88,6 +90,8 @@ impl CudaLinear {
 /// A small parameter `[width]` of f32.
 pub struct CudaVector {
     memory: DeviceMemory,
+    /// The same in bfloat16 and in float16, where these hold every value.
+    narrow: [Option<DeviceMemory>; 2],
     pub(super) width: usize,
 }
 
@@ -100,11 +104,56 @@ impl CudaVector {
     ) -> Result<Self, BackendError> {
         let memory = DeviceMemory::new(context, size_of_val(values), "a parameter")?;
         uploader.bytes(bytemuck::cast_slice(values), memory.ptr())?;
-        Ok(Self { memory, width: values.len() })
+        let narrow = |words: Option<Vec<u16>>| -> Result<Option<DeviceMemory>, BackendError> {
+            let Some(words) = words else { return Ok(None) };
+            let memory = DeviceMemory::new(context, size_of_val(&*words), "a parameter")?;
+            uploader.bytes(bytemuck::cast_slice(&words), memory.ptr())?;
+            Ok(Some(memory))
+        };
+        let [bf16, f16] = narrowed(values);
+        Ok(Self { memory, narrow: [narrow(bf16)?, narrow(f16)?], width: values.len() })
+    }
+
+    /// Address of the elements in another type, if it holds them as they are.
+    pub(super) fn exactly_as(&self, dtype: DType) -> Option<DevicePtr> {
+        match dtype {
+            DType::F32 => Some(self.ptr()),
+            DType::BF16 => self.narrow[0].as_ref().map(DeviceMemory::ptr),
+            DType::F16 => self.narrow[1].as_ref().map(DeviceMemory::ptr),
+        }
     }
 
     /// Address of the first element.
     pub(super) fn ptr(&self) -> DevicePtr {
         self.memory.ptr()
+    }
+}
+
+/// The bits of `values` in bfloat16 and in float16, where these hold every one of them.
+fn narrowed(values: &[f32]) -> [Option<Vec<u16>>; 2] {
+    let bf16 = values.iter().map(|&value| {
+        let narrow = bf16::from_f32(value);
+        (narrow.to_f32().to_bits() == value.to_bits()).then_some(narrow.to_bits())
+    });
+    let f16 = values.iter().map(|&value| {
+        let narrow = f16::from_f32(value);
+        (narrow.to_f32().to_bits() == value.to_bits()).then_some(narrow.to_bits())
+    });
+    [bf16.collect(), f16.collect()]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_are_narrow_where_their_type_holds_them() {
+        let [of_both, of_f16] = narrowed(&[0.5, -1.25, 0.0]);
+        assert_eq!(of_both, Some(vec![0x3f00, 0xbfa0, 0]));
+        assert_eq!(of_f16, Some(vec![0x3800, 0xbd00, 0]));
+        // Too large for float16, and of more bits than bfloat16 has.
+        assert!(matches!(narrowed(&[1e6, 65_536.0]), [None, None]));
+        assert!(matches!(narrowed(&[65_536.0]), [Some(_), None]));
+        assert!(matches!(narrowed(&[1.001_953_1]), [None, _]));
     }
 }

@@ -2,27 +2,26 @@
 
 use std::sync::Arc;
 
-use super::cublaslt::{CublasLt, Operands, Product, WORKSPACE_BYTES};
 use super::driver::{Context, DeviceMemory, DevicePtr};
 use super::elementwise::activation_number;
 use super::few_rows::FewRows;
 use super::fp8_matmul::{Fp8Kernel, Fp8Matmuls};
 use super::gemv::Gemvs;
-use super::launch::{Launch, Queue, args};
-use super::module::{ByType, ByTypes, Module};
+use super::launch::Queue;
+use super::library::Library;
+use super::module::Module;
+use super::shared_split::REGISTER_ROWS;
 use super::skinny::{Shape, Skinny};
-use super::{CudaBackend, CudaBuffer, CudaLinear, CudaVector, DeviceFacts};
+use super::{CudaBackend, CudaBuffer, CudaLinear, CudaOptions, CudaVector, DeviceFacts};
 use crate::{Activation, BackendError, DType};
 
-const THREADS: u32 = 256;
 /// Most rows for which a warp an output is quicker than tensor cores.
 const GEMV_ROWS: usize = 4;
 /// Elements of a weight from which on reading it takes longer than putting shared tiles together.
 const LARGE: usize = 50_000_000;
 /// Elements of a weight that only the logits' matrix of a large vocabulary has.
 const HUGE: usize = 1 << 27;
-/// Most rows for which gate, up and activation are one launch, and the same for large weights on Hopper.
-const GATED_FEW_ROWS: usize = 16;
+/// Most rows for which gate, up and activation of a large weight are one launch on Hopper.
 const GATED_SKINNY_ROWS: usize = 32;
 
 /// A way to compute a product.
@@ -66,43 +65,30 @@ pub(super) fn out_type(dtype: DType) -> i32 {
     }
 }
 
-/// From the activations' type to the weight's.
-const CONVERSIONS: [(DType, DType); 4] = [
-    (DType::F32, DType::BF16),
-    (DType::F32, DType::F16),
-    (DType::BF16, DType::F32),
-    (DType::F16, DType::F32),
-];
-
 /// Kernels and library.
 pub(super) struct Matmuls {
-    library: CublasLt,
+    pub(super) library: Library,
     skinny: Option<Skinny>,
     gemvs: Gemvs,
     few_rows: FewRows,
     pub(super) fp8: Fp8Matmuls,
-    add_bias: ByType,
-    convert: ByTypes,
 }
 
 impl Matmuls {
     /// Loads them.
-    pub(super) fn load(context: &Arc<Context>, facts: DeviceFacts) -> Result<Self, BackendError> {
+    pub(super) fn load(
+        context: &Arc<Context>,
+        facts: DeviceFacts,
+        options: &CudaOptions,
+    ) -> Result<Self, BackendError> {
         let module = Module::load(context, "matmul")?;
         Ok(Self {
-            library: CublasLt::open()?,
+            library: Library::load(&module, options)?,
             skinny: Skinny::load(context, facts)?,
             gemvs: Gemvs::load(context)?,
             few_rows: FewRows::load(context)?,
             fp8: Fp8Matmuls::load(context, facts)?,
-            add_bias: module.by_type("add_bias")?,
-            convert: module.by_types("convert", &CONVERSIONS)?,
         })
-    }
-
-    /// The library, for measuring.
-    pub(super) fn library(&mut self) -> &mut CublasLt {
-        &mut self.library
     }
 
     /// `out = x weight^T (+ bias)`.
@@ -128,13 +114,11 @@ impl Matmuls {
         }
         if weight.scales().is_some() {
             let kernel = self.fp8.choose(task(x, (weight, bias), out), x.dtype(), workspace);
-            let tools = (queue, workspace, &mut self.library);
-            self.fp8.multiply(tools, kernel, (x, weight, bias), out)?;
-            return if kernel.adds_bias() { Ok(()) } else { self.add_bias(queue, bias, out) };
+            let tools = (queue, workspace, self.library.blaslt());
+            return self.fp8.multiply(tools, kernel, (x, weight, bias), out);
         }
-        if x.dtype() != weight.dtype {
-            self.multiply_converted(queue, workspace, x, weight, out)?;
-            return self.add_bias(queue, bias, out);
+        if x.dtype() != weight.dtype || self.library.is_deterministic() {
+            return self.library.multiply(queue, workspace, x, (weight, bias), out);
         }
         let kernel = self.choose(task(x, (weight, bias), out), workspace);
         self.multiply((queue, workspace), kernel, (x, weight, bias), out)
@@ -159,6 +143,9 @@ impl Matmuls {
             out.width()
         );
         out.resize(x.rows());
+        if self.library.is_deterministic() {
+            return Ok(false);
+        }
         let activation = activation_number(activation);
         if weight.scales().is_some() {
             return self.fp8.multiply_gated((queue, workspace), x, (weight, bias), activation, out);
@@ -181,7 +168,7 @@ impl Matmuls {
         }
         let is_large = task.weight.out_features * task.weight.in_features >= LARGE;
         match &mut self.skinny {
-            _ if task.rows <= GATED_FEW_ROWS => self.few_rows.multiply_gated(queue, task, activation),
+            _ if task.rows <= REGISTER_ROWS => self.few_rows.multiply_gated(queue, task, activation),
             Some(skinny) if is_large && task.rows <= GATED_SKINNY_ROWS => {
                 skinny.multiply_gated(queue, workspace, task, activation)
             }
@@ -189,18 +176,17 @@ impl Matmuls {
         }
     }
 
-    /// The kernel for a product, by what whole steps took (`step_bench`). Alone the kernels for few rows are quicker than the
-    /// library for every weight (`cuda_kernels matmul`); between attention and norms they are so for the largest only. Both
+    /// The kernel for a product, by what whole steps took (`step_bench`) and products alone (`cuda_kernels matmul`). Both
     /// tables are in `shard/kernels/README.md`.
     fn choose(&self, task: Task<'_>, workspace: &DeviceMemory) -> MatmulKernel {
         if task.rows <= GEMV_ROWS && self.gemvs.accepts(task) {
             return MatmulKernel::Gemv;
         }
+        if FewRows::accepts(task) && task.rows <= REGISTER_ROWS {
+            return MatmulKernel::FewRows;
+        }
         if task.weight.out_features * task.weight.in_features < HUGE {
             return MatmulKernel::Library;
-        }
-        if FewRows::accepts(task) && task.rows <= 16 {
-            return MatmulKernel::FewRows;
         }
         let mut skinny = self.skinny_kernels(task, workspace);
         skinny.next().filter(|_| task.rows <= 64).unwrap_or(MatmulKernel::Library)
@@ -231,9 +217,8 @@ impl Matmuls {
         let task = task(x, (weight, bias), out);
         match (kernel, &mut self.skinny) {
             (MatmulKernel::Fp8(kernel), _) => {
-                let tools = (queue, workspace, &mut self.library);
-                self.fp8.multiply(tools, kernel, (x, weight, bias), out)?;
-                if kernel.adds_bias() { Ok(()) } else { self.add_bias(queue, bias, out) }
+                let tools = (queue, workspace, self.library.blaslt());
+                self.fp8.multiply(tools, kernel, (x, weight, bias), out)
             }
             (MatmulKernel::Skinny { tokens, groups }, Some(skinny)) => {
                 let shape =
@@ -242,61 +227,8 @@ impl Matmuls {
             }
             (MatmulKernel::FewRows, _) => self.few_rows.multiply(queue, task).map(|_| ()),
             (MatmulKernel::Gemv, _) => self.gemvs.multiply(queue, x, (weight, bias), out).map(|_| ()),
-            _ => {
-                let operands = Operands { x: task.x, weight: weight.ptr(), out: task.out, scales: [0; 2] };
-                let product = product(task.rows, weight, task.out_dtype);
-                self.library.multiply(queue.stream(), workspace.ptr(), product, operands)?;
-                self.add_bias(queue, bias, out)
-            }
+            _ => self.library.multiply(queue, workspace, x, (weight, bias), out),
         }
-    }
-
-    /// A product of activations of another type than the weight's: a router's weight is float32, and so is the residual stream,
-    /// which some families multiply as it is. They are converted at the end of the workspace, some rows at a time.
-    fn multiply_converted(
-        &mut self,
-        queue: &Queue,
-        workspace: &DeviceMemory,
-        x: &CudaBuffer,
-        weight: &CudaLinear,
-        out: &CudaBuffer,
-    ) -> Result<(), BackendError> {
-        let operands = Operands { x: x.ptr(), weight: weight.ptr(), out: out.ptr(), scales: [0; 2] };
-        let product = product(x.rows(), weight, out.dtype());
-        let function = self.convert.of(x.dtype(), product.dtype)?;
-        let row_bytes = product.inputs * product.dtype.size_bytes();
-        let rows_at_once = ((workspace.bytes() - WORKSPACE_BYTES) / row_bytes).max(1);
-        for first in (0..product.rows).step_by(rows_at_once) {
-            let rows = rows_at_once.min(product.rows - first);
-            let from = x.ptr() + (first * product.inputs * x.dtype().size_bytes()) as u64;
-            let (converted, count) =
-                (workspace.ptr() + WORKSPACE_BYTES as u64, (rows * product.inputs) as i64);
-            let blocks = (count as usize).div_ceil(THREADS as usize).min(4096) as u32;
-            let launch = Launch { function, grid: [blocks, 1, 1], block: THREADS, shared_bytes: 0 };
-            queue.launch(&launch, args![from, converted, count])?;
-            let out = operands.out + (first * product.outputs * product.out_dtype.size_bytes()) as u64;
-            let operands = Operands { x: converted, out, ..operands };
-            let product = Product { rows, ..product };
-            self.library.multiply(queue.stream(), workspace.ptr(), product, operands)?;
-        }
-        Ok(())
-    }
-
-    fn add_bias(
-        &self,
-        queue: &Queue,
-        bias: Option<&CudaVector>,
-        out: &CudaBuffer,
-    ) -> Result<(), BackendError> {
-        let Some(bias) = bias else { return Ok(()) };
-        let (to, from, rows, width) = (out.ptr(), bias.ptr(), out.rows() as i32, out.width() as i32);
-        let launch = Launch {
-            function: self.add_bias.of(out.dtype()),
-            grid: [(out.width() as u32).div_ceil(THREADS), (out.rows() as u32).min(1024), 1],
-            block: THREADS,
-            shared_bytes: 0,
-        };
-        queue.launch(&launch, args![to, from, rows, width])
     }
 }
 
@@ -316,19 +248,6 @@ pub(super) fn task<'a>(
         out: out.ptr(),
         rows: x.rows(),
         out_dtype: out.dtype(),
-    }
-}
-
-fn product(rows: usize, weight: &CudaLinear, out_dtype: DType) -> Product {
-    Product {
-        rows,
-        outputs: weight.out_features,
-        inputs: weight.in_features,
-        weight_stride: weight.row_stride,
-        dtype: weight.dtype,
-        out_dtype,
-        out_stride: weight.out_features,
-        is_fp8: false,
     }
 }
 

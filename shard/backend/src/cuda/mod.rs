@@ -24,13 +24,16 @@ mod graph;
 mod heads;
 mod kv_cache;
 mod launch;
+mod library;
 mod linear;
 mod matmul;
 mod module;
+mod neighbours;
 mod norm;
 mod operations;
 mod rope;
 mod sampling;
+mod shared_split;
 mod skinny;
 mod step;
 mod tensor_map;
@@ -72,6 +75,8 @@ pub struct CudaOptions {
     /// Numbers of sequences whose decode steps are recorded as graphs; steps of other sizes are filled up to the next.
     /// Empty: nothing is recorded.
     pub graph_batches: Vec<usize>,
+    /// Every token's result is the same bits whatever is computed beside it, at the cost of speed.
+    pub is_deterministic: bool,
     /// Threads that copy weights while they are loaded.
     pub loader_threads: usize,
 }
@@ -85,6 +90,7 @@ impl Default for CudaOptions {
             max_seqs: 1024,
             max_table_elements: 1 << 20,
             graph_batches,
+            is_deterministic: false,
             loader_threads: 8,
         }
     }
@@ -158,6 +164,9 @@ impl CudaBackend {
     /// One line that says what is missing: driver, device, kernels for it, libraries.
     pub fn new(options: CudaOptions, communicator: Box<dyn Communicator>) -> Result<Self, BackendError> {
         let context = Context::new(options.ordinal)?;
+        if let Some(others) = context.uuid().ok().and_then(neighbours::on_device) {
+            tracing::warn!("device {}: {others}", options.ordinal);
+        }
         let num_sms = context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         let facts = DeviceFacts {
             num_sms: usize::try_from(num_sms).unwrap_or(1).max(1),
@@ -165,8 +174,9 @@ impl CudaBackend {
         };
         let (major, minor) = facts.capability;
         let description = format!("{} (device {}, sm_{major}{minor})", context.name()?, options.ordinal);
-        let step =
-            StepInputs::new(&context, options.max_step_tokens, options.max_seqs, options.max_table_elements)?;
+        let is_deterministic = options.is_deterministic;
+        let (tokens, seqs) = (options.max_step_tokens, options.max_seqs);
+        let step = StepInputs::new(&context, tokens, seqs, options.max_table_elements, is_deterministic)?;
         Ok(Self {
             facts,
             queue: Queue::new(Stream::new(&context)?, &description),
@@ -179,11 +189,11 @@ impl CudaBackend {
             norms: norm::Norms::load(&context)?,
             elementwise: elementwise::Elementwise::load(&context)?,
             embeddings: embedding::Embeddings::load(&context, options.max_step_tokens)?,
-            matmuls: matmul::Matmuls::load(&context, facts)?,
+            matmuls: matmul::Matmuls::load(&context, facts, &options)?,
             ropes: rope::Ropes::load(&context)?,
             attentions: attention::Attentions::load(&context, facts)?,
-            heads: heads::Heads::load(&context)?,
-            experts: experts::ExpertKernels::load(&context, facts)?,
+            heads: heads::Heads::load(&context, is_deterministic)?,
+            experts: experts::ExpertKernels::load(&context, facts, is_deterministic)?,
             samplers: sampling::Samplers::load(&context, facts)?,
             host: Vec::new(),
             step,

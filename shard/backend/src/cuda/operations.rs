@@ -5,6 +5,7 @@ use std::ops::Range;
 use super::driver::DevicePtr;
 use super::graph::{Graph, GraphKey, Plan};
 use super::launch::Mode;
+use super::shared_split;
 use super::{CudaBackend, CudaBuffer, CudaExperts, CudaKvCache, CudaLinear, CudaRope, CudaVector};
 use crate::sampling::{Sampled, SamplingRow};
 use crate::{
@@ -69,7 +70,11 @@ impl Backend for CudaBackend {
     }
 
     fn linear(&self, parts: &[HostMatrix<'_>], dtype: DType) -> Result<CudaLinear, BackendError> {
-        self.with_uploader(|uploader| CudaLinear::new(&self.context, uploader, parts, dtype))
+        let linear = self.with_uploader(|uploader| CudaLinear::new(&self.context, uploader, parts, dtype))?;
+        if self.matmuls.library.prepare(&self.context, &linear)? {
+            self.has_stale_graphs.set(true);
+        }
+        Ok(linear)
     }
 
     fn experts(
@@ -108,6 +113,7 @@ impl Backend for CudaBackend {
             let dequantized: Vec<HostMatrix<'_>> = parts.iter().map(Fp8Matrix::dequantized).collect();
             return self.linear(&dequantized, dtype);
         }
+        self.check_fp8()?;
         self.with_uploader(|uploader| CudaLinear::from_fp8(&self.context, uploader, parts, dtype))
     }
 
@@ -120,6 +126,7 @@ impl Backend for CudaBackend {
                         .to_owned(),
             });
         }
+        self.check_fp8()?;
         let quantizer = &self.matmuls.fp8.rounding;
         self.with_uploader(|uploader| quantizer.quantized(&self.context, uploader, parts, dtype))
     }
@@ -147,7 +154,10 @@ impl Backend for CudaBackend {
         self.finish_uploads()?;
         // The pinned arrays may still be on their way for a step that failed or was not sampled.
         self.queue.wait()?;
-        self.step.upload(self.queue.stream(), step)
+        self.step.upload(self.queue.stream(), step)?;
+        let facts = self.step.facts();
+        self.queue.set_shared_percent(shared_split::percent(facts.num_tokens, facts.is_decode));
+        Ok(())
     }
 
     fn run<E: From<BackendError>>(
@@ -466,6 +476,19 @@ impl Backend for CudaBackend {
 }
 
 impl CudaBackend {
+    /// Refuses weights of eight bits where results must not depend on the number of rows.
+    fn check_fp8(&self) -> Result<(), BackendError> {
+        if !self.options.is_deterministic {
+            return Ok(());
+        }
+        Err(BackendError::Device {
+            operation: "--deterministic".to_owned(),
+            reason: "the weights are of eight bits (fp8), whose products depend on what is computed beside them: leave out \
+                     --deterministic, or serve weights of 16 bits without --quantize fp8"
+                .to_owned(),
+        })
+    }
+
     /// Projections of experts, whose kernels take plain weights: those of eight bits are dequantized.
     fn plain_projections(
         &self,

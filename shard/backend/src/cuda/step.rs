@@ -87,17 +87,21 @@ pub(super) struct StepInputs {
     staging: PinnedMemory,
     memory: DeviceMemory,
     facts: StepFacts,
+    /// Sequences with one token are tiles like others, so that a token is computed in one way wherever it stands.
+    is_deterministic: bool,
     /// The cache that slots and tables are known to lie in, as blocks and their size: every layer asks.
     checked: Cell<Option<(usize, usize)>>,
 }
 
 impl StepInputs {
-    /// Room for steps of `max_tokens` tokens and `max_seqs` sequences, whose block tables have `table_elements` in all.
+    /// Room for steps of `max_tokens` tokens and `max_seqs` sequences, whose block tables have `table_elements` in all;
+    /// `is_deterministic` makes tiles of all of them.
     pub(super) fn new(
         context: &Arc<Context>,
         max_tokens: usize,
         max_seqs: usize,
         table_elements: usize,
+        is_deterministic: bool,
     ) -> Result<Self, BackendError> {
         let layout = Layout::new(max_tokens, max_seqs, table_elements);
         let bytes = layout.end * size_of::<i32>();
@@ -108,6 +112,7 @@ impl StepInputs {
             staging: PinnedMemory::new(context, bytes, "the inputs of steps")?,
             memory: DeviceMemory::zeroed(context, bytes, "the inputs of steps")?,
             facts: StepFacts::default(),
+            is_deterministic,
             checked: Cell::new(None),
         })
     }
@@ -123,7 +128,7 @@ impl StepInputs {
             let queries = bounds[1] - bounds[0];
             words[layout.token_seqs + bounds[0] as usize..layout.token_seqs + bounds[1] as usize]
                 .fill(seq as u32);
-            if queries == 1 {
+            if queries == 1 && !self.is_deterministic {
                 words[layout.decode_seqs + decode_seqs] = seq as u32;
                 decode_seqs += 1;
                 continue;
@@ -154,7 +159,7 @@ impl StepInputs {
         self.facts = StepFacts {
             num_tokens,
             num_seqs,
-            is_decode: num_tokens == num_seqs && decode_seqs == num_seqs,
+            is_decode: step.cu_seqlens_q.windows(2).all(|bounds| bounds[1] - bounds[0] == 1),
             num_prefill_tiles: tiles,
             num_decode_seqs: decode_seqs,
             max_context: step.context_lens.iter().copied().max().unwrap_or(0) as usize,

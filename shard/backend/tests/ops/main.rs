@@ -6,8 +6,12 @@
 mod activation;
 mod attention;
 mod cases;
+#[cfg(feature = "cuda")]
+mod deterministic;
 mod embedding;
 mod experts;
+#[cfg(feature = "cuda")]
+mod faults;
 mod fp8;
 mod heads;
 mod many_rows;

@@ -1,6 +1,6 @@
 //! How long the steps of a model take on a GPU, beside what the hardware allows.
 //!
-//!     cargo run --release -p models --features cuda --example step_bench -- MODEL_DIR [--context N] [--steps N] [--decode 1,8,32] [--prefill 1x128,8x2048] [--json FILE]
+//!     cargo run --release -p models --features cuda --example step_bench -- MODEL_DIR [--context N] [--steps N] [--decode 1,8,32] [--prefill 1x128,8x2048] [--deterministic] [--json FILE]
 //!         [--quantize fp8] [--kv-cache-dtype fp8_e4m3fn|fp8_e5m2]
 //!
 //! A step is everything the engine does with a model: inputs up, all layers, logits, a token chosen for each sequence and
@@ -21,7 +21,7 @@ use models::{CausalLm, Decoder, LoadOptions, Quantize, decoder_spec, load};
 
 type Failure = Box<dyn Error + Send + Sync>;
 
-const USAGE: &str = "usage: step_bench MODEL_DIR [--context N] [--steps N] [--decode 1,8,32] [--prefill 1x128,8x2048] [--json FILE] [--quantize fp8] [--kv-cache-dtype fp8_e4m3fn|fp8_e5m2]";
+const USAGE: &str = "usage: step_bench MODEL_DIR [--context N] [--steps N] [--decode 1,8,32] [--prefill 1x128,8x2048] [--deterministic] [--json FILE] [--quantize fp8] [--kv-cache-dtype fp8_e4m3fn|fp8_e5m2]";
 const BLOCK_SIZE: usize = 16;
 const GREEDY: SamplingParams = SamplingParams {
     temperature: 1.0,
@@ -40,6 +40,8 @@ struct Arguments {
     steps: usize,
     decode: Vec<usize>,
     prefill: Vec<(usize, usize)>,
+    /// Batch-invariant arithmetic.
+    is_deterministic: bool,
     json: Option<String>,
     quantize: Option<Quantize>,
     kv_dtype: Option<KvDType>,
@@ -48,7 +50,8 @@ struct Arguments {
 fn main() -> Result<(), Failure> {
     let arguments = parse_arguments()?;
     let begin = Instant::now();
-    let mut backend = CudaBackend::new(CudaOptions::default(), Box::new(Single))?;
+    let options = CudaOptions { is_deterministic: arguments.is_deterministic, ..CudaOptions::default() };
+    let mut backend = CudaBackend::new(options, Box::new(Single))?;
     let opened = begin.elapsed().as_secs_f64();
     let ceilings = backend.measure_ceilings()?;
     println!(
@@ -280,6 +283,7 @@ fn parse_arguments() -> Result<Arguments, Failure> {
         steps: 40,
         decode: vec![1, 8, 32, 128],
         prefill: vec![(1, 128), (1, 1024), (1, 4096), (8, 2048)],
+        is_deterministic: false,
         json: None,
         quantize: None,
         kv_dtype: None,
@@ -288,6 +292,10 @@ fn parse_arguments() -> Result<Arguments, Failure> {
     while let Some(word) = words.next() {
         if !word.starts_with("--") {
             arguments.model = word;
+            continue;
+        }
+        if word == "--deterministic" {
+            arguments.is_deterministic = true;
             continue;
         }
         let value = words.next().ok_or(USAGE)?;

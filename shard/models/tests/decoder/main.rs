@@ -17,8 +17,8 @@ use backend::collectives::shm::{Rendezvous, join};
 use backend::cpu::{CpuBackend, CpuOptions};
 use backend::sampling::{SamplingParams, SamplingRow};
 use backend::{DType, KvDType, StepInput};
-use fixture::{Fixture, Stored};
-use models::{CausalLm, Decoder, LoadOptions, Quantize, load};
+use fixture::{Fixture, Kind, Stored};
+use models::{CausalLm, Decoder, DeviceRules, LoadOptions, Quantize, footprint, load};
 
 type CpuDecoder = Decoder<CpuBackend>;
 
@@ -143,6 +143,44 @@ fn in_pieces(decoder: &mut CpuDecoder, tokens: &[u32], sizes: &[usize]) -> Vec<V
         ));
     }
     logits
+}
+
+/// What the footprint says must be what a load takes, but for padding and what products in fixed point keep beside weights.
+#[test]
+fn a_footprint_is_what_a_load_takes() {
+    let rules = DeviceRules {
+        default_dtype: |stored| stored,
+        default_kv_dtype: |dtype| if dtype == DType::F32 { DType::F32 } else { DType::F16 },
+        keeps_quantized: true,
+        keeps_fp8: false,
+        max_step_tokens: 512,
+        max_rows_sampled: options().max_rows_sampled,
+        block_size: BLOCK_SIZE,
+    };
+    let fixtures = [
+        Fixture::plain(Stored::F32),
+        Fixture::plain(Stored::Bf16),
+        Fixture::of(Kind::Experts, Stored::Bf16, false),
+        Fixture::of(Kind::Latent, Stored::F32, false),
+    ];
+    for (index, fixture) in fixtures.iter().enumerate() {
+        // Experts this narrow are mostly padding on two ranks.
+        let world_sizes = if fixture.kind == Kind::Llama { &[1, 2][..] } else { &[1] };
+        for &world_size in world_sizes {
+            let loaded = on_ranks(fixture, world_size, &options(), |decoder| decoder.info().clone());
+            let foreseen = footprint(&fixture.files(), &LoadOptions::default(), world_size, &rules).unwrap();
+            for (rank, (loaded, foreseen)) in loaded.iter().zip(&foreseen.ranks).enumerate() {
+                let bytes = |name: &str| loaded.memory.iter().find(|entry| entry.0 == name).unwrap().1;
+                let context = format!("fixture {index}, rank {rank} of {world_size}");
+                assert_eq!(foreseen.workspace_bytes, bytes("workspace"), "{context}");
+                assert_eq!(foreseen.logits_bytes, bytes("logits"), "{context}");
+                assert_eq!(foreseen.block_bytes, loaded.block_bytes, "{context}");
+                let (weights, taken) = (foreseen.weight_bytes as f64, bytes("weights") as f64);
+                // The fixtures' matrices are narrow, so a share of each panel of 16 is padding.
+                assert!(weights <= taken && taken <= 1.3 * weights + 2048.0, "{context}: {weights} {taken}");
+            }
+        }
+    }
 }
 
 #[track_caller]

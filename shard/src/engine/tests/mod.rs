@@ -5,6 +5,8 @@ use backend::sampling::SamplingParams;
 use super::testing::*;
 use super::*;
 
+#[cfg(feature = "cuda")]
+mod devices;
 mod resume;
 mod schedules;
 
