@@ -1,7 +1,7 @@
 //! Kills processes of a server at random while streams run, and says what the clients noticed.
 //!
 //! ```text
-//! chaos [--rounds 200] [--streams 32] [--num-shard 2] [--pause-ms 4000] [--router-one-in 0] [--stop-one-in 0] [--seed 1]
+//! chaos [--rounds 200] [--streams 32] [--num-shard 2] [--pause-ms 4000] [--router-one-in 10] [--stop-one-in 20] [--seed 1]
 //!       [--tokens 400] [--model DIR]
 //! ```
 //!
@@ -34,8 +34,8 @@ impl Options {
             streams: 32,
             rounds: 200,
             longest_pause: Duration::from_millis(4000),
-            router_one_in: 0,
-            stop_one_in: 0,
+            router_one_in: 10,
+            stop_one_in: 20,
             seed: 1,
         };
         let mut options = Self { chaos, num_shard: 2, tokens: 400, model: fixture("tiny-llama") };
@@ -77,6 +77,7 @@ fn summary(report: &Report) -> serde_json::Value {
         "tokens": report.tokens,
         "errors": report.errors,
         "streams_lost_with_router": report.lost_with_router,
+        "stop_recovery_ms": of(&report.stop_recovery_ms),
         "shard_recovery_ms": of(&report.shard_recovery_ms),
         "router_recovery_ms": of(&report.router_recovery_ms),
         "longest_gap_ms": report.longest_gap_ms,

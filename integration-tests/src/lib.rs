@@ -6,12 +6,14 @@
 //! - [`fake_hub`]: a Hub that cuts, stalls, refuses and lies.
 //! - [`golden`]: reference outputs and the one table of tolerances.
 //! - [`workload`] and [`chaos`]: streams with known answers, and processes that are killed under them.
+//! - [`faults`]: one fault in one phase, and what is seen of it.
 //! - [`process_tree`]: which processes live, for the tests that kill some.
 
 pub mod args;
 pub mod chaos;
 pub mod conformance;
 pub mod fake_hub;
+pub mod faults;
 pub mod golden;
 pub mod http;
 pub mod process_tree;

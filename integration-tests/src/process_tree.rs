@@ -40,6 +40,15 @@ pub fn resident_kib(pid: i32) -> u64 {
     line.and_then(|line| line.split_whitespace().next()?.parse().ok()).unwrap_or(0)
 }
 
+/// Seconds of processor time that all threads of a process have used, to the nanosecond.
+pub fn cpu_seconds(pid: i32) -> f64 {
+    let Ok(threads) = std::fs::read_dir(format!("/proc/{pid}/task")) else { return 0.0 };
+    let of_thread = |path: std::path::PathBuf| -> Option<f64> {
+        std::fs::read_to_string(path.join("schedstat")).ok()?.split(' ').next()?.parse().ok()
+    };
+    threads.flatten().filter_map(|thread| of_thread(thread.path())).sum::<f64>() / 1e9
+}
+
 /// Sends `signal`; a process that is gone already is fine.
 pub fn send(pid: i32, signal: Signal) {
     // ESRCH means it has ended, which is what every caller is after.

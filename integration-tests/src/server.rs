@@ -43,6 +43,7 @@ pub struct ServerBuilder {
     model: PathBuf,
     port: u16,
     args: Vec<String>,
+    env: Vec<(String, String)>,
 }
 
 /// How a launcher ended.
@@ -58,6 +59,12 @@ impl ServerBuilder {
     /// Adds launcher arguments.
     pub fn args<S: Into<String>>(mut self, args: impl IntoIterator<Item = S>) -> Self {
         self.args.extend(args.into_iter().map(Into::into));
+        self
+    }
+
+    /// Sets a variable of the launcher's environment.
+    pub fn env(mut self, name: &str, value: impl Into<String>) -> Self {
+        self.env.push((name.to_string(), value.into()));
         self
     }
 
@@ -83,6 +90,8 @@ impl ServerBuilder {
             .arg(folder.path().join("shard"))
             .args(&self.args)
             .env("HF_HUB_OFFLINE", "1")
+            .env("QUARTET_STATUS_DIR", folder.path().join("status"))
+            .envs(self.env)
             .stdin(Stdio::null())
             .stderr(out.try_clone()?)
             .stdout(out)
@@ -121,7 +130,7 @@ pub struct Server {
 impl Server {
     /// A server of the model at `model` (a directory or a GGUF file).
     pub fn of(model: impl Into<PathBuf>) -> ServerBuilder {
-        ServerBuilder { model: model.into(), port: free_port(), args: Vec::new() }
+        ServerBuilder { model: model.into(), port: free_port(), args: Vec::new(), env: Vec::new() }
     }
 
     /// The router's port.
@@ -143,6 +152,33 @@ impl Server {
     pub fn children(&self, name: &str) -> Vec<i32> {
         let found = process_tree::children(self.child.id());
         found.into_iter().filter(|process| process.name == name).map(|process| process.pid).collect()
+    }
+
+    /// The launcher and all its children, by process id.
+    pub fn family(&self) -> Vec<i32> {
+        let children = process_tree::children(self.child.id()).into_iter().map(|process| process.pid);
+        children.chain([self.pid()]).collect()
+    }
+
+    /// What `launcher status` says: exit code, standard output.
+    ///
+    /// # Errors
+    /// When the program cannot be started.
+    pub fn status(&self, args: &[&str]) -> Result<(Option<i32>, String)> {
+        let output = Command::new(program("launcher"))
+            .arg("status")
+            .args(args)
+            .env("QUARTET_STATUS_DIR", self.folder.path().join("status"))
+            .output()?;
+        Ok((output.status.code(), String::from_utf8(output.stdout)?))
+    }
+
+    /// Whether the launcher has ended, and how.
+    ///
+    /// # Errors
+    /// When it cannot be waited for.
+    pub fn try_wait(&mut self) -> Result<Option<ExitStatus>> {
+        Ok(self.child.try_wait()?)
     }
 
     /// KV blocks that cached batches hold, all ranks together.

@@ -4,11 +4,13 @@
 //! over the environment, which wins over the default. What the values mean together is decided in [`crate::plan`].
 
 use std::ffi::OsString;
-use std::fmt;
 use std::path::PathBuf;
-use std::str::FromStr;
 
-use clap::{Parser, Subcommand, ValueEnum};
+use clap::{Parser, Subcommand};
+
+pub use crate::values::{
+    DeviceKind, Dtype, KvCacheDtype, Quantize, Redacted, RopeScaling, UsageStats, spelled,
+};
 
 /// Serves a large language model: plans the memory, starts one shard per device and a router before them, supervises
 /// them, and drains them when it is asked to stop.
@@ -62,6 +64,29 @@ pub enum Command {
     ///
     /// Works without a network, on what is on this disk.
     Plan(Box<PlanArgs>),
+    /// Show what this user's running launchers do: phase, processes, step counters, requests, restarts.
+    ///
+    /// Exits with 1 when none runs.
+    Status(StatusArgs),
+    /// Print the completions of a shell, such as `launcher completions bash > /etc/bash_completion.d/launcher`.
+    Completions {
+        /// Which shell.
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page, to be read with `launcher man | man -l -`.
+    Man,
+}
+
+/// How the state is shown.
+#[derive(clap::Args, Clone, Debug)]
+pub struct StatusArgs {
+    /// As a JSON array, one object a launcher.
+    #[arg(long)]
+    pub json: bool,
+
+    /// Where launchers are looked for.
+    #[arg(long, env = "QUARTET_STATUS_DIR", hide = true)]
+    pub status_dir: Option<PathBuf>,
 }
 
 /// What to download to where.
@@ -87,6 +112,28 @@ pub struct DownloadArgs {
     /// Logs.
     #[command(flatten)]
     pub log: process::LogArgs,
+}
+
+impl Args {
+    /// Without options that are set to nothing: charts and compose files set `REVISION=` to mean "not set". An API key is
+    /// not among them, because a server that should be closed must not stand open.
+    #[must_use]
+    pub fn without_empty_values(mut self) -> Self {
+        let texts = [
+            &mut self.model.revision,
+            &mut self.model.tokenizer_config_path,
+            &mut self.devices.shard_uds_path,
+            &mut self.serving.ngrok_edge,
+            &mut self.serving.otlp_endpoint,
+            &mut self.features.lora_adapters,
+        ];
+        for text in texts {
+            text.take_if(|text| text.trim().is_empty());
+        }
+        self.serving.ngrok_authtoken.take_if(|token| token.expose().is_empty());
+        self.serving.cors_allow_origin.retain(|origin| !origin.is_empty());
+        self
+    }
 }
 
 /// How a plan is shown, and the options of serving.
@@ -408,6 +455,10 @@ pub struct HiddenArgs {
     #[arg(long, env = "PATH", hide = true)]
     pub search_path: Option<OsString>,
 
+    /// Directory of the sockets at which launchers are asked for their state.
+    #[arg(long, env = "QUARTET_STATUS_DIR", hide = true)]
+    pub status_dir: Option<PathBuf>,
+
     /// Visible CUDA devices; counted only when the device is CUDA.
     #[arg(long, env = "CUDA_VISIBLE_DEVICES", hide = true)]
     pub cuda_visible_devices: Option<String>,
@@ -432,6 +483,22 @@ pub struct HiddenArgs {
     #[arg(long, env = "PREFIX_CACHING", hide = true)]
     pub prefix_caching: Option<String>,
 
+    /// Name of `PREFIX_CACHING` in 2.2.1.
+    #[arg(long, env = "USE_PREFIX_CACHING", hide = true)]
+    pub use_prefix_caching: Option<String>,
+
+    /// Name of `ATTENTION` in 2.2.0.
+    #[arg(long, env = "FLASH_DECODING", hide = true)]
+    pub flash_decoding: Option<String>,
+
+    /// `--usage-stats off` in 2.2.0.
+    #[arg(long, env, hide = true)]
+    pub disable_usage_stats: bool,
+
+    /// `--usage-stats no-stack` in 2.2.0.
+    #[arg(long, env, hide = true)]
+    pub disable_crash_reports: bool,
+
     /// Text that the router reports as the kind of machine.
     #[arg(long, env = "COMPUTE_TYPE", hide = true)]
     pub compute_type: Option<String>,
@@ -439,117 +506,6 @@ pub struct HiddenArgs {
     /// Inherited setting of the Hub's transfer library.
     #[arg(long, env = "HF_HUB_ENABLE_HF_TRANSFER", hide = true)]
     pub hf_hub_enable_hf_transfer: Option<String>,
-}
-
-/// A secret: parsed and passed on, never shown.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Redacted(String);
-
-impl Redacted {
-    /// The secret itself.
-    pub fn expose(&self) -> &str {
-        &self.0
-    }
-}
-
-impl fmt::Debug for Redacted {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("***")
-    }
-}
-
-impl FromStr for Redacted {
-    type Err = std::convert::Infallible;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        Ok(Self(text.to_owned()))
-    }
-}
-
-/// Ways to store weights in fewer bits.
-#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Quantize {
-    /// 4 bits, activation-aware.
-    Awq,
-    /// The compressed-tensors family of formats.
-    CompressedTensors,
-    /// 8 bits, in flight.
-    Eetq,
-    /// Mixed 2 to 8 bits.
-    Exl2,
-    /// 4 bits with reordering.
-    Gptq,
-    /// 4 bits in Marlin's layout.
-    Marlin,
-    /// 8 bits, in flight.
-    Bitsandbytes,
-    /// 4-bit normal floats, in flight.
-    BitsandbytesNf4,
-    /// 4-bit floats, in flight.
-    BitsandbytesFp4,
-    /// 8-bit floats.
-    Fp8,
-}
-
-/// Precision of weights and arithmetic.
-#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Dtype {
-    /// IEEE half precision.
-    #[value(name = "float16")]
-    Float16,
-    /// bfloat16.
-    #[value(name = "bfloat16")]
-    BFloat16,
-    /// IEEE single precision.
-    #[value(name = "float32")]
-    Float32,
-}
-
-/// Precision of the KV cache.
-#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
-pub enum KvCacheDtype {
-    /// 4 bits of exponent, 3 of mantissa.
-    #[value(name = "fp8_e4m3fn")]
-    Fp8E4m3fn,
-    /// 5 bits of exponent, 2 of mantissa.
-    #[value(name = "fp8_e5m2")]
-    Fp8E5m2,
-}
-
-/// How rotary positions are stretched.
-#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RopeScaling {
-    /// All positions divided by the factor.
-    Linear,
-    /// The base grows with the sequence.
-    Dynamic,
-}
-
-/// What is told to upstream's authors: here always nothing.
-#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
-pub enum UsageStats {
-    /// As `off`.
-    On,
-    /// Nothing is sent.
-    Off,
-    /// As `off`.
-    NoStack,
-}
-
-/// What the shards run on.
-#[derive(ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DeviceKind {
-    /// CUDA when possible, else the CPU.
-    Auto,
-    /// NVIDIA GPUs.
-    Cuda,
-    /// This machine's processor.
-    Cpu,
-}
-
-/// The spelling of an option's value on the command line.
-pub fn spelled<T: ValueEnum>(value: T) -> String {
-    value.to_possible_value().map(|possible| possible.get_name().to_owned()).unwrap_or_default()
 }
 
 #[cfg(test)]
@@ -586,6 +542,29 @@ mod tests {
             count += 1;
         }
         assert_eq!(count, 54);
+    }
+
+    #[test]
+    fn spellings_that_upstream_gave_up_are_still_understood() {
+        let args = Args::parse_from([
+            "launcher",
+            "--disable-usage-stats",
+            "--disable-crash-reports",
+            "--max-input-length",
+            "7",
+        ]);
+        assert!(args.hidden.disable_usage_stats && args.hidden.disable_crash_reports);
+        assert_eq!(args.limits.max_input_length, Some(7));
+    }
+
+    #[test]
+    fn values_that_are_empty_count_as_not_given_except_a_key() {
+        let words =
+            ["launcher", "--revision", "", "--otlp-endpoint", " ", "--ngrok-authtoken", "", "--api-key", ""];
+        let args = Args::parse_from(words).without_empty_values();
+        assert_eq!((args.model.revision, args.serving.otlp_endpoint), (None, None));
+        assert_eq!(args.serving.ngrok_authtoken, None);
+        assert!(args.serving.api_key.is_some());
     }
 
     #[test]

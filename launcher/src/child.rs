@@ -10,6 +10,7 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::{Pid, getpid, getppid};
 use process::{ExitCode, GiveUpSignal};
+use tokio::io::AsyncWriteExt;
 use tokio::process::{Child, ChildStdin, Command};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -36,15 +37,24 @@ enum Order {
 /// A running child. The task that watches it also sends its signals, so none can reach a process that took over its id.
 #[derive(Debug)]
 pub struct Handle {
+    /// The process id, while it was not waited for.
+    pub pid: Option<u32>,
+    /// When it was started.
+    pub started: Instant,
     orders: mpsc::UnboundedSender<Order>,
     /// A child that is held back waits for the end of its input.
     held: Option<ChildStdin>,
 }
 
 impl Handle {
-    /// Lets a child go that [`spawn_held`] has started.
-    pub fn release(&mut self) {
-        self.held = None;
+    /// Lets a child go that [`spawn_held`] has started, with `input` for it to read.
+    pub fn release(&mut self, input: String) {
+        if let Some(mut held) = self.held.take() {
+            tokio::spawn(async move {
+                // A child that has died meanwhile reads nothing.
+                let _ = held.write_all(input.as_bytes()).await;
+            });
+        }
     }
 
     /// SIGTERM now, SIGKILL after `grace`. A router is told to give its requests up first, and has half a second for that.
@@ -157,12 +167,13 @@ fn start(
         command.pre_exec(move || tie_to_parent(launcher, lifeline));
     }
     let mut process = command.spawn()?;
+    let (pid, started) = (process.id(), Instant::now());
     let held = process.stdin.take();
     let words = LastWords::default();
     let pipes = relay(child, &mut process, &words);
     let (orders, received) = mpsc::unbounded_channel();
     tokio::spawn(watch(Watched { child, process, pipes, words }, received, exits));
-    Ok(Handle { orders, held })
+    Ok(Handle { pid, started, orders, held })
 }
 
 /// Runs in the child before it becomes the program.
@@ -216,6 +227,7 @@ async fn watch(
 ) {
     let mut deadline: Option<Instant> = None;
     let (mut was_told, mut has_given_up) = (false, false);
+    let group = watched.process.id().and_then(|pid| i32::try_from(pid).ok());
     let status = loop {
         let out_of_time = async {
             match deadline {
@@ -259,6 +271,11 @@ async fn watch(
             }
         }
     };
+    if let Some(group) = group {
+        // What it had started in its group, if anything, goes with it. A group's number is no process's while it has
+        // members; without any the call fails.
+        let _ = killpg(Pid::from_raw(group), Signal::SIGKILL);
+    }
     let reading = async {
         for pipe in watched.pipes {
             // A relay that panicked has nothing more to say.

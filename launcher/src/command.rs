@@ -208,6 +208,9 @@ impl RouterSpec {
         let hub_token = &self.args.hub.hf_api_token;
         command.set_if_some("HF_TOKEN", &hub_token.as_ref().map(hub::Secret::reveal));
         command.set_if_some("COMPUTE_TYPE", &self.args.hidden.compute_type);
+        // What the supervisor mends by itself must not make somebody else restart all of it.
+        let liveness_timeout = self.args.recovery.stall_timeout.saturating_mul(2);
+        command.set("QUARTET_LIVENESS_TIMEOUT", liveness_timeout.to_string());
         command
     }
 

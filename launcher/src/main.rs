@@ -4,8 +4,7 @@ use std::io::Write as _;
 use std::path::PathBuf;
 use std::time::Instant;
 
-use clap::Parser;
-use launcher::args::{Args, Command, PlanArgs};
+use launcher::args::{Args, Command, PlanArgs, StatusArgs};
 use launcher::devices::Devices;
 use launcher::env_report::EnvReport;
 use launcher::error::{Failure, LauncherError};
@@ -15,18 +14,22 @@ use launcher::preflight::{self, Severity};
 use launcher::programs::{ROUTER_NAMES, SHARD_NAMES, SearchPath};
 use launcher::startup_ledger::StartupLedger;
 use launcher::supervisor::{Launch, supervise};
-use launcher::{plan, weights};
+use launcher::{command_line, manual, plan, status_socket, weights};
 use process::{ExitCode, Program, init_logging, max_level};
 
 fn main() -> std::process::ExitCode {
     let ledger = StartupLedger::new(Instant::now());
-    let args = Args::parse();
+    let words: Vec<_> = std::env::args_os().collect();
+    let args = command_line::parse(&words).unwrap_or_else(|error| error.exit());
     match args.command {
         Some(Command::Plan(plan)) => return show_plan(*plan),
+        Some(Command::Status(args)) => return show_status(&args),
         Some(Command::Download(args)) => {
             init_logging(args.log.settings(Program::Launcher));
             return exit(weights::download(&args));
         }
+        Some(Command::Completions { shell }) => return print(Ok(manual::completions(shell))),
+        Some(Command::Man) => return print(manual::page()),
         None => {}
     }
     let settings = args.log.settings(Program::Launcher);
@@ -51,10 +54,18 @@ fn exit(outcome: Result<(), Failure>) -> std::process::ExitCode {
     }
 }
 
+/// Writes `text` to standard output; a reader that has gone is a failure without words.
+fn print(text: std::io::Result<Vec<u8>>) -> std::process::ExitCode {
+    match text.and_then(|text| std::io::stdout().write_all(&text)) {
+        Ok(()) => ExitCode::Ok.into(),
+        Err(_) => ExitCode::Failure.into(),
+    }
+}
+
 /// `launcher plan`: nothing but the plan on standard output.
 fn show_plan(plan: PlanArgs) -> std::process::ExitCode {
     let json = plan.json;
-    let args = Args::from(plan);
+    let args = Args::from(plan).without_empty_values();
     let report = || {
         let Surroundings { machine, devices, shard_program, router_program } = Surroundings::look(&args)?;
         // A plan is of use where the programs are not installed yet.
@@ -144,4 +155,29 @@ fn run(launch: Launch) -> Result<(), Failure> {
     // A download that was told to stop must not hold us back.
     runtime.shutdown_background();
     outcome
+}
+
+/// `launcher status`: nothing but the answer on standard output.
+fn show_status(args: &StatusArgs) -> std::process::ExitCode {
+    let directory = args.status_dir.clone().unwrap_or_else(status_socket::default_directory);
+    let found = match status_socket::ask_all(&directory) {
+        Ok(found) => found,
+        Err(reason) => {
+            eprintln!("{reason}");
+            return ExitCode::Failure.into();
+        }
+    };
+    let text = if args.json {
+        serde_json::to_string_pretty(&found).unwrap_or_default()
+    } else {
+        found.iter().map(ToString::to_string).collect::<Vec<_>>().join("\n")
+    };
+    if !text.is_empty() && writeln!(std::io::stdout(), "{text}").is_err() {
+        return ExitCode::Failure.into();
+    }
+    if found.is_empty() {
+        eprintln!("no launcher of this user is running (looked in {})", directory.display());
+        return ExitCode::Failure.into();
+    }
+    ExitCode::Ok.into()
 }

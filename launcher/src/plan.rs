@@ -55,6 +55,10 @@ pub fn plan(
         mistakes.push(LauncherError::ArgumentValidation(mistake));
         None
     });
+    if num_shard > 1 && args.model.quantize == Some(Quantize::Exl2) {
+        let mistake = "Sharding is currently not supported with `exl2` quantization; use --num-shard 1";
+        mistakes.push(LauncherError::ArgumentValidation(mistake.to_owned()));
+    }
     mistakes.extend(too_many_shards(num_shard, config).map(LauncherError::ArgumentValidation));
     if !mistakes.is_empty() {
         return Err(mistakes);
@@ -64,17 +68,22 @@ pub fn plan(
     let max_input_tokens = args.limits.max_input_tokens.or(args.limits.max_input_length);
     let max_batch_prefill_tokens =
         args.limits.max_batch_prefill_tokens.unwrap_or_else(|| budget::max_batch_prefill_tokens(config));
-    let ip = args.serving.hostname.parse().unwrap_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED));
     Ok(LaunchPlan {
         shard: ShardSpec::new(args, devices, num_shard, max_input_tokens).with_rope(rope),
         router: RouterSpec::new(args, max_input_tokens, max_batch_prefill_tokens),
-        bind: SocketAddr::new(ip, args.serving.port),
+        bind: SocketAddr::new(listening_ip(&args.serving.hostname), args.serving.port),
         uds_prefix: args.devices.shard_uds_path.clone(),
         max_concurrent_requests: args.limits.max_concurrent_requests,
         threads: args.devices.threads,
         graceful_timeout: Duration::from_secs(args.serving.graceful_termination_timeout),
         notices: notices(args, devices, num_shard, max_batch_prefill_tokens),
     })
+}
+
+/// The address that the router makes of `--hostname`: containers have their own name in HOSTNAME, which must not fail.
+fn listening_ip(hostname: &str) -> IpAddr {
+    let other = if hostname == "localhost" { Ipv4Addr::LOCALHOST } else { Ipv4Addr::UNSPECIFIED };
+    hostname.parse().unwrap_or(IpAddr::V4(other))
 }
 
 /// The rotary scaling in place of the model's own; its factor in the short spelling of 32 bits.
@@ -114,7 +123,26 @@ fn contradictions(args: &Args) -> Vec<LauncherError> {
              --max-total-tokens or raise --max-batch-total-tokens"
         ));
     }
+    if args.serving.ngrok {
+        for (option, is_set) in [
+            ("ngrok-authtoken", args.serving.ngrok_authtoken.is_some()),
+            ("ngrok-edge", args.serving.ngrok_edge.is_some()),
+        ] {
+            if !is_set {
+                found.push(format!("`{option}` must be set when using ngrok tunneling; add --{option}"));
+            }
+        }
+    }
+    found.extend(lora_adapters(args));
     found.into_iter().map(LauncherError::ArgumentValidation).collect()
+}
+
+/// Adapters whose spelling means nothing: `ID`, `ID@REVISION`, `NAME=PATH` and `NAME=PATH@REVISION` are understood.
+fn lora_adapters(args: &Args) -> impl Iterator<Item = String> {
+    let entries = args.features.lora_adapters.as_deref().unwrap_or_default().split(',').map(str::trim);
+    entries
+        .filter(|entry| entry.matches('@').count() > 1)
+        .map(|entry| format!("--lora-adapters has `{entry}`: expected one `@` at most, as in ID@REVISION"))
 }
 
 /// Single values that no deployment can mean.
@@ -128,6 +156,27 @@ fn out_of_range(args: &Args) -> Vec<LauncherError> {
     }
     if args.limits.max_batch_size == Some(0) {
         found.push("--max-batch-size 0: expected 1 or more".to_owned());
+    }
+    if args.limits.max_concurrent_requests == 0 {
+        found.push("--max-concurrent-requests 0: expected 1 or more".to_owned());
+    }
+    if args.limits.max_best_of == 0 {
+        found.push("--max-best-of 0: expected 1 or more".to_owned());
+    }
+    if args.limits.max_client_batch_size == 0 {
+        found.push("--max-client-batch-size 0: expected 1 or more".to_owned());
+    }
+    if args.limits.max_input_tokens.or(args.limits.max_input_length) == Some(0) {
+        found.push("--max-input-tokens 0: expected 1 or more".to_owned());
+    }
+    let ratio = args.limits.waiting_served_ratio;
+    if !(ratio >= 0.0 && ratio.is_finite()) {
+        found.push(format!("--waiting-served-ratio {ratio}: expected a number from 0 up"));
+    }
+    if args.serving.api_key.as_ref().is_some_and(|key| key.expose().is_empty()) {
+        found.push(
+            "--api-key is empty: expected a key; leave it out for a server that is open to all".to_owned(),
+        );
     }
     if args.devices.threads == Some(0) {
         found.push("--threads 0: expected 1 or more".to_owned());
@@ -210,16 +259,27 @@ fn notices(args: &Args, devices: &Devices, num_shard: usize, prefill_tokens: u32
         say(args.devices.cuda_graphs.is_some(), "--cuda-graphs changes nothing on the CPU");
     }
     say(
-        hidden.attention.as_deref().is_some_and(|attention| attention != "paged"),
-        "ATTENTION changes nothing: attention is always paged",
+        hidden.attention.as_deref().is_some_and(|attention| attention != "paged")
+            || hidden.flash_decoding.is_some(),
+        "ATTENTION (once FLASH_DECODING) changes nothing: attention is always paged",
     );
     say(
-        matches!(hidden.prefix_caching.as_deref(), Some("1" | "true" | "True")),
-        "PREFIX_CACHING changes nothing yet: every prompt is computed in full",
+        [&hidden.prefix_caching, &hidden.use_prefix_caching]
+            .iter()
+            .any(|value| matches!(value.as_deref(), Some("1" | "true" | "True"))),
+        "PREFIX_CACHING (once USE_PREFIX_CACHING) changes nothing yet: every prompt is computed in full",
     );
     say(
         args.devices.master_port != 29500 || args.devices.master_addr != "localhost",
         "--master-addr and --master-port change nothing on one machine: shards meet at a Unix socket",
+    );
+    say(
+        hidden.disable_usage_stats || hidden.disable_crash_reports,
+        "--disable-usage-stats and --disable-crash-reports change nothing: nothing is ever sent home",
+    );
+    say(
+        args.limits.max_input_length.is_some(),
+        "--max-input-length is the old name of --max-input-tokens, which should be used instead",
     );
     if num_shard > 1 {
         lines.push(format!("Sharding model on {num_shard} processes"));

@@ -2,13 +2,14 @@
 //!
 //! There is no timeout: a large model may load for minutes, and a child that dies is noticed elsewhere at once.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use proto::ShardClient;
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+
+use crate::router_http;
+use crate::startup_ledger::RankStart;
 
 /// A small model is ready in tens of milliseconds, so the first looks are close together.
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
@@ -43,19 +44,38 @@ impl Patience {
     }
 }
 
-/// Returns when the shard on `socket` has answered with `instance_id` and `rank`.
-pub async fn shard_ready(socket: PathBuf, instance_id: String, rank: usize) {
+/// Returns when the shard on `socket`, which was started at `spawned`, has answered with `instance_id` and `rank`.
+pub async fn shard_ready(
+    socket: PathBuf,
+    instance_id: String,
+    rank: usize,
+    spawned: SystemTime,
+) -> RankStart {
     let mut patience = Patience::new();
     loop {
         let answer = tokio::time::timeout(ANSWER_TIMEOUT, shake_hands(&socket, &instance_id, rank)).await;
         match answer.unwrap_or_else(|_| Err("none within two seconds".to_owned())) {
-            Ok(()) => return,
+            Ok(client) => return rank_start(client, spawned, SystemTime::now()).await,
             Err(reason) => patience.wait("shard", &reason).await,
         }
     }
 }
 
-async fn shake_hands(socket: &Path, instance_id: &str, rank: usize) -> Result<(), String> {
+/// What the shard counted. A start is not held up by one that says nothing.
+async fn rank_start(mut shard: ShardClient, spawned: SystemTime, ready: SystemTime) -> RankStart {
+    let asked = tokio::time::timeout(ANSWER_TIMEOUT, shard.status()).await;
+    let status = asked.ok().and_then(Result::ok).unwrap_or_default();
+    let phases = status.startup.into_iter().map(|phase| (phase.name, Duration::from_nanos(phase.nanos)));
+    let began = Duration::from_nanos(status.started_unix_nanos);
+    RankStart {
+        spawned,
+        began: (!began.is_zero()).then_some(UNIX_EPOCH + began),
+        phases: phases.collect(),
+        ready,
+    }
+}
+
+async fn shake_hands(socket: &Path, instance_id: &str, rank: usize) -> Result<ShardClient, String> {
     let mut client = ShardClient::connect(socket).await.map_err(|error| error.to_string())?;
     let answer = client.handshake().await.map_err(|error| error.to_string())?;
     if answer.instance_id != instance_id {
@@ -64,26 +84,14 @@ async fn shake_hands(socket: &Path, instance_id: &str, rank: usize) -> Result<()
     if answer.rank as usize != rank {
         return Err(format!("rank {} on the socket of rank {rank}", answer.rank));
     }
-    Ok(())
-}
-
-/// The phases a shard reports of its own start, for the log; empty when it reports none.
-pub async fn shard_phases(socket: PathBuf) -> String {
-    let asked = async {
-        let status = ShardClient::connect(&socket).await.ok()?.status().await.ok()?;
-        let phases =
-            status.startup.iter().map(|phase| format!("{} {:.1} ms", phase.name, phase.nanos as f64 / 1e6));
-        Some(phases.collect::<Vec<_>>().join(", "))
-    };
-    tokio::time::timeout(ANSWER_TIMEOUT, asked).await.ok().flatten().unwrap_or_default()
+    Ok(client)
 }
 
 /// Returns when `GET /health` on the router that listens on `bind` answers 200.
 pub async fn router_healthy(bind: SocketAddr) {
-    let address = reachable(bind);
     let mut patience = Patience::new();
     loop {
-        match tokio::time::timeout(ANSWER_TIMEOUT, health(address)).await {
+        match tokio::time::timeout(ANSWER_TIMEOUT, router_http::status_of(bind, "/health")).await {
             Ok(Ok(status)) if status == "200" => return,
             Ok(Ok(status)) => patience.wait("router", &format!("/health {status}")).await,
             Ok(Err(error)) => patience.wait("router", &error.to_string()).await,
@@ -92,29 +100,9 @@ pub async fn router_healthy(bind: SocketAddr) {
     }
 }
 
-/// "All addresses" is nothing one can connect to; the loopback is one of them.
-fn reachable(bind: SocketAddr) -> SocketAddr {
-    let ip = match bind.ip() {
-        IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
-        IpAddr::V6(ip) if ip.is_unspecified() => IpAddr::V6(Ipv6Addr::LOCALHOST),
-        ip => ip,
-    };
-    SocketAddr::new(ip, bind.port())
-}
-
-/// The status of one `GET /health`; a whole HTTP client would be the launcher's largest dependency.
-async fn health(address: SocketAddr) -> std::io::Result<String> {
-    let mut stream = TcpStream::connect(address).await?;
-    let request = format!("GET /health HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
-    stream.write_all(request.as_bytes()).await?;
-    // `HTTP/1.1 200` is all there is to know.
-    let mut start = [0; 12];
-    stream.read_exact(&mut start).await?;
-    Ok(String::from_utf8_lossy(&start[9..]).into_owned())
-}
-
 #[cfg(test)]
 mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::net::TcpListener;
 
     use super::*;
@@ -134,14 +122,5 @@ mod tests {
         });
         router_healthy(bind).await;
         router.await.unwrap();
-    }
-
-    #[test]
-    fn unspecified_addresses_are_reached_through_the_loopback() {
-        for (bind, expected) in
-            [("0.0.0.0:1", "127.0.0.1:1"), ("[::]:2", "[::1]:2"), ("10.1.2.3:4", "10.1.2.3:4")]
-        {
-            assert_eq!(reachable(bind.parse().unwrap()), expected.parse().unwrap());
-        }
     }
 }

@@ -223,5 +223,6 @@ fn router_with_everything() {
          --trust-remote-code --json-output --otlp-service-name svc --cors-allow-origin http://a --cors-allow-origin \
          http://b --api-key key"
     );
-    assert_eq!(environment(&router), BTreeMap::from([("COMPUTE_TYPE", "1-cpu"), ("HF_TOKEN", "token")]));
+    let expected = [("COMPUTE_TYPE", "1-cpu"), ("HF_TOKEN", "token"), ("QUARTET_LIVENESS_TIMEOUT", "120")];
+    assert_eq!(environment(&router), BTreeMap::from(expected));
 }

@@ -70,6 +70,29 @@ fn upstreams_argument_errors() {
 }
 
 #[test]
+fn mistakes_in_what_is_not_available_are_told_too() {
+    for (words, texts) in [
+        (
+            &["--ngrok"][..],
+            &[
+                "`ngrok-authtoken` must be set when using ngrok tunneling",
+                "`ngrok-edge` must be set when using ngrok tunneling",
+            ][..],
+        ),
+        (&["--lora-adapters", "a/b@1@2, c/d@1"], &["`a/b@1@2`: expected one `@` at most"]),
+        (
+            &["--quantize", "exl2", "--num-shard", "2"],
+            &["Sharding is currently not supported with `exl2` quantization"],
+        ),
+    ] {
+        let mistakes = planned(words).unwrap_err();
+        for text in texts {
+            assert!(mistakes.iter().any(|mistake| mistake.contains(text)), "{words:?}: {mistakes:?}");
+        }
+    }
+}
+
+#[test]
 fn what_cannot_be_honoured_is_refused_with_its_name() {
     for words in [
         &["--quantize", "bitsandbytes-nf4"][..],
@@ -78,7 +101,7 @@ fn what_cannot_be_honoured_is_refused_with_its_name() {
         &["--watermark-gamma", "0.5"],
         &["--watermark-delta", "2.0"],
         &["--otlp-endpoint", "http://localhost:4317"],
-        &["--ngrok"],
+        &["--ngrok", "--ngrok-authtoken", "t", "--ngrok-edge", "e"],
     ] {
         let text = refusal(words);
         assert!(text.starts_with(words[0]) && text.contains("not available yet; "), "{text}");
@@ -92,6 +115,12 @@ fn values_out_of_range_are_refused_with_their_flag() {
         &["--threads", "0"],
         &["--max-batch-size", "0"],
         &["--max-batch-prefill-tokens", "0"],
+        &["--max-concurrent-requests", "0"],
+        &["--max-best-of", "0"],
+        &["--max-client-batch-size", "0"],
+        &["--max-input-tokens", "0"],
+        &["--waiting-served-ratio", "NaN"],
+        &["--api-key", ""],
         &["--cuda-memory-fraction", "1.5"],
         &["--cuda-memory-fraction", "0"],
         &["--rope-factor", "0.5"],
@@ -118,6 +147,10 @@ fn options_without_effect_are_accepted_with_a_line() {
         (&["--master-port", "1234"], "--master-port"),
         (&["--attention", "flashinfer"], "ATTENTION"),
         (&["--prefix-caching", "true"], "PREFIX_CACHING"),
+        (&["--use-prefix-caching", "1"], "PREFIX_CACHING"),
+        (&["--flash-decoding", "1"], "ATTENTION"),
+        (&["--disable-usage-stats"], "--disable-usage-stats"),
+        (&["--disable-crash-reports"], "--disable-crash-reports"),
     ] {
         let notices = planned(words).unwrap().notices;
         assert!(
@@ -151,6 +184,7 @@ fn a_rotary_scaling_makes_the_context_longer() {
 #[test]
 fn addresses_and_shards() {
     assert_eq!(planned(&["--hostname", "::1", "-p", "81"]).unwrap().bind, "[::1]:81".parse().unwrap());
+    assert_eq!(planned(&["--hostname", "localhost"]).unwrap().bind, "127.0.0.1:3000".parse().unwrap());
     assert_eq!(planned(&["--hostname", "pod-7"]).unwrap().bind, "0.0.0.0:3000".parse().unwrap());
     assert_eq!(planned(&["--num-shard", "9"]).unwrap().shard.num_shard, 9);
 }

@@ -66,6 +66,7 @@ impl Service {
             .env_clear()
             .env("QUARTET_BIN_DIR", dir.path())
             .env("FAKE_DIR", dir.path())
+            .env("QUARTET_STATUS_DIR", dir.path().join("status"))
             .env("LOG_COLORIZE", "1")
             .envs(environment.iter().copied())
             .args(["--port", &port.to_string(), "--hostname", "127.0.0.1"])
@@ -319,6 +320,20 @@ fn a_shard_that_stands_still_is_killed_and_replaced() {
 }
 
 #[test]
+fn what_a_child_leaves_behind_is_adopted_ended_and_reaped() {
+    let service = Service::start(&[], &[("FAKE_SHARD", "has-a-child"), ("PATH", "/usr/bin:/bin")]);
+    service.wait_until_serving();
+    let orphan = service.pid_of("orphan");
+    let status = std::fs::read_to_string(format!("/proc/{orphan}/status")).unwrap();
+    assert!(status.contains(&format!("\nPPid:\t{}\n", service.launcher.id())), "{status}");
+    kill(service.pid_of("shard-0"), Signal::SIGKILL).unwrap();
+    service.wait_for("end of the orphan", |_| !Path::new(&format!("/proc/{orphan}")).exists());
+    service.wait_for_log("Serving again");
+    service.signal(Signal::SIGTERM);
+    assert_eq!(service.ended().code, Some(0));
+}
+
+#[test]
 fn a_stop_while_the_shards_are_replaced_exits_0() {
     let service = Service::start(&["--num-shard", "2"], &[]);
     service.wait_until_serving();
@@ -464,4 +479,96 @@ fn json_logs_carry_the_rank() {
     assert_eq!(hello["span"]["name"], "shard-manager");
     assert_eq!(hello["span"]["rank"], 0);
     assert_eq!(hello["level"], "INFO");
+}
+
+/// The launcher with these variables and nothing else in its environment: exit code, standard output, standard error.
+fn run(arguments: &[&str], environment: &[(&str, &str)]) -> (Option<i32>, String, String) {
+    let output = Command::new(env!("CARGO_BIN_EXE_launcher"))
+        .env_clear()
+        .envs(environment.iter().copied())
+        .args(arguments)
+        .output()
+        .unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (output.status.code(), text(output.stdout), text(output.stderr))
+}
+
+#[test]
+fn variables_are_read_as_upstream_reads_them_and_wrong_ones_are_named() {
+    for (name, value) in [
+        ("TRUST_REMOTE_CODE", "1"),
+        ("NGROK", "yes"),
+        ("ENABLE_PREFILL_LOGPROBS", ""),
+        ("NUM_SHARD", ""),
+        ("PORT", "tcp://10.0.0.1:80"),
+        ("MASTER_PORT", "tcp://10.0.0.1:80"),
+        ("QUANTIZE", "int3"),
+        ("CUDA_GRAPHS", "1,two"),
+    ] {
+        let (code, _, stderr) = run(&[], &[(name, value)]);
+        assert_eq!(code, Some(2), "{name}={value}: {stderr}");
+        assert!(stderr.contains(&format!("environment variable {name}\n")), "{name}={value}: {stderr}");
+    }
+    // The command line wins over the environment, which is then not even looked at.
+    let (code, stdout, _) = run(&["--port", "0"], &[("PORT", "tcp://"), ("TRUST_REMOTE_CODE", "true")]);
+    assert_eq!(code, Some(1), "{stdout}");
+    assert!(stdout.contains("--port 0: expected a port"), "{stdout}");
+}
+
+#[test]
+fn the_manual_comes_as_completions_and_as_a_page_whatever_the_environment() {
+    for (arguments, first) in [
+        (&["completions", "bash"][..], "_launcher()"),
+        (&["completions", "zsh"], "#compdef launcher"),
+        (&["completions", "fish"], "complete -c launcher"),
+        (&["man"], ".TH launcher 1"),
+    ] {
+        let (code, stdout, stderr) = run(arguments, &[("MODEL_ID", "org/model"), ("PORT", "80")]);
+        assert_eq!((code, stderr.as_str()), (Some(0), ""), "{arguments:?}");
+        assert!(stdout.contains(first), "{arguments:?}: {stdout}");
+    }
+    let (code, _, stderr) = run(&["completions", "tcsh"], &[]);
+    assert_eq!(code, Some(2));
+    assert!(stderr.contains("bash") && stderr.contains("fish"), "{stderr}");
+}
+
+#[test]
+fn the_report_of_env_comes_first_and_the_start_goes_on() {
+    // Refused at its port, which is looked at after the report.
+    let (code, stdout, _) = run(&["--env", "--port", "0"], &[("PATH", "/nowhere"), ("LOG_COLORIZE", "1")]);
+    assert_eq!(code, Some(1), "{stdout}");
+    let at = |text: &str| stdout.find(text).unwrap_or_else(|| panic!("no {text:?} in:\n{stdout}"));
+    let order = [
+        "INFO launcher: Target: ",
+        "\nCargo version: 1.",
+        "\nCommit sha: ",
+        "\nDocker label: ",
+        "\nnvidia-smi:\n   N/A",
+        "\nxpu-smi:\n   N/A",
+        "\nhpu-smi:\n   N/A",
+        "Args {",
+        "--port 0: expected",
+    ];
+    let places: Vec<usize> = order.iter().map(|text| at(text)).collect();
+    assert!(places.is_sorted(), "{stdout}");
+}
+
+#[test]
+fn json_lines_have_upstreams_shape() {
+    let (code, stdout, stderr) = run(&["--json-output", "--env", "--port", "0"], &[("PATH", "/nowhere")]);
+    assert_eq!(code, Some(1));
+    // Standard error stays text: scripts match on it.
+    assert!(stderr.ends_with("expected a port from 1 to 65535\")\n"), "{stderr}");
+    let lines: Vec<serde_json::Value> =
+        stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    for line in &lines {
+        let keys: Vec<_> = line.as_object().unwrap().keys().map(String::as_str).collect();
+        assert_eq!(keys, ["timestamp", "level", "fields", "target"], "{line}");
+        assert!(line["timestamp"].as_str().unwrap().ends_with('Z'));
+        assert_eq!(line["target"], "launcher");
+    }
+    assert!(lines[0]["fields"]["message"].as_str().unwrap().starts_with("Target: "));
+    let last = lines.last().unwrap();
+    assert_eq!(last["level"], "ERROR");
+    assert_eq!(last["fields"]["message"], "--port 0: expected a port from 1 to 65535");
 }

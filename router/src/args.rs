@@ -140,6 +140,11 @@ pub struct Args {
     #[arg(long, env = "QUARTET_HOLD_UNTIL_INPUT_ENDS", hide = true)]
     pub hold_until_input_ends: bool,
 
+    /// Seconds that shards with work may stand still before `/live` answers 503; 0: for ever. The launcher sets twice its
+    /// --stall-timeout, so that it acts first
+    #[arg(default_value = "120", long, env = "QUARTET_LIVENESS_TIMEOUT")]
+    pub liveness_timeout: u64,
+
     /// Value of the `x-compute-type` header
     #[arg(default_value = "gpu+optimized", long, env, hide = true)]
     pub compute_type: String,

@@ -4,6 +4,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
+use std::time::Duration;
 
 use hub::{HubOptions, ModelRef};
 use proto::ShardInfo;
@@ -99,6 +100,7 @@ impl RouterConfig {
             cors_allow_origin: origins.map(|origin| header("--cors-allow-origin", origin)).collect(),
             payload_limit: args.payload_limit,
             max_client_batch_size: args.max_client_batch_size,
+            liveness_timeout: Duration::from_secs(args.liveness_timeout),
             compute_type: header("--compute-type", &args.compute_type),
         };
         if !mistakes.is_empty() {

@@ -61,7 +61,7 @@ async fn serve(started: Started, mut signals: SignalStream) -> Result<(), Router
     let (stop, stopped) = oneshot::channel::<()>();
     let told_twice = async move {
         let signal = signals.next().await;
-        tracing::info!("{signal}: no new connections, running requests are finished");
+        tracing::info!("{signal}: new requests are refused, running ones are finished");
         drop(stop);
         let signal = signals.next().await;
         tracing::warn!("{signal} again: running requests are dropped");

@@ -8,7 +8,11 @@
 use std::time::Duration;
 
 use metrics::{Counter, Gauge, Histogram, Label, describe_counter, describe_gauge, describe_histogram};
-use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
+use metrics_exporter_prometheus::{
+    BuildError, Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder,
+};
+
+use crate::types::{Phase, Startup};
 
 /// How often [`Metrics::upkeep`] must be called: histograms keep single samples until then.
 pub const UPKEEP_PERIOD: Duration = Duration::from_secs(5);
@@ -97,6 +101,8 @@ impl<T> PerMethod<T> {
 /// Handles of all metrics.
 pub struct Metrics {
     handle: PrometheusHandle,
+    /// Makes the series whose labels are known only once the router has started.
+    recorder: Option<PrometheusRecorder>,
     request_count: Counter,
     request_success: Counter,
     failures: [(Failure, Counter); 6],
@@ -126,6 +132,7 @@ pub struct Metrics {
     recovery_count: Counter,
     recovery_duration: Histogram,
     requests_resumed: Counter,
+    requests_in_flight: Gauge,
 }
 
 impl Metrics {
@@ -136,10 +143,12 @@ impl Metrics {
     pub fn new(limits: BucketLimits) -> Result<Self, BuildError> {
         let recorder = builder(limits)?.build_recorder();
         let handle = recorder.handle();
-        Ok(metrics::with_local_recorder(&recorder, || {
+        let mut metrics = metrics::with_local_recorder(&recorder, || {
             describe();
             Self::register(handle)
-        }))
+        });
+        metrics.recorder = Some(recorder);
+        Ok(metrics)
     }
 
     fn register(handle: PrometheusHandle) -> Self {
@@ -151,6 +160,7 @@ impl Metrics {
         };
         Self {
             handle,
+            recorder: None,
             request_count: metrics::counter!("tgi_request_count"),
             request_success: metrics::counter!("tgi_request_success"),
             failures: [
@@ -193,6 +203,7 @@ impl Metrics {
             recovery_count: metrics::counter!("quartet_recovery_count"),
             recovery_duration: metrics::histogram!("quartet_recovery_duration"),
             requests_resumed: metrics::counter!("quartet_request_resumed"),
+            requests_in_flight: metrics::gauge!("quartet_requests_in_flight"),
         }
     }
 
@@ -299,6 +310,32 @@ impl Metrics {
         self.batch_filter_duration.of(method).record(time);
     }
 
+    /// Requests that were let in and are not answered to their end.
+    pub fn set_requests_in_flight(&self, count: usize) {
+        self.requests_in_flight.set(count as f64);
+    }
+
+    /// Where the time of the start went.
+    pub fn set_startup(&self, startup: &Startup) {
+        let Some(recorder) = &self.recorder else { return };
+        metrics::with_local_recorder(recorder, || {
+            let set = |process: &'static str, rank: String, phase: &Phase| {
+                let labels = [
+                    Label::new("process", process),
+                    Label::new("rank", rank),
+                    Label::new("phase", phase.phase.clone()),
+                ];
+                metrics::gauge!("quartet_startup_phase_seconds", labels.to_vec()).set(phase.ms / 1e3);
+            };
+            metrics::gauge!("quartet_startup_seconds").set(startup.total_ms / 1e3);
+            startup.phases.iter().for_each(|phase| set("all", String::new(), phase));
+            startup.router_preparation.iter().for_each(|phase| set("router", String::new(), phase));
+            for rank in &startup.ranks {
+                rank.phases.iter().for_each(|phase| set("shard", rank.rank.to_string(), phase));
+            }
+        });
+    }
+
     /// The shards died while they computed `count` requests, which go on when there are new ones.
     pub fn requests_interrupted(&self, count: usize) {
         self.requests_resumed.increment(count as u64);
@@ -348,6 +385,15 @@ fn describe() {
     describe_counter!("quartet_recovery_count", "Times that new shards took over from ones that died");
     describe_histogram!("quartet_recovery_duration", "Seconds from the loss of the shards to the next step");
     describe_counter!("quartet_request_resumed", "Running requests that went on after a loss of the shards");
+    describe_gauge!(
+        "quartet_requests_in_flight",
+        "Requests that were let in and are not answered to their end"
+    );
+    describe_gauge!("quartet_startup_seconds", "Seconds from the launcher's start to the first connection");
+    describe_gauge!(
+        "quartet_startup_phase_seconds",
+        "Seconds of each phase of the start: those of process `all` follow one another, the others go on meanwhile"
+    );
     describe_gauge!("tgi_queue_size", "Requests in the queue");
     describe_gauge!("tgi_batch_current_size", "Requests in the running batch");
     describe_gauge!("tgi_batch_current_max_tokens", "Token slots held by the running batch");

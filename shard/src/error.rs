@@ -94,6 +94,11 @@ mod tests {
             sequence: 3,
             reason: "gone".to_string(),
         };
+        let too_large = || BackendError::OutOfMemory {
+            what: "the weights".to_string(),
+            needed_bytes: 2,
+            available_bytes: 1,
+        };
         let faulty = BackendError::DeviceLost {
             device: "H100".to_string(),
             operation: "waiting for a step (last launched: rope)".to_string(),
@@ -107,6 +112,8 @@ mod tests {
             (ShardError::EngineFailed(lost.into()), ExitCode::PeerLost),
             (ShardError::EngineFailed(faulty.into()), ExitCode::DeviceLost),
             (ShardError::EnginePanicked(String::new()), ExitCode::EngineFailed),
+            (ShardError::EngineFailed(too_large().into()), ExitCode::OutOfMemory),
+            (ShardError::Backend(too_large()), ExitCode::OutOfMemory),
         ] {
             assert_eq!(error.exit_code(), code, "{error}");
         }

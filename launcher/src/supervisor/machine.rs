@@ -253,6 +253,11 @@ impl State {
         }
     }
 
+    /// How many failures count at `now`, and what is allowed.
+    pub fn restarts_used(&self, now: Duration) -> (usize, RestartPolicy) {
+        self.restarts.used(now)
+    }
+
     fn has(&self, child: ChildId) -> bool {
         self.alive.contains(&child)
     }

@@ -3,13 +3,14 @@
 mod machine;
 mod restarts;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io::{PipeReader, PipeWriter};
 use std::os::fd::AsRawFd;
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use process::SignalStream;
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
@@ -19,8 +20,12 @@ use crate::command::ShardRuntime;
 use crate::devices::Devices;
 use crate::error::{Failure, LauncherError};
 use crate::liveness;
+use crate::orphans;
 use crate::readiness;
-use crate::startup_ledger::StartupLedger;
+use crate::router_http;
+use crate::startup_ledger::{Phase as StartupPhase, RankStart, StartupLedger, listed};
+use crate::status::{RankStatus, RestartStatus, RouterStatus, Status};
+use crate::status_socket::{self, StatusSocket};
 use crate::weights::{Prepared, prepare};
 
 pub use machine::{Action, ChildId, Death, Event, Grace, Phase, State, transition};
@@ -32,6 +37,9 @@ const IDLE_GRACE: Duration = Duration::from_secs(5);
 
 /// Between a rank's end and what its peers make of it there are milliseconds; this is ample, and short against a restart.
 const CAUSE_SHOWS_WITHIN: Duration = Duration::from_millis(500);
+
+/// For its ledger, which is only printed.
+const ROUTER_ANSWERS_WITHIN: Duration = Duration::from_secs(2);
 
 /// What the supervisor is started with.
 #[derive(Debug)]
@@ -50,6 +58,15 @@ pub struct Launch {
     pub ledger: StartupLedger,
 }
 
+/// What the event loop is told by tasks of its own.
+#[derive(Debug)]
+enum Told {
+    /// As it is.
+    Event(Event),
+    /// [`Event::ShardReady`], and how it came to be.
+    ShardReady { attempt: u32, rank: usize, start: RankStart },
+}
+
 /// Starts everything, serves until it is asked to stop or children die too often, and ends everything.
 ///
 /// Must run on the main thread in a current-thread runtime, because children are tied to the thread that starts them.
@@ -57,22 +74,20 @@ pub struct Launch {
 /// # Errors
 /// Why the service ended, unless it was asked to.
 pub async fn supervise(launch: Launch) -> Result<(), Failure> {
-    let mut signals =
-        SignalStream::new().map_err(|error| Failure::argument(format!("cannot catch signals: {error}")))?;
+    let uncaught = |error| Failure::argument(format!("cannot catch signals: {error}"));
+    let mut signals = SignalStream::new().map_err(uncaught)?;
+    let mut children_end = signal(SignalKind::child()).map_err(uncaught)?;
+    orphans::adopt();
     let (events, mut happened) = mpsc::unbounded_channel();
     let (exits, mut exited) = mpsc::unbounded_channel();
+    let (ask, mut asked) = mpsc::channel(1);
+    let _status_socket = open_status_socket(&launch.args, ask);
     let mut preparing = {
         let (args, devices) = (launch.args.clone(), launch.devices.clone());
         tokio::task::spawn_blocking(move || prepare(&args, &devices))
     };
-    let recovery = &launch.args.recovery;
-    let policy = RestartPolicy {
-        max_restarts: recovery.max_restarts,
-        window: Duration::from_secs(recovery.restart_window),
-    };
-    let started = Instant::now();
+    let mut state = State::new(restart_policy(&launch.args));
     let mut supervisor = Supervisor::new(launch, events, exits);
-    let mut state = State::new(policy);
     while state.phase != Phase::Exited {
         let event = tokio::select! {
             // A child's end outranks what it may have reported before.
@@ -83,14 +98,20 @@ pub async fn supervise(launch: Launch) -> Result<(), Failure> {
             }
             Some(exit) = exited.recv() => supervisor.note_exit(exit),
             prepared = &mut preparing, if supervisor.is_preparing => supervisor.note_prepared(prepared),
-            Some(event) = happened.recv() => event,
+            Some(told) = happened.recv() => supervisor.note(told),
+            Some(request) = asked.recv() => {
+                // Whoever asked may have gone.
+                let _ = request.send(supervisor.status(&state));
+                continue;
+            }
+            Some(()) = children_end.recv() => {
+                orphans::reap(&supervisor.process_ids());
+                continue;
+            }
         };
         let before = state.phase;
-        if let Event::Stalled { reason, .. } = &event {
-            tracing::error!("{reason}");
-        }
         tracing::debug!("{before:?}: {event:?}");
-        let (after, actions) = transition(state, event, started.elapsed());
+        let (after, actions) = transition(state, event, supervisor.started.elapsed());
         state = after;
         if state.phase != before {
             tracing::info!("{before:?} -> {:?}", state.phase);
@@ -101,11 +122,33 @@ pub async fn supervise(launch: Launch) -> Result<(), Failure> {
     state.outcome
 }
 
+fn restart_policy(args: &Args) -> RestartPolicy {
+    RestartPolicy {
+        max_restarts: args.recovery.max_restarts,
+        window: Duration::from_secs(args.recovery.restart_window),
+    }
+}
+
+/// A service that cannot be asked for its state serves all the same.
+fn open_status_socket(args: &Args, ask: mpsc::Sender<status_socket::StatusRequest>) -> Option<StatusSocket> {
+    let directory = args.hidden.status_dir.clone().unwrap_or_else(status_socket::default_directory);
+    StatusSocket::open(&directory, ask)
+        .inspect_err(|error| {
+            tracing::warn!(
+                "`launcher status` will not find this launcher: {} cannot be used: {error}",
+                directory.display()
+            );
+        })
+        .ok()
+}
+
 /// The part of the supervisor that touches the world.
 struct Supervisor {
     launch: Launch,
-    events: mpsc::UnboundedSender<Event>,
+    events: mpsc::UnboundedSender<Told>,
     exits: mpsc::UnboundedSender<Exit>,
+    started: Instant,
+    phase_since: Instant,
     is_preparing: bool,
     prepared: Option<Prepared>,
     /// The read end is inherited by every shard; its end-of-file means that this process is gone.
@@ -118,11 +161,14 @@ struct Supervisor {
 }
 
 impl Supervisor {
-    fn new(launch: Launch, events: mpsc::UnboundedSender<Event>, exits: mpsc::UnboundedSender<Exit>) -> Self {
+    fn new(launch: Launch, events: mpsc::UnboundedSender<Told>, exits: mpsc::UnboundedSender<Exit>) -> Self {
+        let now = Instant::now();
         Self {
             launch,
             events,
             exits,
+            started: now,
+            phase_since: now,
             is_preparing: true,
             prepared: None,
             lifeline: None,
@@ -134,8 +180,73 @@ impl Supervisor {
     }
 
     fn note_phase(&mut self, phase: Phase) {
+        self.phase_since = Instant::now();
         if phase == Phase::Recovering {
             self.recovering_since.get_or_insert_with(Instant::now);
+        }
+    }
+
+    /// Keeps what the state machine needs not know.
+    fn note(&mut self, told: Told) -> Event {
+        match told {
+            Told::Event(event) => {
+                if let Event::Stalled { reason, .. } = &event {
+                    tracing::error!("{reason}");
+                }
+                event
+            }
+            Told::ShardReady { attempt, rank, start } => {
+                self.launch.ledger.note_rank(rank, &start);
+                Event::ShardReady { attempt, rank }
+            }
+        }
+    }
+
+    fn process_ids(&self) -> HashSet<u32> {
+        self.children.values().filter_map(|child| child.pid).collect()
+    }
+
+    /// What is known here; the children are asked for the rest elsewhere.
+    fn status(&self, state: &State) -> Status {
+        let (used, policy) = state.restarts_used(self.started.elapsed());
+        let plan = self.prepared.as_ref().map(|prepared| &prepared.plan);
+        let rank_of = |(child, handle): (&ChildId, &Handle)| match child {
+            ChildId::Router => None,
+            ChildId::Shard(rank) => Some(RankStatus {
+                rank: *rank,
+                pid: handle.pid,
+                uptime_seconds: handle.started.elapsed().as_secs_f64(),
+                steps_started: None,
+                steps_finished: None,
+                blocks_total: None,
+                blocks_used: None,
+            }),
+        };
+        let mut ranks: Vec<RankStatus> = self.children.iter().filter_map(rank_of).collect();
+        ranks.sort_by_key(|shard| shard.rank);
+        let router = plan.zip(self.children.get(&ChildId::Router)).map(|(plan, handle)| RouterStatus {
+            pid: handle.pid,
+            uptime_seconds: handle.started.elapsed().as_secs_f64(),
+            address: plan.bind,
+            requests_in_flight: None,
+            requests_queued: None,
+        });
+        Status {
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            uptime_seconds: self.started.elapsed().as_secs_f64(),
+            phase: format!("{:?}", state.phase),
+            phase_seconds: self.phase_since.elapsed().as_secs_f64(),
+            model_id: self.launch.args.model.model_id.clone(),
+            device: plan.map(|plan| plan.shard.device.name().to_owned()),
+            socket_prefix: self.prepared.as_ref().map(|prepared| prepared.runtime_dir.prefix().to_owned()),
+            restarts: RestartStatus {
+                used,
+                max: policy.max_restarts,
+                window_seconds: policy.window.as_secs(),
+            },
+            router,
+            ranks,
         }
     }
 
@@ -159,6 +270,8 @@ impl Supervisor {
     /// Logs how a child ended; a death that nobody asked for with its last words.
     fn note_exit(&mut self, exit: Exit) -> Event {
         self.children.remove(&exit.child);
+        // Its end may have hidden an orphan's.
+        orphans::reap(&self.process_ids());
         if exit.is_orderly {
             tracing::info!("{} terminated", exit.child);
         } else {
@@ -224,6 +337,7 @@ impl Supervisor {
             let child = ChildId::Shard(rank);
             let invocation = prepared.plan.shard.command(rank, &runtime);
             let program = &self.launch.shard_program;
+            let spawned = SystemTime::now();
             match child::spawn(child, program, &invocation, lifeline, self.exits.clone()) {
                 Ok(handle) => {
                     self.children.insert(child, handle);
@@ -233,9 +347,9 @@ impl Supervisor {
             let (events, id) = (self.events.clone(), instance_id.clone());
             let socket = prepared.runtime_dir.socket(rank);
             self.probes.push(tokio::spawn(async move {
-                readiness::shard_ready(socket, id, rank).await;
+                let start = readiness::shard_ready(socket, id, rank, spawned).await;
                 // The supervisor ends before its probes only when it no longer cares.
-                let _ = events.send(Event::ShardReady { attempt, rank });
+                let _ = events.send(Told::ShardReady { attempt, rank, start });
             }));
         }
         tracing::info!(
@@ -260,7 +374,7 @@ impl Supervisor {
         let events = self.events.clone();
         self.watch = Some(tokio::spawn(async move {
             if let Some(reason) = liveness::stalled(&sockets, timeout).await {
-                let _ = events.send(Event::Stalled { attempt, reason });
+                let _ = events.send(Told::Event(Event::Stalled { attempt, reason }));
             }
         }));
     }
@@ -276,7 +390,8 @@ impl Supervisor {
     fn release_router(&mut self, attempt: u32) {
         self.launch.ledger.end_phase("shards", Instant::now());
         if let Some(router) = self.children.get_mut(&ChildId::Router) {
-            router.release();
+            let report = serde_json::to_string(&self.launch.ledger.report());
+            router.release(report.unwrap_or_default());
         }
         self.await_router(attempt);
     }
@@ -306,7 +421,7 @@ impl Supervisor {
         let (events, bind) = (self.events.clone(), prepared.plan.bind);
         self.probes.push(tokio::spawn(async move {
             readiness::router_healthy(bind).await;
-            let _ = events.send(Event::RouterHealthy { attempt });
+            let _ = events.send(Told::Event(Event::RouterHealthy { attempt }));
         }));
     }
 
@@ -319,7 +434,7 @@ impl Supervisor {
     fn report_spawn_failure(&self, child: ChildId, program: String, error: &std::io::Error) {
         let reason = format!("{child} cannot be started from {program}: {error}");
         // The loop holds the receiver for as long as it acts.
-        let _ = self.events.send(Event::SpawnFailed { child, reason });
+        let _ = self.events.send(Told::Event(Event::SpawnFailed { child, reason }));
     }
 
     fn announce(&mut self) {
@@ -331,11 +446,12 @@ impl Supervisor {
             prepared.plan.shard.model_id,
             ledger.total().as_secs_f64() * 1e3,
         );
-        let socket = prepared.runtime_dir.socket(0);
+        for rank in ledger.report().ranks {
+            tracing::info!("Start-up of shard rank {}: {}", rank.rank, listed(&rank.phases));
+        }
         self.probes.push(tokio::spawn(async move {
-            let phases = readiness::shard_phases(socket).await;
-            if !phases.is_empty() {
-                tracing::info!("Start-up of shard rank 0: {phases}");
+            if let Some((before, after)) = router_phases(bind).await {
+                tracing::info!("Start-up of the router: {before}; then, with the shards: {after}");
             }
         }));
     }
@@ -350,7 +466,7 @@ impl Supervisor {
         tokio::spawn(async move {
             tokio::time::sleep(wait).await;
             // The supervisor ends before its timers only when it no longer cares.
-            let _ = events.send(event);
+            let _ = events.send(Told::Event(event));
         });
     }
 
@@ -368,4 +484,15 @@ impl Supervisor {
     fn graceful_timeout(&self) -> Duration {
         self.prepared.as_ref().map_or(IDLE_GRACE, |prepared| prepared.plan.graceful_timeout)
     }
+}
+
+/// What the router did before it could go to the shards, and from then on; in its own words.
+async fn router_phases(bind: std::net::SocketAddr) -> Option<(String, String)> {
+    let asked = tokio::time::timeout(ROUTER_ANSWERS_WITHIN, router_http::body_of(bind, "/info")).await;
+    let info: serde_json::Value = serde_json::from_str(&asked.ok()?.ok()?).ok()?;
+    let phases = |name: &str| -> Option<String> {
+        let phases: Vec<StartupPhase> = serde_json::from_value(info["startup"][name].clone()).ok()?;
+        Some(listed(&phases))
+    };
+    Some((phases("router_preparation")?, phases("router")?))
 }

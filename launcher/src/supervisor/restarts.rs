@@ -57,6 +57,12 @@ impl Restarts {
         Ok(wait)
     }
 
+    /// How many failures count at `now`, and what is allowed.
+    pub fn used(&self, now: Duration) -> (usize, RestartPolicy) {
+        let counts = |failure: &&Duration| now.saturating_sub(**failure) < self.policy.window;
+        (self.failures.iter().filter(counts).count(), self.policy)
+    }
+
     /// Everything is up again: the next failure is not the previous one's continuation.
     pub fn recovered(&mut self) {
         self.in_a_row = 0;
@@ -94,6 +100,7 @@ mod tests {
         assert!(at(0) && at(30));
         assert!(at(60), "the first one counts no more");
         assert!(!at(61));
+        assert_eq!([30, 61, 95].map(|at| restarts.used(Duration::from_secs(at)).0), [3, 3, 2]);
         let spent = restarts.count(Duration::from_secs(62)).unwrap_err();
         assert!(spent.contains("within 60 s and --max-restarts is 2"), "{spent}");
     }

@@ -7,6 +7,7 @@
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::time::Duration;
 
 use clap::Parser;
@@ -119,6 +120,7 @@ async fn shard(settings: Settings, arguments: &[String]) {
             eprintln!("the cause");
             std::process::exit(13);
         }
+        "has-a-child" => leave_an_orphan(&settings.fake_dir),
         "never-ready" => ended_by_signal(&settings, &name, false).await,
         _ => {}
     }
@@ -135,6 +137,13 @@ async fn shard(settings: Settings, arguments: &[String]) {
         served = serving => served.unwrap(),
         () = ended_by_signal(&settings, &name, settings.fake_shard == "ignore-term") => {}
     }
+}
+
+/// Starts a process that loses its parent at once and stays in this one's group.
+fn leave_an_orphan(dir: &Path) {
+    let command = format!("sleep 1000 & echo -n $! > '{}'", dir.join("orphan.pid").display());
+    let status = std::process::Command::new("/bin/sh").args(["-c", &command]).stdout(Stdio::null()).status();
+    assert!(status.unwrap().success());
 }
 
 /// The launcher must have made the pipe inheritable, and only this end of it.

@@ -21,6 +21,9 @@ pub enum InferError {
         /// When it is worth coming back.
         retry_after: Duration,
     },
+    /// The server was asked to stop: it finishes what it has.
+    #[error("The server is shutting down and takes no new requests")]
+    Stopping,
     /// A rule was broken.
     #[error("Input validation error: {0}")]
     Validation(#[from] ValidationError),

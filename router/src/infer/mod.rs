@@ -62,6 +62,11 @@ impl Infer {
         &self.metrics
     }
 
+    /// Who is let in.
+    pub fn permits(&self) -> &Permits {
+        &self.permits
+    }
+
     /// Its rules and tokenizer.
     pub fn validation(&self) -> &Validation {
         &self.validation
@@ -143,7 +148,9 @@ impl Infer {
     /// Counts a failure and hands it on.
     fn count(&self, error: InferError) -> InferError {
         self.metrics.request_failed(match &error {
-            InferError::Overloaded { .. } | InferError::Recovering { .. } => Failure::Overloaded,
+            InferError::Overloaded { .. } | InferError::Recovering { .. } | InferError::Stopping => {
+                Failure::Overloaded
+            }
             InferError::Validation(_) | InferError::Suffix | InferError::BatchSize { .. } => {
                 Failure::Validation
             }

@@ -211,14 +211,14 @@ impl<G: ShardGroup> Batcher<G> {
         let mut ids = vec![batch.id];
         ids.extend(cached.as_ref().map(|cached| cached.id));
         let sent = self.step_sent(Method::Prefill);
-        let answer = self.group.client().prefill(batch, cached).await;
+        let answer = self.health.owed(self.group.client().prefill(batch, cached)).await;
         self.finish_step(Method::Prefill, sent, answer, &ids, entries).await
     }
 
     async fn decode(&mut self, batches: Vec<CachedBatch>, entries: &mut Entries) -> Option<CachedBatch> {
         let ids: Vec<u64> = batches.iter().map(|batch| batch.id).collect();
         let sent = self.step_sent(Method::Decode);
-        let answer = self.group.client().decode(batches).await;
+        let answer = self.health.owed(self.group.client().decode(batches)).await;
         self.finish_step(Method::Decode, sent, answer, &ids, entries).await
     }
 
@@ -264,8 +264,12 @@ impl<G: ShardGroup> Batcher<G> {
         let (batch_id, answer) = match running::afterwards(entries, next_batch) {
             Afterwards::Idle => return None,
             Afterwards::Unchanged(batch) => return Some(batch),
-            Afterwards::Filter(id, kept) => (id, self.group.client().filter_batch(id, kept).await),
-            Afterwards::Clear(id) => (id, self.group.client().clear_cache(Some(id)).await.map(|()| None)),
+            Afterwards::Filter(id, kept) => {
+                (id, self.health.owed(self.group.client().filter_batch(id, kept)).await)
+            }
+            Afterwards::Clear(id) => {
+                (id, self.health.owed(self.group.client().clear_cache(Some(id))).await.map(|()| None))
+            }
         };
         match answer {
             Ok(batch) => batch,
@@ -289,7 +293,7 @@ impl<G: ShardGroup> Batcher<G> {
         tracing::error!("{} running requests failed: {error}", entries.len());
         self.health.set(false);
         for id in batch_ids {
-            if let Err(error) = self.group.client().clear_cache(Some(*id)).await {
+            if let Err(error) = self.health.owed(self.group.client().clear_cache(Some(*id))).await {
                 tracing::error!("cached batch {id} could not be cleared: {error}");
             }
         }
@@ -315,7 +319,8 @@ impl<G: ShardGroup> Batcher<G> {
                 let _ = answer.send(false);
             }
             Command::Probe(answer) => {
-                let result = self.group.client().prefill(wire::liveness_batch(), None).await;
+                let result =
+                    self.health.owed(self.group.client().prefill(wire::liveness_batch(), None)).await;
                 if let Err(error) = &result {
                     tracing::error!("the liveness probe failed: {error}");
                 }

@@ -1,5 +1,6 @@
 //! What the rest of the router may know of the shards' state.
 
+use std::future::Future;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -8,7 +9,8 @@ use std::time::{Duration, Instant};
 /// too early is told again.
 const UNSEEN_RECOVERY: Duration = Duration::from_secs(5);
 
-/// Whether the last thing the shards did went well, and whether they are being replaced. Cloning is cheap.
+/// Whether the last thing the shards did went well, whether they are being replaced, and since when they owe an answer.
+/// Cloning is cheap.
 #[derive(Clone, Debug)]
 pub struct HealthFlag(Arc<State>);
 
@@ -16,6 +18,7 @@ pub struct HealthFlag(Arc<State>);
 struct State {
     is_healthy: AtomicBool,
     recovery: Mutex<Recovery>,
+    call: Mutex<Option<Instant>>,
 }
 
 #[derive(Debug, Default)]
@@ -27,7 +30,11 @@ struct Recovery {
 impl Default for HealthFlag {
     /// Healthy: the router serves only after a successful warm-up.
     fn default() -> Self {
-        Self(Arc::new(State { is_healthy: AtomicBool::new(true), recovery: Mutex::default() }))
+        Self(Arc::new(State {
+            is_healthy: AtomicBool::new(true),
+            recovery: Mutex::default(),
+            call: Mutex::default(),
+        }))
     }
 }
 
@@ -40,6 +47,24 @@ impl HealthFlag {
     /// Stores how the last step or probe went.
     pub fn set(&self, is_healthy: bool) {
         self.0.is_healthy.store(is_healthy, Ordering::Relaxed);
+    }
+
+    /// Awaits the answer of a call to the shards, and lets others know that it is awaited. One task calls, one thing after
+    /// another.
+    pub(super) async fn owed<T>(&self, call: impl Future<Output = T>) -> T {
+        *self.call() = Some(Instant::now());
+        let answer = call.await;
+        *self.call() = None;
+        answer
+    }
+
+    /// Since when the shards owe the batching task an answer; `None` when nothing runs.
+    pub fn busy_since(&self) -> Option<Instant> {
+        *self.call()
+    }
+
+    fn call(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.0.call.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The shards are lost; from now on requests wait for new ones.

@@ -8,7 +8,8 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
 /// Routes that probes, scrapers and clients without a key may read.
-const OPEN_TO_GET: [&str; 6] = ["/", "/health", "/ping", "/info", "/metrics", "/v1/models"];
+const OPEN_TO_GET: [&str; 9] =
+    ["/", "/health", "/ping", "/startup", "/ready", "/live", "/info", "/metrics", "/v1/models"];
 
 /// TGI leaves this one open, although it tokenizes.
 const OPEN_TO_POST: [&str; 1] = ["/chat_tokenize"];

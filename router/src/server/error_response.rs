@@ -1,5 +1,7 @@
 //! The only place where an error becomes a status and a JSON body.
 
+use std::time::Duration;
+
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -8,13 +10,20 @@ use serde::Serialize;
 use crate::infer::InferError;
 use crate::types::ErrorResponse;
 
+/// When it is worth coming back to an address whose server is going down.
+const REPLACED_WITHIN: Duration = Duration::from_secs(1);
+
 impl IntoResponse for InferError {
     fn into_response(self) -> Response {
         let (status, _) = classify(&self);
         let mut response = (status, Json(error_body(&self))).into_response();
-        if let InferError::Overloaded { retry_after } | InferError::Recovering { retry_after } = self {
-            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(retry_after.as_secs()));
-        }
+        let retry_after = match self {
+            InferError::Overloaded { retry_after } | InferError::Recovering { retry_after } => retry_after,
+            // Somebody else answers on this address by then, or nobody.
+            InferError::Stopping => REPLACED_WITHIN,
+            _ => return response,
+        };
+        response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(retry_after.as_secs()));
         response
     }
 }
@@ -26,7 +35,12 @@ pub(super) fn error_body(error: &InferError) -> ErrorResponse {
 
 /// What `/health` answers when the shards cannot compute.
 pub(super) fn unhealthy() -> Response {
-    let body = ErrorResponse { error: "unhealthy".to_string(), error_type: "healthcheck" };
+    probe_failed("unhealthy".to_string(), "healthcheck")
+}
+
+/// What a probe answers that is of ours; `kind` is the probe's name.
+pub(super) fn probe_failed(error: String, kind: &'static str) -> Response {
+    let body = ErrorResponse { error, error_type: kind };
     (StatusCode::SERVICE_UNAVAILABLE, Json(body)).into_response()
 }
 
@@ -53,6 +67,7 @@ fn classify(error: &InferError) -> (StatusCode, &'static str) {
     match error {
         InferError::Overloaded { .. } => (StatusCode::TOO_MANY_REQUESTS, "overloaded"),
         InferError::Recovering { .. } => (StatusCode::SERVICE_UNAVAILABLE, "recovering"),
+        InferError::Stopping => (StatusCode::SERVICE_UNAVAILABLE, "shutting_down"),
         InferError::Validation(_) => (StatusCode::UNPROCESSABLE_ENTITY, "validation"),
         InferError::Generation(_) => (StatusCode::FAILED_DEPENDENCY, "generation"),
         InferError::Incomplete => (StatusCode::INTERNAL_SERVER_ERROR, "incomplete_generation"),

@@ -8,7 +8,7 @@ use crate::types::{Info, ModelInfo, ModelsInfo};
 
 /// What is served, and its limits.
 pub(super) async fn info(State(state): State<AppState>) -> Json<Info> {
-    Json(state.info().clone())
+    Json(Info { startup: state.startup().cloned(), ..state.info().clone() })
 }
 
 /// The served model in OpenAI's shape.

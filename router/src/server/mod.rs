@@ -9,6 +9,7 @@ mod headers;
 mod health;
 mod info;
 mod metrics;
+mod pulse;
 mod sse;
 mod state;
 mod tokenize;
@@ -55,6 +56,9 @@ pub fn app(state: AppState) -> Router {
         .route("/info", get(info::info))
         .route("/health", get(health::health))
         .route("/ping", get(health::health))
+        .route("/startup", get(health::startup))
+        .route("/ready", get(health::ready))
+        .route("/live", get(health::live))
         .route("/metrics", get(metrics::metrics));
     if let Some(key) = &settings.api_key {
         // Around the routes only: a path that does not exist is 404 with or without a key.
@@ -64,7 +68,9 @@ pub fn app(state: AppState) -> Router {
     routes.layer(payload_limit).layer(cors).with_state(state)
 }
 
-/// Serves until `shutdown` resolves, then until the last request is answered.
+/// Serves until `shutdown` resolves, then until the last request is answered. Meanwhile new requests are refused with 503,
+/// by a server that still listens: a load balancer takes a while to notice that `/ready` is 503 too, and whoever gets an
+/// answer knows that nothing was begun.
 ///
 /// # Errors
 /// The listener fails.
@@ -79,7 +85,13 @@ pub async fn serve(
             tracing::debug!("TCP_NODELAY could not be set: {error}");
         }
     });
-    axum::serve(listener, app(state)).with_graceful_shutdown(shutdown).await
+    let permits = state.infer().permits().clone();
+    let drained = async move {
+        shutdown.await;
+        permits.close();
+        permits.all_returned().await;
+    };
+    axum::serve(listener, app(state)).with_graceful_shutdown(drained).await
 }
 
 /// Now, for the `created` fields.

@@ -1,15 +1,17 @@
 //! What all handlers share.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
 
 use axum::http::HeaderValue;
 use proto::ShardedClient;
 use tokio::sync::watch;
 
+use super::pulse::Pulse;
 use crate::infer::Infer;
 use crate::metrics::Metrics;
 use crate::scheduler::HealthFlag;
-use crate::types::Info;
+use crate::types::{Info, Startup};
 
 /// How the HTTP side behaves.
 #[derive(Clone, Debug)]
@@ -22,6 +24,8 @@ pub struct ServerSettings {
     pub payload_limit: usize,
     /// Prompts of one completions request.
     pub max_client_batch_size: usize,
+    /// How long shards that have work may stand still before `/live` fails; zero: for ever.
+    pub liveness_timeout: Duration,
     /// Value of `x-compute-type`.
     pub compute_type: HeaderValue,
 }
@@ -38,6 +42,8 @@ struct Inner {
     settings: ServerSettings,
     shards: watch::Receiver<ShardedClient>,
     health: HealthFlag,
+    pulse: Pulse,
+    startup: OnceLock<Startup>,
 }
 
 impl AppState {
@@ -49,7 +55,10 @@ impl AppState {
         shards: watch::Receiver<ShardedClient>,
         health: HealthFlag,
     ) -> Self {
-        Self { inner: Arc::new(Inner { infer, info, settings, shards, health }) }
+        let pulse = Pulse::new(settings.liveness_timeout);
+        Self {
+            inner: Arc::new(Inner { infer, info, settings, shards, health, pulse, startup: OnceLock::new() }),
+        }
     }
 
     pub(super) fn infer(&self) -> &Infer {
@@ -64,6 +73,18 @@ impl AppState {
         &self.inner.info
     }
 
+    /// Notes where the time of the start went; the first word counts.
+    pub(crate) fn note_startup(&self, startup: Startup) {
+        self.metrics().set_startup(&startup);
+        // A second one would be a bug that hurts nobody.
+        let _ = self.inner.startup.set(startup);
+    }
+
+    /// Where the time of the start went, once that is known.
+    pub(super) fn startup(&self) -> Option<&Startup> {
+        self.inner.startup.get()
+    }
+
     pub(super) fn settings(&self) -> &ServerSettings {
         &self.inner.settings
     }
@@ -75,6 +96,10 @@ impl AppState {
 
     pub(super) fn health(&self) -> &HealthFlag {
         &self.inner.health
+    }
+
+    pub(super) fn pulse(&self) -> &Pulse {
+        &self.inner.pulse
     }
 
     /// `{version}-{label of the image, or native}`.

@@ -4,6 +4,7 @@
 //! port is claimed first, so that a port in use is found before anything is computed, but listened on last: until
 //! the router can serve, connections are refused and not left hanging.
 
+mod ledger;
 mod model;
 mod shards;
 mod warmup;
@@ -12,13 +13,14 @@ use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use proto::ShardInfo;
 use tokio::net::{TcpListener, TcpSocket};
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 
+use ledger::Ledger;
 pub use model::ModelParts;
 use shards::Shards;
 pub use warmup::{WarmedUp, connect_and_warm_up};
@@ -46,6 +48,7 @@ pub struct Started {
     socket: TcpSocket,
     address: SocketAddr,
     assembled: Assembled,
+    ledger: Ledger,
 }
 
 /// A router without a port.
@@ -71,21 +74,26 @@ pub async fn start(config: RouterConfig, scheduler_runtime: &Handle) -> Result<S
     let model = tokio::task::spawn_blocking({
         let (model, hub) = (config.model.clone(), config.hub.clone());
         let tokenizer_config_path = config.tokenizer_config_path.clone();
-        move || model::load(&model, &hub, tokenizer_config_path.as_deref())
+        move || (model::load(&model, &hub, tokenizer_config_path.as_deref()), Instant::now())
     });
-    let shards = scheduler_runtime.spawn({
-        let (path, batching, is_held) =
-            (config.master_shard_uds_path.clone(), config.batching, config.is_held);
-        async move {
-            if is_held {
-                input_ends().await?;
-            }
-            warmup::connect_and_warm_up(path, batching).await
-        }
-    });
+    let shards = scheduler_runtime.spawn(meet_shards(config.clone(), Ledger::new()));
     let (model, shards) = tokio::join!(finished(model), finished(shards));
-    let assembled = assemble(&config, shards??, model??, scheduler_runtime)?;
-    Ok(Started { socket, address: config.address, assembled })
+    let (shards, mut ledger) = shards??;
+    let (model, model_read) = model?;
+    ledger.prepared("tokenizer and template", model_read);
+    // Only what is left of it when the shards are warm holds anybody up.
+    ledger.end_phase("tokenizer", Instant::now());
+    let assembled = assemble(&config, shards, model?, scheduler_runtime)?;
+    Ok(Started { socket, address: config.address, assembled, ledger })
+}
+
+/// Waits for whoever holds this router back, then for the shards.
+async fn meet_shards(config: RouterConfig, mut ledger: Ledger) -> Result<(WarmedUp, Ledger), RouterError> {
+    let input = if config.is_held { input().await? } else { String::new() };
+    ledger.release(&input, Instant::now());
+    let shards = warmup::connect_and_warm_up(config.master_shard_uds_path, config.batching).await?;
+    ledger.end_phase("warm-up", Instant::now());
+    Ok((shards, ledger))
 }
 
 impl Started {
@@ -99,8 +107,10 @@ impl Started {
     /// # Errors
     /// The address is taken after all, the listener fails, or the shards are lost for good.
     pub async fn serve(self, shutdown: impl Future<Output = ()> + Send + 'static) -> Result<(), RouterError> {
-        let Self { socket, address, assembled: Assembled { state, batching, .. } } = self;
+        let Self { socket, address, assembled: Assembled { state, batching, .. }, mut ledger } = self;
         let listener = socket.listen(BACKLOG).map_err(|source| RouterError::Bind { address, source })?;
+        ledger.end_phase("listen", Instant::now());
+        state.note_startup(ledger.finish());
         // The word that upstream's launcher, and everybody's scripts, wait for.
         tracing::info!("Connected");
         let upkeep = tokio::spawn(keep_up(Arc::clone(state.metrics())));
@@ -143,13 +153,12 @@ async fn serve_while_batching(
     }
 }
 
-/// Whoever started this router before the shards were ready says so by closing its input.
-async fn input_ends() -> Result<(), RouterError> {
-    let read = tokio::task::spawn_blocking(|| io::copy(&mut io::stdin().lock(), &mut io::sink()));
+/// Whoever started this router before the shards were ready says so by closing its input, after a report of the start so far.
+async fn input() -> Result<String, RouterError> {
+    let read = tokio::task::spawn_blocking(|| io::read_to_string(io::stdin().lock()));
     finished(read)
         .await?
-        .map_err(|source| RouterError::System { step: "waiting for the input to end", source })?;
-    Ok(())
+        .map_err(|source| RouterError::System { step: "waiting for the input to end", source })
 }
 
 /// Binds without listening.
@@ -259,5 +268,6 @@ fn http_info(config: &RouterConfig, limits: &Limits, model_id: String, sha: Opti
         version: env!("CARGO_PKG_VERSION"),
         sha: option_env!("QUARTET_GIT_SHA"),
         docker_label: option_env!("DOCKER_LABEL"),
+        startup: None,
     }
 }

@@ -1,6 +1,6 @@
 //! `/info` and `/v1/models`.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Answer of `/info`.
 #[derive(Clone, Debug, Serialize)]
@@ -33,6 +33,42 @@ pub struct Info {
     pub sha: Option<&'static str>,
     /// The image's label, if the build knows it.
     pub docker_label: Option<&'static str>,
+    /// Where the time of the start went; TGI's answer has no such field.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub startup: Option<Startup>,
+}
+
+/// Where the time went between the launcher's start and the first connection, in milliseconds.
+#[derive(Clone, Debug, Serialize)]
+pub struct Startup {
+    /// Wall time.
+    pub total_ms: f64,
+    /// One after another, without gaps: their sum is the total.
+    pub phases: Vec<Phase>,
+    /// What each rank did between the start of its process and its handshake; a closer look at `shards`.
+    pub ranks: Vec<RankPhases>,
+    /// Those of `phases` that are the router's.
+    pub router: Vec<Phase>,
+    /// What the router did meanwhile, each from its start on.
+    pub router_preparation: Vec<Phase>,
+}
+
+/// A name and a time.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Phase {
+    /// What was done.
+    pub phase: String,
+    /// How long that took.
+    pub ms: f64,
+}
+
+/// The phases of one rank.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RankPhases {
+    /// Which.
+    pub rank: usize,
+    /// Without gaps.
+    pub phases: Vec<Phase>,
 }
 
 /// Answer of `/v1/models`.

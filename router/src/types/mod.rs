@@ -18,5 +18,5 @@ pub use generate::{
     BestOfSequence, CompatGenerateRequest, Details, ErrorResponse, FinishReason, GenerateParameters,
     GenerateRequest, GenerateResponse, PrefillToken, StreamDetails, StreamResponse, Token,
 };
-pub use info::{Info, ModelInfo, ModelsInfo};
+pub use info::{Info, ModelInfo, ModelsInfo, Phase, RankPhases, Startup};
 pub use tokenize::{ChatTokenizeResponse, SimpleToken};

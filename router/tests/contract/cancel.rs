@@ -99,14 +99,21 @@ async fn a_failed_best_of_partner_takes_the_other_along() {
 }
 
 #[tokio::test]
-async fn shutting_down_finishes_what_runs_and_accepts_nothing_new() {
-    let mut router = TestRouter::slow(STEP, &[]).await;
+async fn shutting_down_finishes_what_runs_and_refuses_what_is_new() {
+    // Long enough for everything that is asked meanwhile.
+    let mut router = TestRouter::slow(10 * STEP, &[]).await;
     let running = router.open("/generate_stream", LARGE).await;
     router.until("it runs", |shard| shard.num_running() == 1).await;
     router.shut_down();
-    tokio::time::sleep(2 * STEP).await;
-    assert!(tokio::net::TcpStream::connect(router.address).await.is_err(), "no new connections");
+    while router.get("/ready").await.status == 200 {}
+    for path in ["/generate", "/v1/completions"] {
+        let refused = router.post(path, r#"{"inputs":"a","prompt":"a","model":"tgi"}"#).await;
+        assert_eq!(refused.status, 503, "{}", refused.body);
+        assert!(refused.body.contains(r#""error_type":"shutting_down""#), "{}", refused.body);
+        assert_eq!(refused.header("retry-after"), Some("1"));
+    }
     let answer = http::read_answer(running).await;
     assert_eq!(answer.events().len(), 63, "the stream is finished");
     tokio::time::timeout(Duration::from_secs(5), &mut router.server).await.unwrap().unwrap();
+    assert!(tokio::net::TcpStream::connect(router.address).await.is_err(), "nobody listens any more");
 }

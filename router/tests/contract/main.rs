@@ -9,6 +9,7 @@ mod generate;
 mod harness;
 mod http;
 mod openai;
+mod probes;
 mod recovery;
 mod rejections;
 mod service;

@@ -8,6 +8,8 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use proto::control::shard_control_server::{ShardControl, ShardControlServer};
+use proto::control::{HandshakeRequest, HandshakeResponse, StatusRequest, StatusResponse};
 use proto::v3::text_generation_service_server::{TextGenerationService, TextGenerationServiceServer};
 use proto::v3::{
     CachedBatch, ClearCacheRequest, ClearCacheResponse, DecodeRequest, DecodeResponse, FilterBatchRequest,
@@ -31,12 +33,14 @@ pub(crate) struct Script {
     pub(crate) supports_chunking: bool,
     /// How long a decode step takes.
     pub(crate) step: Duration,
+    /// Whether the step counters move meanwhile.
+    pub(crate) moves: bool,
     pub(crate) cache_tokens: u32,
 }
 
 impl Default for Script {
     fn default() -> Self {
-        Self { supports_chunking: true, step: Duration::ZERO, cache_tokens: CACHE_TOKENS }
+        Self { supports_chunking: true, step: Duration::ZERO, moves: false, cache_tokens: CACHE_TOKENS }
     }
 }
 
@@ -49,6 +53,8 @@ pub(crate) struct State {
     /// All requests that were prefilled.
     pub(crate) seen: Vec<WireRequest>,
     cached: HashMap<u64, Vec<Row>>,
+    /// Steps that `Status` has told of.
+    steps_told: u64,
 }
 
 impl State {
@@ -82,12 +88,13 @@ impl FakeShard {
         let url = format!("unix://{}", path.display());
         let shard = Self { script, url, state: Arc::default(), life: Arc::default() };
         let service = TextGenerationServiceServer::new(shard.clone());
+        let control = ShardControlServer::new(shard.clone());
         let path = path.to_path_buf();
         life.spawn(async move {
             // The socket of the life before.
             let _ = std::fs::remove_file(&path);
             let listener = UnixListener::bind(path).unwrap();
-            let server = tonic::transport::Server::builder().add_service(service);
+            let server = tonic::transport::Server::builder().add_service(service).add_service(control);
             server.serve_with_incoming(UnixListenerStream::new(listener)).await
         });
         *shard.life.lock().unwrap() = Some(life);
@@ -226,6 +233,21 @@ impl Row {
             }),
             top_tokens: if self.request.top_n_tokens > 0 { vec![top] } else { Vec::new() },
         })
+    }
+}
+
+#[tonic::async_trait]
+impl ShardControl for FakeShard {
+    async fn handshake(&self, _: Request<HandshakeRequest>) -> Result<Response<HandshakeResponse>, Status> {
+        Err(Status::unimplemented("as TGI's shards"))
+    }
+
+    /// In the middle of a step, always; of another one each time if they move.
+    async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
+        let mut state = self.state.lock().unwrap();
+        state.steps_told += u64::from(self.script.moves);
+        let (steps_started, steps_finished) = (state.steps_told + 1, state.steps_told);
+        Ok(Response::new(StatusResponse { steps_started, steps_finished, ..Default::default() }))
     }
 }
 

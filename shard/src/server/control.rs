@@ -1,7 +1,7 @@
 //! `quartet.v1`: who this is and whether it moves. Answered without the engine, so that it can be asked while a step hangs.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use proto::control::shard_control_server::ShardControl;
 use proto::control::{
@@ -37,11 +37,16 @@ impl Identity {
 pub(super) struct Control {
     engine: EngineHandle,
     identity: Identity,
+    started_unix_nanos: u64,
 }
 
 impl Control {
     pub(super) fn new(engine: EngineHandle, identity: Identity) -> Self {
-        Self { engine, identity }
+        // It serves as soon as the last phase has ended.
+        let took: Duration = identity.startup.iter().map(|(_, duration)| *duration).sum();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let started_unix_nanos = now.saturating_sub(took).as_nanos() as u64;
+        Self { engine, identity, started_unix_nanos }
     }
 }
 
@@ -80,6 +85,7 @@ impl ShardControl for Control {
             blocks_used,
             memory,
             startup,
+            started_unix_nanos: self.started_unix_nanos,
         }))
     }
 }

@@ -1,7 +1,7 @@
 //! Launches in stream order, and their recording into graphs.
 
 use std::cell::Cell;
-use std::ffi::{CStr, c_void};
+use std::ffi::{CStr, c_char, c_void};
 use std::mem;
 use std::ptr;
 use std::time::Duration;
@@ -65,8 +65,8 @@ pub(crate) struct Queue {
     device: String,
     /// Percent of a multiprocessor's memory that kernels ask for as shared memory, see [`super::shared_split`].
     shared_percent: Cell<Option<u32>>,
-    /// What was launched last, for errors.
-    last: Cell<sys::CUfunction>,
+    /// Name of what was launched last, for errors.
+    last: Cell<*const c_char>,
 }
 
 // SAFETY: the handle is only read, and used from one thread at a time.
@@ -81,7 +81,7 @@ impl Queue {
             mode: Mode::Launch,
             device: device.to_owned(),
             shared_percent,
-            last: Cell::new(ptr::null_mut()),
+            last: Cell::new(ptr::null()),
         }
     }
 
@@ -113,17 +113,11 @@ impl Queue {
 
     /// Name of the kernel that was launched last, recorded ones aside.
     fn last_kernel(&self) -> String {
-        let mut name = ptr::null();
-        let function = self.last.get();
-        if function.is_null() {
+        let name = self.last.get();
+        if name.is_null() {
             return "a recorded graph".to_owned();
         }
-        // SAFETY: a place for a pointer to a name that lives as long as the kernel.
-        let code = unsafe { sys::cuFuncGetName(&raw mut name, function) };
-        if code != sys::CUresult::CUDA_SUCCESS || name.is_null() {
-            return "a kernel".to_owned();
-        }
-        // SAFETY: the driver gave a string.
+        // SAFETY: the driver's string; its module lives as long as the backend.
         unsafe { CStr::from_ptr(name) }.to_string_lossy().into_owned()
     }
 
@@ -175,7 +169,7 @@ impl Queue {
             BackendError::DeviceLost { .. } => self.lost("launching a kernel", error),
             other => other,
         });
-        self.last.set(launch.function.raw);
+        self.last.set(launch.function.name);
         launched
     }
 

@@ -1,7 +1,7 @@
 //! Kernels of the embedded images.
 
 use std::collections::HashMap;
-use std::ffi::CString;
+use std::ffi::{CString, c_char};
 use std::ptr;
 use std::sync::Arc;
 
@@ -25,6 +25,9 @@ unsafe impl Send for Module {}
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Function {
     pub(super) raw: sys::CUfunction,
+    /// The driver's string, which lives as long as the module. Asked for when the kernel is found: a device that has failed tells
+    /// no names.
+    pub(super) name: *const c_char,
 }
 
 // SAFETY: a handle that may be used from any thread; its module lives as long as the backend.
@@ -66,7 +69,11 @@ impl Module {
         // SAFETY: the module is loaded and the name ends with a zero.
         let code = unsafe { sys::cuModuleGetFunction(&raw mut raw, self.raw, symbol.as_ptr()) };
         check(&format!("finding the kernel {name} of {}", self.name), code)?;
-        Ok(Function { raw })
+        let mut own_name = ptr::null();
+        // SAFETY: a place for a pointer to a name that lives as long as the kernel.
+        let code = unsafe { sys::cuFuncGetName(&raw mut own_name, raw) };
+        check(&format!("asking the kernel {name} of {} for its name", self.name), code)?;
+        Ok(Function { raw, name: own_name })
     }
 
     /// The instantiations `{name}_{a}_{b}` that there are, by two element types.
