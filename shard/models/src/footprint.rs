@@ -16,7 +16,7 @@ use crate::spec::{
     MixerSpec, MlpSpec, QkNormScope, ResidualSpec,
 };
 use crate::tensor_parallel::{split_heads, split_tiles};
-use crate::weights::{self, WeightSource, check_tensors, prevailing_dtype, with_names_of};
+use crate::weights::{self, WeightSource, check_cache_scales, check_tensors, prevailing_dtype, with_names_of};
 use crate::{ModelError, ModelInfo};
 
 /// What a device makes of weights: see the methods of [`backend::Backend`] of the same names.
@@ -117,6 +117,7 @@ pub fn footprint(
     let fp8 = stored_as(&config, asked.quantize)?;
     let source = with_names_of(&spec, weights::open(files, 1, fp8)?);
     check_tensors(&spec, source.as_ref())?;
+    check_cache_scales(source.as_ref(), asked.kv_dtype)?;
     let dtype =
         asked.dtype.unwrap_or_else(|| (rules.default_dtype)(prevailing_dtype(&spec, source.as_ref())));
     let kv_dtype = asked.kv_dtype.unwrap_or_else(|| (rules.default_kv_dtype)(dtype).into());

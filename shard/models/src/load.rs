@@ -12,7 +12,7 @@ use crate::layers::{
 };
 use crate::quantization::{Quantize, stored_as};
 use crate::spec::{DecoderSpec, ExpectedTensor, LayerSpec, MixerSpec, ResidualSpec};
-use crate::weights::{self, WeightSource, check_tensors, prevailing_dtype, with_names_of};
+use crate::weights::{self, WeightSource, check_cache_scales, check_tensors, prevailing_dtype, with_names_of};
 use crate::{ModelError, ModelInfo};
 
 /// How a model is to be loaded.
@@ -65,6 +65,7 @@ pub fn load<B: Backend>(
     let fp8 = stored_as(&config, options.quantize)?;
     let source = with_names_of(&spec, weights::open(files, options.threads, fp8)?);
     check_tensors(&spec, source.as_ref())?;
+    check_cache_scales(source.as_ref(), options.kv_dtype)?;
     let quantizes = fp8.is_none() && options.quantize == Some(Quantize::Fp8);
     if quantizes && !backend.keeps_fp8() {
         return Err(ModelError::Unusable(vec![

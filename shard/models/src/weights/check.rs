@@ -4,6 +4,7 @@ use std::collections::HashSet;
 
 use backend::DType;
 
+use super::cache_scales::is_cache_scale;
 use super::{WeightSource, blocks};
 use crate::ModelError;
 use crate::spec::{DecoderSpec, ExpectedTensor, LmHeadSpec};
@@ -89,6 +90,7 @@ pub(crate) fn prevailing_dtype(spec: &DecoderSpec, source: &dyn WeightSource) ->
 
 fn is_harmless(name: &str, spec: &DecoderSpec) -> bool {
     HARMLESS_SUFFIXES.iter().any(|suffix| name.ends_with(suffix))
+        || is_cache_scale(name)
         || (spec.lm_head == LmHeadSpec::Tied && TIED_HEADS.contains(&name))
         || spec.other_tensors.iter().any(|prefix| name.starts_with(prefix.as_str()))
 }

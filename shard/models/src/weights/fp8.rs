@@ -9,6 +9,7 @@ use std::ops::Range;
 
 use backend::{DType, Fp8Matrix, HostMatrix, QuantizedMatrix};
 
+use super::cache_scales::is_cache_scale;
 use super::{TensorMeta, WeightSource, is_within, rows_and_cols, unusable};
 use crate::ModelError;
 use crate::quantization::Fp8Scheme;
@@ -17,9 +18,8 @@ use crate::quantization::Fp8Scheme;
 const STORED: &str = "F8_E4M3";
 /// Scales of weights.
 const SCALES: [&str; 2] = ["weight_scale", "weight_scale_inv"];
-/// Other scales: of activations, and of keys and values.
-const OTHER_SCALES: [&str; 7] =
-    ["input_scale", "input_scale_ub", "activation_scale", "k_scale", "v_scale", "kv_scale", "output_scale"];
+/// Scales of activations.
+const OTHER_SCALES: [&str; 4] = ["input_scale", "input_scale_ub", "activation_scale", "output_scale"];
 
 /// Another source's tensors, those of eight bits multiplied with their scales.
 pub(super) struct Fp8Weights {
@@ -145,7 +145,8 @@ fn read_scales(
 
 fn is_scale(name: &str) -> bool {
     let last = name.rsplit('.').next().unwrap_or(name);
-    SCALES.contains(&last) || OTHER_SCALES.contains(&last)
+    // Those of the KV cache have a check of their own.
+    !is_cache_scale(name) && (SCALES.contains(&last) || OTHER_SCALES.contains(&last))
 }
 
 impl WeightSource for Fp8Weights {

@@ -1,6 +1,7 @@
 //! Weights as they lie in files: by name, in the files' own type, only the bytes this rank needs.
 
 mod blocks;
+mod cache_scales;
 mod check;
 mod fp8;
 mod gguf;
@@ -19,6 +20,7 @@ use backend::{DType, Fp8Matrix, HostMatrix, QuantizedMatrix};
 use hub::{ModelFiles, WeightFiles};
 use memmap2::{Mmap, UncheckedAdvice};
 
+pub(crate) use cache_scales::check_cache_scales;
 pub(crate) use check::{check_tensors, prevailing_dtype};
 pub(crate) use renamed::with_names_of;
 

@@ -257,6 +257,50 @@ fn eight_bits_that_the_processor_does_not_keep_are_refused() {
     assert!(cached.starts_with("--kv-cache-dtype fp8_e4m3fn: ") && !cached.contains('\n'), "{cached}");
 }
 
+/// Scales that a checkpoint has for keys and values are not used, so they must be 1 where the cache has eight bits.
+#[test]
+fn scales_of_keys_and_values_are_one_or_the_cache_is_plain() {
+    let rules = DeviceRules {
+        default_dtype: |stored| stored,
+        default_kv_dtype: |dtype| dtype,
+        keeps_quantized: false,
+        keeps_fp8: true,
+        max_step_tokens: 512,
+        max_rows_sampled: options().max_rows_sampled,
+        block_size: BLOCK_SIZE,
+    };
+    for stored in [Stored::F32, Stored::Fp8] {
+        let mut fixture = Fixture::plain(stored);
+        let tokens = fixture.tokens(9, 5);
+        let logits = |fixture: &Fixture| alone(fixture, &options(), |decoder| in_pieces(decoder, &tokens, &[9]));
+        let before = logits(&fixture);
+        for name in ["self_attn.k_scale", "self_attn.v_proj.output_scale"] {
+            fixture.add(&format!("model.layers.1.{name}"), &[1]);
+        }
+        let set = |fixture: &mut Fixture, scales: [f32; 2]| {
+            let count = fixture.tensors.len();
+            for (tensor, scale) in fixture.tensors[count - 2..].iter_mut().zip(scales) {
+                tensor.values = vec![scale];
+            }
+            fixture.write();
+        };
+        let e4m3 = LoadOptions { kv_dtype: KvDType::from_fp8_name("fp8_e4m3fn"), ..options() };
+        let asked = |fixture: &Fixture, options: &LoadOptions| {
+            footprint(&fixture.files(), options, 1, &rules).map(drop).map_err(|error| error.to_string())
+        };
+        set(&mut fixture, [1.0, 1.0]);
+        assert_eq!(asked(&fixture, &e4m3), Ok(()));
+        set(&mut fixture, [1.0, 0.25]);
+        assert_eq!(asked(&fixture, &options()), Ok(()));
+        assert!(logits(&fixture) == before);
+        assert_eq!(
+            asked(&fixture, &e4m3).unwrap_err(),
+            "tensor model.layers.1.self_attn.v_proj.output_scale is 0.25, expected 1: --kv-cache-dtype fp8_e4m3fn stores keys \
+             and values with a scale of 1; leave it out for a cache that needs no scales"
+        );
+    }
+}
+
 #[test]
 fn a_sequence_is_the_same_alone_and_in_a_batch() {
     let fixture = Fixture::plain(Stored::F32);
