@@ -16,7 +16,9 @@ use crate::spec::{
     MixerSpec, MlpSpec, QkNormScope, ResidualSpec,
 };
 use crate::tensor_parallel::{split_heads, split_tiles};
-use crate::weights::{self, WeightSource, check_cache_scales, check_tensors, prevailing_dtype, with_names_of};
+use crate::weights::{
+    self, WeightSource, check_cache_scales, check_tensors, prevailing_dtype, with_names_of,
+};
 use crate::{ModelError, ModelInfo};
 
 /// What a device makes of weights: see the methods of [`backend::Backend`] of the same names.

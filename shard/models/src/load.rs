@@ -12,7 +12,9 @@ use crate::layers::{
 };
 use crate::quantization::{Quantize, stored_as};
 use crate::spec::{DecoderSpec, ExpectedTensor, LayerSpec, MixerSpec, ResidualSpec};
-use crate::weights::{self, WeightSource, check_cache_scales, check_tensors, prevailing_dtype, with_names_of};
+use crate::weights::{
+    self, WeightSource, check_cache_scales, check_tensors, prevailing_dtype, with_names_of,
+};
 use crate::{ModelError, ModelInfo};
 
 /// How a model is to be loaded.

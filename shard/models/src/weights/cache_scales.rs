@@ -69,7 +69,9 @@ mod tests {
         ] {
             assert!(is_cache_scale(name), "{name}");
         }
-        for name in ["k_scale", "a.rank_scale", "a.q_proj.output_scale", "a.k_proj.weight_scale", "a.k_scale.b"] {
+        for name in
+            ["k_scale", "a.rank_scale", "a.q_proj.output_scale", "a.k_proj.weight_scale", "a.k_scale.b"]
+        {
             assert!(!is_cache_scale(name), "{name}");
         }
     }

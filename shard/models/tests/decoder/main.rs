@@ -272,7 +272,8 @@ fn scales_of_keys_and_values_are_one_or_the_cache_is_plain() {
     for stored in [Stored::F32, Stored::Fp8] {
         let mut fixture = Fixture::plain(stored);
         let tokens = fixture.tokens(9, 5);
-        let logits = |fixture: &Fixture| alone(fixture, &options(), |decoder| in_pieces(decoder, &tokens, &[9]));
+        let logits =
+            |fixture: &Fixture| alone(fixture, &options(), |decoder| in_pieces(decoder, &tokens, &[9]));
         let before = logits(&fixture);
         for name in ["self_attn.k_scale", "self_attn.v_proj.output_scale"] {
             fixture.add(&format!("model.layers.1.{name}"), &[1]);
