@@ -185,7 +185,12 @@ impl Known {
                     // The same neighbours do not meet twice.
                     let other = (number + (seat + company - place) * (trial + 1)) % self.requests.len();
                     let other = if seat == place { number } else { other };
-                    scope.spawn(move || ask(port, &self.requests[other], || ()))
+                    // All at once, or one after the other.
+                    let wait = Duration::from_millis((seat * (trial % 4)) as u64);
+                    scope.spawn(move || {
+                        std::thread::sleep(wait);
+                        ask(port, &self.requests[other], || ())
+                    })
                 };
                 let threads: Vec<_> = (0..company).map(ask).collect();
                 threads.into_iter().map(std::thread::ScopedJoinHandle::join).collect()
