@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, getpgid};
 
 /// Longer than anything here takes, even on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -187,6 +187,16 @@ fn serves_then_drains_router_first_and_exits_0() {
         assert!(ended.stdout.contains(phase), "no {phase}:\n{}", ended.stdout);
     }
     assert!(!dir.join("s-0").exists() && !dir.join("s.lock").exists());
+}
+
+#[test]
+fn children_lead_groups_of_their_own_so_that_ctrl_c_is_for_the_launcher_alone() {
+    let service = Service::start(&["--num-shard", "2"], &[]);
+    service.wait_until_serving();
+    for child in ["shard-0", "shard-1", "router"] {
+        let pid = service.pid_of(child);
+        assert_eq!(getpgid(Some(pid)), Ok(pid), "{child}");
+    }
 }
 
 #[test]
