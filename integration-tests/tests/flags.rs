@@ -102,11 +102,15 @@ fn requests_have_the_limits_of_the_flags() {
         "`best_of` must be > 0 and <= 3. Given: 4",
     );
     accepted(generate(&server, json!({"stop": ["x"], "top_n_tokens": 2, "max_new_tokens": 2})));
-    refused(generate(&server, json!({"stop": ["x", "y"]})), "`stop` supports up to 1 stop sequences. Given: 2");
+    refused(
+        generate(&server, json!({"stop": ["x", "y"]})),
+        "`stop` supports up to 1 stop sequences. Given: 2",
+    );
     refused(generate(&server, json!({"top_n_tokens": 3})), "`top_n_tokens` must be >= 0 and <= 2. Given: 3");
     refused(generate(&server, json!({"max_new_tokens": 40})), "must be <= 40");
-    let prompt =
-        |text: &str| http::post(port, "/generate", &json!({"inputs": text, "parameters": {"max_new_tokens": 2}}));
+    let prompt = |text: &str| {
+        http::post(port, "/generate", &json!({"inputs": text, "parameters": {"max_new_tokens": 2}}))
+    };
     let tokens = |text: &str| {
         let answer = http::post(port, "/tokenize", &json!({"inputs": text})).unwrap().json().unwrap();
         answer.as_array().unwrap().len()
@@ -116,7 +120,8 @@ fn requests_have_the_limits_of_the_flags() {
     accepted(prompt(&short).unwrap());
     refused(prompt(&long).unwrap(), "`inputs` must have less than 8 tokens");
     let complete = |prompts: &[&str]| {
-        http::post(port, "/v1/completions", &json!({"model": "tgi", "prompt": prompts, "max_tokens": 2})).unwrap()
+        http::post(port, "/v1/completions", &json!({"model": "tgi", "prompt": prompts, "max_tokens": 2}))
+            .unwrap()
     };
     accepted(complete(&["a", "b"]));
     refused(complete(&["a", "b", "c"]), "2");
@@ -170,14 +175,19 @@ fn a_prompt_is_computed_in_steps_of_the_size_that_is_given() {
     let body = json!({"inputs": text, "parameters": {"max_new_tokens": 1}});
     assert_eq!(http::post(server.port(), "/generate", &body).unwrap().status, 200);
     let further = metric(&server, r#"tgi_batch_inference_count{method="decode"}"#);
-    assert_eq!(further as usize, num_tokens.div_ceil(16) - 1, "pieces of {num_tokens} tokens after the first");
+    assert_eq!(
+        further as usize,
+        num_tokens.div_ceil(16) - 1,
+        "pieces of {num_tokens} tokens after the first"
+    );
 }
 
 #[test]
 fn a_batch_has_as_many_requests_as_are_allowed() {
     let server = serve(&["--max-batch-size", "1"]);
     let open = || {
-        let body = json!({"inputs": "a", "parameters": {"max_new_tokens": 2000, "do_sample": true, "seed": 1}});
+        let body =
+            json!({"inputs": "a", "parameters": {"max_new_tokens": 2000, "do_sample": true, "seed": 1}});
         http::stream(server.port(), "/generate_stream", &body).unwrap()
     };
     let mut first = open();
@@ -206,7 +216,8 @@ fn weights_come_from_the_override_directory() {
     let (model, weights) = (place.path().join("model"), place.path().join("weights"));
     copy(&fixture("tiny-llama"), &model, &["config.json", "tokenizer.json", "tokenizer_config.json"]);
     copy(&fixture("tiny-llama"), &weights, &["model.safetensors"]);
-    let server = Server::of(&model).args([Path::new("--weights-cache-override"), &weights].map(|word| word.to_str().unwrap()));
+    let server = Server::of(&model)
+        .args([Path::new("--weights-cache-override"), &weights].map(|word| word.to_str().unwrap()));
     assert_eq!(generate(&server.start().unwrap(), json!({"max_new_tokens": 2})).status, 200);
     let without = Server::of(&model).run_to_exit().unwrap();
     assert_eq!(without.status.code(), Some(1), "{}", without.log);

@@ -110,7 +110,8 @@ impl Container {
     }
 
     fn child(&self, name: &str) -> Option<i32> {
-        let found = children(self.launcher()).into_iter().find(|child| child.name == name && !child.is_zombie);
+        let found =
+            children(self.launcher()).into_iter().find(|child| child.name == name && !child.is_zombie);
         found.map(|child| child.pid)
     }
 
@@ -189,7 +190,8 @@ fn its_exit_code_is_the_containers() {
     let Some(mut container) = Container::start(&["--no-such-flag"], &[]) else { return };
     assert_eq!(container.ended(), Some(2), "{}", container.read("log"));
 
-    let Some(mut container) = Container::start(&["--max-restarts", "1"], &[("FAKE_SHARD", "crash-at-restart")])
+    let Some(mut container) =
+        Container::start(&["--max-restarts", "1"], &[("FAKE_SHARD", "crash-at-restart")])
     else {
         return;
     };
@@ -201,12 +203,17 @@ fn its_exit_code_is_the_containers() {
 
 #[test]
 fn its_death_is_the_end_of_all() {
-    let Some(mut container) = Container::start(&["--num-shard", "2"], &[("FAKE_SHARD", "ignore-term")]) else { return };
+    let Some(mut container) = Container::start(&["--num-shard", "2"], &[("FAKE_SHARD", "ignore-term")])
+    else {
+        return;
+    };
     container.wait_for("announcement", |container| container.read("log").contains("Serving "));
     let launcher = container.launcher();
     let family: Vec<i32> = children(launcher).into_iter().map(|child| child.pid).collect();
     assert_eq!(family.len(), 3);
     container.signal(launcher, Signal::SIGKILL);
     container.ended();
-    container.wait_for("the end of all", |_| family.iter().all(|pid| !Path::new(&format!("/proc/{pid}")).exists()));
+    container.wait_for("the end of all", |_| {
+        family.iter().all(|pid| !Path::new(&format!("/proc/{pid}")).exists())
+    });
 }

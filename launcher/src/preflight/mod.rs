@@ -146,9 +146,10 @@ fn apart(devices: &Devices, plan: &LaunchPlan) -> Option<String> {
     for (index, device) in chosen.iter().enumerate() {
         let Some(gpu) = &device.gpu else { continue };
         for other in &chosen[index + 1..] {
-            let found = gpu.unreachable.iter().find(|peer| {
-                other.gpu.as_ref().is_some_and(|other| other.uuid == peer.uuid)
-            });
+            let found = gpu
+                .unreachable
+                .iter()
+                .find(|peer| other.gpu.as_ref().is_some_and(|other| other.uuid == peer.uuid));
             pairs.extend(found.map(|peer| format!("{} and {} ({})", device.id, other.id, peer.why)));
         }
     }
