@@ -109,9 +109,10 @@ fn without(error: &clap::Error, command: &Command, words: &[OsString]) -> Option
     }
     let option = text(error, ContextKind::InvalidArg)?.split([' ', '=']).next()?;
     let arg = option_named(command, option);
-    if let Some(variable) = arg.filter(|arg| !is_typed(arg, words)) {
-        let id = variable.get_id().clone();
-        return Some((command.clone().mut_arg(id, |arg| arg.env(None::<&'static str>)), words.to_vec()));
+    if let Some(arg) = arg.filter(|arg| !is_typed(arg, words)) {
+        // Without a variable the value is nobody's, and nothing would change.
+        arg.get_env()?;
+        return Some((without_variable(command.clone(), arg.get_id()), words.to_vec()));
     }
     let short = arg.and_then(|arg| arg.get_short()).map(|letter| format!("-{letter}"));
     let at = words.iter().skip(1).position(|word| {
@@ -128,6 +129,14 @@ fn without(error: &clap::Error, command: &Command, words: &[OsString]) -> Option
     let mut rest = words.to_vec();
     rest.drain(at..=at + usize::from(has_value));
     Some((command.clone(), rest))
+}
+
+/// The same, but blind to the variable of one option, in its subcommands as well.
+fn without_variable(command: Command, id: &clap::Id) -> Command {
+    let has_it = command.get_arguments().any(|arg| arg.get_id() == id);
+    let blind = |arg: clap::Arg| arg.env(None::<&'static str>);
+    let command = if has_it { command.mut_arg(id.clone(), blind) } else { command };
+    command.mut_subcommands(|subcommand| without_variable(subcommand, id))
 }
 
 fn text(error: &clap::Error, kind: ContextKind) -> Option<&str> {

@@ -533,6 +533,8 @@ fn variables_are_read_as_upstream_reads_them_and_wrong_ones_are_named() {
     for named in ["environment variable NUM_SHARD", "environment variable PORT", "'int3' for '--dtype"] {
         assert!(stderr.contains(named), "no {named}:\n{stderr}");
     }
+    let (code, _, stderr) = run(&["plan", "--no-such-flag"], &[("NUM_SHARD", "two")]);
+    assert_eq!((code, stderr.matches("error: ").count()), (Some(2), 2), "{stderr}");
     // The command line wins over the environment, which is then not even looked at.
     let (code, stdout, _) = run(&["--port", "0"], &[("PORT", "tcp://"), ("TRUST_REMOTE_CODE", "true")]);
     assert_eq!(code, Some(1), "{stdout}");
