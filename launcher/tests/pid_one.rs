@@ -159,12 +159,12 @@ fn it_reaps_what_is_left_to_it_and_a_signal_to_it_drains() {
     assert_eq!(numbers.split_whitespace().last(), Some("1"), "{inside}");
     // The shard has left two processes behind, one of which ends by itself: nobody but process 1 can reap it.
     assert!(!container.read("brief.pid").is_empty());
-    let names = |container: &Container| {
+    let names = || {
         let mut names: Vec<_> = children(launcher).into_iter().map(|child| child.name).collect();
         names.sort_unstable();
         names.join(" ") + if children(launcher).iter().any(|child| child.is_zombie) { " zombies" } else { "" }
     };
-    container.wait_for("three children", |container| names(container) == "router shard sleep");
+    container.wait_for("three children", |_| names() == "router shard sleep");
 
     // One that dies takes the process that it left behind along, and is replaced.
     let first = container.child("shard").unwrap();
@@ -174,7 +174,7 @@ fn it_reaps_what_is_left_to_it_and_a_signal_to_it_drains() {
     assert!(container.child("shard").is_some_and(|second| second != first));
     let is_gone = |pid: i32| !Path::new(&format!("/proc/{pid}")).exists();
     container.wait_for("end of the orphan", |_| is_gone(orphan) && is_gone(first));
-    container.wait_for("three children again", |container| names(container) == "router shard sleep");
+    container.wait_for("three children again", |_| names() == "router shard sleep");
 
     container.signal(launcher, Signal::SIGTERM);
     assert_eq!(container.ended(), Some(0), "{}", container.read("log"));
