@@ -59,13 +59,22 @@ pub(crate) fn load_model(
     }
     #[cfg(feature = "cuda")]
     {
+        let mut cuda = CudaOptions {
+            ordinal: settings.cuda_ordinal,
+            loader_threads: settings.threads,
+            is_deterministic: settings.is_deterministic,
+            ..CudaOptions::default()
+        };
+        if let Some(sizes) = &settings.cuda_graphs {
+            cuda.graph_batches.clone_from(sizes);
+        }
         if settings.world_size > 1 {
             tracing::warn!(
                 "ranks add up their parts through the host's memory, which is slow: NCCL is not used"
             );
         }
         let options = LoadOptions { max_rows_sampled: CUDA_ROWS_SAMPLED, ..options };
-        load(CudaBackend::new(cuda_options(settings), communicator)?, files, &options, ledger)
+        load(CudaBackend::new(cuda, communicator)?, files, &options, ledger)
     }
     #[cfg(not(feature = "cuda"))]
     Err(BackendError::Device {
@@ -73,19 +82,6 @@ pub(crate) fn load_model(
         reason: "this program was built without its feature `cuda`; use --device cpu".to_owned(),
     }
     .into())
-}
-
-/// What the options mean to a GPU.
-#[cfg(feature = "cuda")]
-fn cuda_options(settings: &ServeSettings) -> CudaOptions {
-    let usual = CudaOptions::default();
-    CudaOptions {
-        ordinal: settings.cuda_ordinal,
-        loader_threads: settings.threads,
-        is_deterministic: settings.is_deterministic,
-        graph_batches: settings.cuda_graphs.clone().unwrap_or(usual.graph_batches),
-        ..CudaOptions::default()
-    }
 }
 
 /// Refuses `--deterministic` where it is not kept.
@@ -149,27 +145,6 @@ fn load<B: Backend>(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[cfg(feature = "cuda")]
-    #[test]
-    fn a_gpu_is_used_as_the_options_say() {
-        use clap::Parser;
-
-        use crate::args::{Args, Command};
-        use crate::settings::serve_settings;
-
-        let options = |words: &[&str]| {
-            let args = Args::try_parse_from([&["shard", "serve", "m"], words].concat()).unwrap();
-            let Command::Serve(args) = args.command else { unreachable!() };
-            cuda_options(&serve_settings(&args, 8).unwrap())
-        };
-        let usual = CudaOptions::default().graph_batches;
-        assert_eq!((options(&[]).graph_batches, options(&[]).is_deterministic), (usual, false));
-        assert_eq!(options(&["--cuda-graphs", "0,4,8"]).graph_batches, [4, 8]);
-        assert_eq!(options(&["--cuda-graphs", "0"]).graph_batches, [0; 0]);
-        let given = options(&["--deterministic", "--cuda-ordinal", "3", "--threads", "5"]);
-        assert_eq!((given.is_deterministic, given.ordinal, given.loader_threads), (true, 3, 5));
-    }
 
     #[test]
     fn what_is_not_deterministic_does_not_say_so() {
