@@ -143,7 +143,8 @@ fn indexes_that_lead_elsewhere() {
                 fs::write(model.join(index), json!({"weight_map": map}).to_string()).unwrap();
             }
         };
-        for name in [&format!("../model/{weights}"), "/etc/passwd", &format!("./{weights}"), ".."] {
+        let (parent, here) = (format!("../model/{weights}"), format!("./{weights}"));
+        for name in [parent.as_str(), "/etc/passwd", here.as_str(), ".."] {
             let words = [index, "weight_map: found", name, "expected names of files"];
             refused(spoilt(json!({"model.norm.weight": name})), &words);
         }

@@ -211,7 +211,7 @@ fn missing_and_surplus_tensors_are_all_listed() {
             "tensor lm_head.weight is missing",
             "tensor model.layers.1.mlp.up_proj.weight is missing",
             "tensor model.norm.weight has shape [32, 2], expected [64]",
-            "tensor extra\\\\n.weight is not part of the model",
+            "tensor extra\\n.weight is not part of the model",
             "tensor head.weight is not part of the model",
         ],
     );
@@ -229,7 +229,7 @@ fn instructions_that_are_not_for_tensors() {
         (call("os", "system"), "it refers to \"os.system\", expected only tensors"),
         (call("builtins", "eval"), "it refers to \"builtins.eval\""),
         (call("torch.storage", "_load_from_bytes"), "it refers to \"torch.storage._load_from_bytes\""),
-        (call("a\u{1b}[31m", "b"), "it refers to \"a\\\\u{1b}[31m.b\""),
+        (call("a\u{1b}[31m", "b"), "it refers to \"a\\u{1b}[31m.b\""),
         (Code::new().text("os").text("system").op(b"\x93."), "it refers to \"os.system\""),
         (Code::new().op(b"(ios\nsystem\n."), "instruction INST is not allowed"),
         (Code::new().op(b"(o."), "instruction OBJ is not allowed"),
