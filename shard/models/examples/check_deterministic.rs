@@ -36,7 +36,8 @@ fn main() -> Result<ExitCode, Failure> {
     let backend = CudaBackend::new(options, Box::new(Single))?;
     let model = hub::ModelRef { model_id: arguments.model.clone(), revision: None };
     let files = hub::locate(&model, &hub::HubOptions::default())?;
-    let options = LoadOptions { max_rows_sampled: 256, threads: 8, block_size: BLOCK_SIZE, ..LoadOptions::default() };
+    let options =
+        LoadOptions { max_rows_sampled: 256, threads: 8, block_size: BLOCK_SIZE, ..LoadOptions::default() };
     let mut decoder = load(backend, &files, &options)?;
     let blocks = arguments.sequences * num_blocks(PROMPTS[5] + arguments.tokens) + 1;
     decoder.allocate_kv_cache(blocks)?;

@@ -216,10 +216,7 @@ fn missing_and_surplus_tensors_are_all_listed() {
         ],
     );
     let twice = Code::new().op(b"}(").text("a").tensor(&VIEW).text("a").tensor(&VIEW).op(b"u.");
-    refused(
-        &archive(&[("m/data.pkl", &twice.0), ("m/data/0", &[0; 24])]),
-        &["tensor \"a\" is there twice"],
-    );
+    refused(&archive(&[("m/data.pkl", &twice.0), ("m/data/0", &[0; 24])]), &["tensor \"a\" is there twice"]);
 }
 
 #[test]

@@ -75,7 +75,8 @@ pub(crate) fn archive(entries: &[(&str, &[u8])]) -> Vec<u8> {
         let (size, at) = ((data.len() as u32).to_le_bytes(), (out.len() as u32).to_le_bytes());
         let name_len = (name.len() as u16).to_le_bytes();
         out.extend(
-            [b"PK\x03\x04".as_slice(), &[0; 14], &size, &size, &name_len, &[0; 2], name.as_bytes(), data].concat(),
+            [b"PK\x03\x04".as_slice(), &[0; 14], &size, &size, &name_len, &[0; 2], name.as_bytes(), data]
+                .concat(),
         );
         let fixed = [b"PK\x01\x02".as_slice(), &[0; 16], &size, &size, &name_len, &[0; 12], &at].concat();
         directory.extend([&fixed, name.as_bytes()].concat());
