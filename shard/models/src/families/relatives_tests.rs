@@ -231,7 +231,9 @@ fn glm_turns_neighbours_and_glm4_has_norms_after_both_branches() {
     );
     // The library's defaults, where they are not Llama's.
     let mut bare = super::tests::config(glm4(json!({"num_attention_heads": 8})));
-    ["num_key_value_heads", "rms_norm_eps", "max_position_embeddings"].map(|key| bare.raw.remove(key));
+    for key in ["num_key_value_heads", "rms_norm_eps", "max_position_embeddings"] {
+        bare.raw.remove(key);
+    }
     let bare = decoder_spec(&bare).unwrap();
     let layer = attention(&bare, 0);
     assert_eq!((layer.num_kv_heads, layer.head_dim, bare.norm.eps), (2, 128, 1.5625e-7));
