@@ -9,74 +9,12 @@
 // A tile that several blocks share is put together by the last of them to arrive, from partial sums in the workspace, in
 // the order of the blocks: the same inputs give the same bits.
 #include "activation.cuh"
-#include "common.cuh"
-
-struct alignas(64) TensorMap {
-    char opaque[128];
-};
+#include "wgmma.cuh"
 
 // Element types of `out` where it is chosen at run time.
 enum OutType { OUT_F32 = 0, OUT_BF16 = 1, OUT_F16 = 2 };
 
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-__device__ __forceinline__ void barrier_init(uint32_t barrier, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
-}
-__device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, int parity) {
-    asm volatile(
-        "{\n.reg .pred p;\nAGAIN: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@p bra DONE;\nbra AGAIN;\nDONE:\n}" ::"r"(barrier),
-        "r"(parity)
-        : "memory");
-}
-constexpr uint64_t READ_ONCE = 0x12F0000000000000ull;   // evict first
-constexpr uint64_t READ_AGAIN = 0x14F0000000000000ull;  // evict last
-__device__ __forceinline__ void copy_box(uint32_t to, const TensorMap* map, uint32_t barrier, int column, int row, uint64_t policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
-        "l"(map), "r"(barrier), "r"(column), "r"(row), "l"(policy)
-        : "memory");
-}
-// Rows of 128 bytes, swizzled over 128 bytes, in groups of 8 rows that lie 1024 bytes apart.
-__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address) {
-    return (uint64_t)((address & 0x3ffff) >> 4) | ((uint64_t)1 << 16) | ((uint64_t)(1024 >> 4) << 32) | ((uint64_t)1 << 62);
-}
-
-// d[64, TOKENS] += a[64, 16] b[TOKENS, 16]^T, both from shared memory; asynchronous.
-#define D4 "%0,%1,%2,%3"
-#define D8 D4 ",%4,%5,%6,%7"
-#define D16 D8 ",%8,%9,%10,%11,%12,%13,%14,%15"
-#define D32 D16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define IO4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define IO8(i) IO4(i), IO4(i + 4)
-#define IO16(i) IO8(i), IO8(i + 8)
-#define IO32(i) IO16(i), IO16(i + 16)
-template <typename T, int TOKENS> struct Product;
-#define PRODUCT(T, NAME, TOKENS, COUNT, A, B)                                                                     \
-    template <> struct Product<T, TOKENS> {                                                                       \
-        static __device__ __forceinline__ void add(float (&d)[COUNT], uint64_t a, uint64_t b) {                   \
-            asm volatile("wgmma.mma_async.sync.aligned.m64n" #TOKENS "k16.f32." NAME "." NAME " {" D##COUNT "}, " \
-                         A ", " B ", 1, 1, 1, 0, 0;"                                                              \
-                         : IO##COUNT(0)                                                                           \
-                         : "l"(a), "l"(b));                                                                       \
-        }                                                                                                         \
-    };
-#define PRODUCTS(T, NAME)                       \
-    PRODUCT(T, NAME, 32, 16, "%16", "%17")      \
-    PRODUCT(T, NAME, 64, 32, "%32", "%33")
-PRODUCTS(bf16, "bf16")
-PRODUCTS(f16, "f16")
-#endif
-
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#ifdef HAS_WGMMA
 constexpr int BOX_COLUMNS = 64;  // elements of 16 bits: 128 bytes, the swizzle's width
 constexpr int BOX_ROWS = 64;     // rows of weights of one warpgroup
 
@@ -239,7 +177,7 @@ __device__ __forceinline__ void skinny(const TensorMap* weights, const TensorMap
             barrier_init(shared_address(&full[i]), 1);
             barrier_init(shared_address(&empty[i]), GROUPS * 4);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;\nfence.proxy.async.shared::cta;" ::: "memory");
+        barriers_made();
     }
     __syncthreads();
     pdl_launch();
@@ -290,21 +228,21 @@ __device__ __forceinline__ void skinny(const TensorMap* weights, const TensorMap
         for (; piece < tile_end; ++piece) {
             barrier_wait(shared_address(&full[stage]), parity);
             const uint32_t at = base + stage * STAGE;
-            asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+            products_begin();
 #pragma unroll
             for (int b = 0; b < BOXES; ++b) {
-                const uint64_t left = matrix_descriptor(at + (b * GROUPS + group) * WEIGHT_BOX);
-                const uint64_t right = matrix_descriptor(at + X_OFFSET + b * X_BOX);
+                const uint64_t left = matrix_at(at + (b * GROUPS + group) * WEIGHT_BOX);
+                const uint64_t right = matrix_at(at + X_OFFSET + b * X_BOX);
 #pragma unroll
-                for (int k = 0; k < 4; ++k) Product<T, TOKENS>::add(d, left + k * 2, right + k * 2);
+                for (int k = 0; k < 4; ++k) Product<T, TOKENS>::run(d, left + k * 2, right + k * 2);
             }
-            asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-            asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+            products_commit();
+            products_wait<1>();
             if (previous >= 0 && threadIdx.x % 32 == 0) barrier_arrive(shared_address(&empty[previous]));
             previous = stage;
             if (++stage == STAGES) stage = 0, parity ^= 1;
         }
-        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        products_wait<0>();
         if (threadIdx.x % 32 == 0) barrier_arrive(shared_address(&empty[previous]));
         if (!is_whole && !put_together<TOKENS, GROUPS, IS_GATED>(to, share, steps, tile, group, flags, d)) continue;
         if constexpr (IS_GATED)
@@ -321,7 +259,7 @@ __device__ __forceinline__ void skinny(const TensorMap* weights, const TensorMap
         float* partials, uint32_t* arrivals, int rows, int outputs, int inputs, int out_type, int activation) {       \
         SKINNY_BODY(T, TOKENS, GROUPS, BOXES, STAGES, IS_GATED)                                                       \
     }
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#ifdef HAS_WGMMA
 #define SKINNY_BODY(T, TOKENS, GROUPS, BOXES, STAGES, IS_GATED)                                               \
     const SkinnyArguments to{out, bias, partials, arrivals, rows, outputs, inputs, out_type, activation};     \
     skinny<T, TOKENS, GROUPS, BOXES, STAGES, IS_GATED>(&weights, &x, to);

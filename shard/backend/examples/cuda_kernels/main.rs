@@ -9,6 +9,7 @@ mod matmul;
 mod measure;
 mod norm;
 mod sampling;
+mod sweep;
 
 use std::error::Error;
 use std::io::Write;
@@ -19,12 +20,13 @@ use backend::cuda::CudaBackend;
 use measure::Figure;
 
 type Measure = fn(&mut CudaBackend) -> Result<Vec<Figure>, BackendError>;
-const ALL: [(&str, Measure); 5] = [
+const ALL: [(&str, Measure); 6] = [
     ("attention", attention::measure),
     ("norm", norm::measure),
     ("matmul", matmul::measure),
     ("experts", experts::measure),
     ("sampling", sampling::measure),
+    ("sweep", sweep::measure),
 ];
 
 fn main() -> Result<(), Box<dyn Error>> {

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use super::cluster_gemm::{ClusterGemms, ClusterPlan};
 use super::driver::{Context, DeviceMemory, DevicePtr};
 use super::elementwise::activation_number;
 use super::few_rows::FewRows;
@@ -39,6 +40,8 @@ pub enum MatmulKernel {
         /// Warpgroups a block, each of which takes 64 rows of the weights.
         groups: usize,
     },
+    /// Weights streamed through tensor cores by clusters of blocks; Hopper only.
+    Cluster(ClusterPlan),
 }
 
 /// A product whose weights and activations have the same type.
@@ -66,6 +69,7 @@ pub(super) fn out_type(dtype: DType) -> i32 {
 pub(super) struct Matmuls {
     pub(super) library: Library,
     skinny: Option<Skinny>,
+    clusters: Option<ClusterGemms>,
     gemvs: Gemvs,
     few_rows: FewRows,
 }
@@ -81,6 +85,7 @@ impl Matmuls {
         Ok(Self {
             library: Library::load(&module, options)?,
             skinny: Skinny::load(context, facts)?,
+            clusters: ClusterGemms::load(context, facts)?,
             gemvs: Gemvs::load(context)?,
             few_rows: FewRows::load(context)?,
         })
@@ -153,6 +158,13 @@ impl Matmuls {
         if queue.is_dry() {
             return Ok(true);
         }
+        if experiment(task.rows, "GATED")
+            && let Some(clusters) = &mut self.clusters
+            && let Some(plan) = clusters.plan(task, true)
+        {
+            clusters.multiply(queue, plan, task, Some(activation))?;
+            return Ok(true);
+        }
         let is_large = task.weight.out_features * task.weight.in_features >= LARGE;
         match &mut self.skinny {
             _ if task.rows <= REGISTER_ROWS => self.few_rows.multiply_gated(queue, task, activation),
@@ -169,6 +181,12 @@ impl Matmuls {
         if task.rows <= GEMV_ROWS && self.gemvs.accepts(task) {
             return MatmulKernel::Gemv;
         }
+        let name = format!("{}x{}", task.weight.out_features, task.weight.in_features);
+        if experiment(task.rows, &name)
+            && let Some(plan) = self.clusters.as_ref().and_then(|clusters| clusters.plan(task, false))
+        {
+            return MatmulKernel::Cluster(plan);
+        }
         if FewRows::accepts(task) && task.rows <= REGISTER_ROWS {
             return MatmulKernel::FewRows;
         }
@@ -184,7 +202,9 @@ impl Matmuls {
         let gemv = self.gemvs.accepts(task).then_some(MatmulKernel::Gemv);
         let few_rows = FewRows::accepts(task).then_some(MatmulKernel::FewRows);
         let skinny = self.skinny_kernels(task, workspace);
-        gemv.into_iter().chain(few_rows).chain(skinny).chain([MatmulKernel::Library]).collect()
+        let cluster = self.clusters.as_ref().and_then(|clusters| clusters.plan(task, false));
+        let cluster = cluster.map(MatmulKernel::Cluster);
+        gemv.into_iter().chain(few_rows).chain(skinny).chain(cluster).chain([MatmulKernel::Library]).collect()
     }
 
     fn skinny_kernels(&self, task: Task<'_>, workspace: &DeviceMemory) -> impl Iterator<Item = MatmulKernel> {
@@ -202,6 +222,9 @@ impl Matmuls {
         out: &CudaBuffer,
     ) -> Result<(), BackendError> {
         let task = task(x, (weight, bias), out);
+        if let (MatmulKernel::Cluster(plan), Some(clusters)) = (kernel, &mut self.clusters) {
+            return clusters.multiply(queue, plan, task, None);
+        }
         match (kernel, &mut self.skinny) {
             (MatmulKernel::Skinny { tokens, groups }, Some(skinny)) => {
                 let shape =
@@ -265,4 +288,12 @@ impl CudaBackend {
         }
         self.matmuls.multiply((&self.queue, &self.workspace), kernel, (x, weight, bias), out)
     }
+}
+
+/// EXPERIMENT
+fn experiment(rows: usize, name: &str) -> bool {
+    let number = |name: &str, default: usize| {
+        std::env::var(name).ok().map_or(default, |text| text.parse::<usize>().unwrap())
+    };
+    rows >= number("QX_MIN", 17) && rows <= number("QX_MAX", 128) && std::env::var(format!("QX_OFF_{name}")).is_err()
 }

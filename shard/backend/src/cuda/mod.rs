@@ -10,6 +10,7 @@
 mod attention;
 mod buffer;
 mod ceilings;
+mod cluster_gemm;
 mod cublaslt;
 mod driver;
 mod elementwise;
@@ -43,6 +44,7 @@ use cudarc::driver::sys::CUdevice_attribute as Attribute;
 
 pub use buffer::CudaBuffer;
 pub use ceilings::Ceilings;
+pub use cluster_gemm::ClusterPlan;
 pub use experts::CudaExperts;
 pub use kv_cache::CudaKvCache;
 pub use linear::{CudaLinear, CudaVector};
