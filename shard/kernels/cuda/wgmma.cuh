@@ -90,8 +90,9 @@ __device__ __forceinline__ uint32_t at_block(uint32_t address, uint32_t rank) {
     asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(rank));
     return there;
 }
+// Without a fence: for those that have only read.
 __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(at_block(barrier, rank)) : "memory");
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(at_block(barrier, rank)) : "memory");
 }
 // The same as `barrier_wait` for what other blocks of the cluster did.
 __device__ __forceinline__ void barrier_wait_cluster(uint32_t barrier, int phase) {

@@ -20,11 +20,8 @@ const BOX_ROW_BYTES: usize = 128;
 const GROUP_ROWS: usize = 64;
 /// Most stages of a ring.
 const MOST_STAGES: usize = 12;
-/// Bytes of a block's ring at most: two blocks have room on a multiprocessor.
-const RING_BYTES: usize = 108 << 10;
-/// What a block needs beside its ring: the ring begins at a multiple of 1024, and products of fewer than 64 rows read past its
-/// end.
-const BESIDE_RING: usize = 1024 + 8192;
+/// Most bytes of a block's shared memory, so that two have room on a multiprocessor beside what the driver keeps.
+const BLOCK_BYTES: usize = (227 << 9) - 1536;
 /// Descriptions of matrices that are kept.
 const MAX_MAPS: usize = 1 << 14;
 
@@ -68,22 +65,8 @@ struct Parameters {
 impl Argument for Parameters {}
 
 /// Rows of `x` and warpgroups of the instantiations.
-const SHAPES: [(usize, usize); 12] = [
-    (16, 1),
-    (16, 2),
-    (16, 4),
-    (32, 1),
-    (32, 2),
-    (32, 4),
-    (64, 1),
-    (64, 2),
-    (64, 4),
-    (128, 1),
-    (128, 2),
-    (128, 4),
-];
-const GATED: [(usize, usize); 8] =
-    [(16, 2), (16, 4), (32, 2), (32, 4), (64, 2), (64, 4), (128, 2), (128, 4)];
+const SHAPES: [(usize, usize); 7] = [(16, 1), (32, 1), (32, 2), (64, 1), (64, 2), (128, 1), (128, 2)];
+const GATED: [(usize, usize); 4] = [(16, 2), (32, 2), (64, 2), (128, 2)];
 
 /// A kernel for bf16 and for f16, by rows of `x` and warpgroups.
 type Kernels = HashMap<(usize, usize), [Function; 2]>;
@@ -91,9 +74,9 @@ type Kernels = HashMap<(usize, usize), [Function; 2]>;
 impl ClusterPlan {
     /// With as many stages as there is room for.
     fn fill_ring(mut self) -> Self {
-        let steps = RING_BYTES / self.stage_bytes();
-        if self.stages == 0 || self.stages > steps {
-            self.stages = steps.min(MOST_STAGES);
+        let block = std::env::var("QX_RING").ok().map_or(BLOCK_BYTES, |x| x.parse::<usize>().unwrap() << 10);
+        if self.stages == 0 {
+            self.stages = ((block - self.beside_ring()) / self.stage_bytes()).min(MOST_STAGES);
         }
         self
     }
@@ -102,26 +85,24 @@ impl ClusterPlan {
         (self.groups * self.group_rows + self.tokens) * BOX_ROW_BYTES
     }
 
+    /// The ring begins at a multiple of 1024, and products of fewer than 64 rows read past its end.
+    fn beside_ring(self) -> usize {
+        1024 + GROUP_ROWS.saturating_sub(self.group_rows + self.tokens) * BOX_ROW_BYTES
+    }
+
     fn shared_bytes(self) -> usize {
         // Sums of all warpgroups take the place of the ring.
         let sums = self.tokens * self.groups * 128 * 2;
-        (self.stages * self.stage_bytes()).max(sums) + BESIDE_RING
+        (self.stages * self.stage_bytes()).max(sums) + self.beside_ring()
     }
 
     /// What `weight` times `rows` rows takes; `outputs`: rows of the weight, or of its gates.
     fn of(rows: usize, outputs: usize, is_gated: bool, num_sms: usize) -> Option<Self> {
         let tokens = [16, 32, 64, 128].into_iter().find(|&tokens| tokens >= rows)?;
-        let halves = if is_gated { 2 } else { 1 };
-        let most_groups = if tokens == 128 { 2 } else { 4 };
-        let split = if outputs * halves >= num_sms * 96 { 1 } else { 4 };
-        // Rows of weights of a block so that all multiprocessors have one.
-        let wanted = (halves * outputs).div_ceil((num_sms / 4 * 4) / split);
-        let groups = [1, 2, 4]
-            .into_iter()
-            .filter(|&groups| groups >= halves && groups <= most_groups)
-            .find(|&groups| groups * GROUP_ROWS >= wanted)
-            .unwrap_or(most_groups);
-        let group_rows = wanted.div_ceil(groups).next_multiple_of(8).min(GROUP_ROWS);
+        let groups = if is_gated { 2 } else { 1 };
+        let split = if is_gated || outputs >= num_sms * 40 { 1 } else { 2 };
+        let even = (outputs * split).div_ceil(num_sms / 4 * 4);
+        let group_rows = if even > 32 { 64 } else { 32 };
         let plan = Self { tokens, groups, group_rows, split, share: 1, stages: 0, early: 1 };
         Some(plan.fill_ring())
     }

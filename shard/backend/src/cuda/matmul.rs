@@ -295,5 +295,7 @@ fn experiment(rows: usize, name: &str) -> bool {
     let number = |name: &str, default: usize| {
         std::env::var(name).ok().map_or(default, |text| text.parse::<usize>().unwrap())
     };
-    rows >= number("QX_MIN", 17) && rows <= number("QX_MAX", 128) && std::env::var(format!("QX_OFF_{name}")).is_err()
+    rows >= number("QX_MIN", 17)
+        && rows <= number("QX_MAX", 128)
+        && std::env::var(format!("QX_OFF_{name}")).is_err()
 }

@@ -36,6 +36,7 @@ mod skinny;
 mod step;
 mod tensor_map;
 mod upload;
+mod waiting;
 
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;

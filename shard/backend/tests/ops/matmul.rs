@@ -237,6 +237,103 @@ fn gated_matmul_activates_what_it_multiplies() {
     on_every_backend!(gates_what_it_multiplies);
 }
 
+/// A product that is added to the residual stream, the norm of that, and a product of the norm: what a backend may compute in fewer
+/// steps than it is asked for.
+fn adds_and_normalises_between_products<B: Backend>(backend: &mut B) {
+    let mut random = Random(7);
+    for dtype in [DType::BF16, DType::F16] {
+        let beside = activations_beside(backend, dtype);
+        for (rows, inputs, hidden, outputs) in [
+            (1, 136, 1032, 72),
+            (2, 264, 520, 131),
+            (1, 72, 8200, 24),
+            (2, 40, 4096, 16),
+            (3, 40, 264, 50),
+            (1, 64, 33, 20),
+        ] {
+            let mut weight = |outputs: usize, inputs: usize| -> Vec<f32> {
+                random_as(&mut random, outputs * inputs, dtype).iter().map(|x| x / 16.0).collect()
+            };
+            let (into, from, gates) =
+                (weight(hidden, inputs), weight(outputs, hidden), weight(2 * outputs, hidden));
+            let x = random_as(&mut random, rows * inputs, beside);
+            let before = random.vector(rows * hidden);
+            let scales = random.vector(hidden);
+            let input = upload_as(backend, &x, inputs, beside);
+            let [w_into, w_from, w_gates] =
+                [(&into, hidden, inputs), (&from, outputs, hidden), (&gates, 2 * outputs, hidden)].map(
+                    |(values, rows, cols)| {
+                        backend.linear(&[matrix(values, rows, cols, dtype)], dtype).unwrap()
+                    },
+                );
+            let norm = backend.vector(scales.clone()).unwrap();
+            for is_gated in [false, true] {
+                let what = format!("{rows} x {inputs} -> {hidden} -> {outputs}, {dtype}, gated: {is_gated}");
+                let mut residual = upload_as(backend, &before, hidden, DType::F32);
+                let nothing = |backend: &mut B, width: usize| {
+                    upload_as(backend, &vec![f32::NAN; rows * width], width, beside)
+                };
+                let (mut delta, mut normed) = (nothing(backend, hidden), nothing(backend, hidden));
+                let (mut out, mut gate_up) = (nothing(backend, outputs), nothing(backend, 2 * outputs));
+                backend.matmul(&input, &w_into, None, &mut delta).unwrap();
+                backend.add_rms_norm(&mut residual, &delta, (&norm, 1e-5), &mut normed).unwrap();
+                if is_gated {
+                    let buffers = (&mut gate_up, &mut out);
+                    backend.gated_matmul(&normed, (&w_gates, None), Activation::Silu, buffers).unwrap();
+                } else {
+                    backend.matmul(&normed, &w_from, None, &mut out).unwrap();
+                }
+                let out = backend.read(&out).unwrap();
+                let [residual, delta, normed] =
+                    [&residual, &delta, &normed].map(|buffer| backend.read(buffer).unwrap());
+                let (expected, magnitudes) = reference(&x, &into, None, inputs);
+                assert_close(
+                    &what,
+                    &delta,
+                    &expected,
+                    &magnitudes,
+                    tolerances::matmul(dtype).stored_as(beside),
+                );
+                let sums: Vec<f32> = before.iter().zip(&delta).map(|(a, b)| a + b).collect();
+                assert_eq!(residual, sums, "{what}: the residual stream");
+                let expected: Vec<f64> =
+                    sums.chunks(hidden).flat_map(|row| normalised(row, &scales)).collect();
+                let magnitudes: Vec<f64> = expected.iter().map(|x| x.abs()).collect();
+                assert_close(&what, &normed, &expected, &magnitudes, tolerances::NORM.stored_as(beside));
+                if !is_gated {
+                    let (expected, magnitudes) = reference(&normed, &from, None, hidden);
+                    assert_close(
+                        &what,
+                        &out,
+                        &expected,
+                        &magnitudes,
+                        tolerances::matmul(dtype).stored_as(beside),
+                    );
+                    continue;
+                }
+                // The same by a norm that was there before.
+                let input = upload_as(backend, &normed, hidden, beside);
+                let mut again = nothing(backend, outputs);
+                let buffers = (&mut gate_up, &mut again);
+                backend.gated_matmul(&input, (&w_gates, None), Activation::Silu, buffers).unwrap();
+                assert_eq!(out, backend.read(&again).unwrap(), "{what}: the gated product");
+            }
+        }
+    }
+}
+
+/// RMSNorm of a row.
+fn normalised(row: &[f32], scales: &[f32]) -> Vec<f64> {
+    let squares = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>() / row.len() as f64;
+    let factor = 1.0 / (squares + 1e-5).sqrt();
+    row.iter().zip(scales).map(|(&x, &scale)| f64::from(x) * factor * f64::from(scale)).collect()
+}
+
+#[test]
+fn norms_and_sums_between_products_are_as_if_each_were_alone() {
+    on_every_backend!(adds_and_normalises_between_products);
+}
+
 /// A rank's window of a larger matrix, at an odd address, stacked on others of other types.
 fn stacks_windows<B: Backend>(backend: &mut B) {
     let mut random = Random(2);
