@@ -1,10 +1,8 @@
-// out[M, N] = x[M, K] W[N, K]^T (+ bias) for up to 128 rows of x on Hopper: a race to read the weights once.
+// out[M, N] = x[M, K] W[N, K]^T (+ bias) for up to 64 rows of x on Hopper: a race to read the weights once.
 //
 // The weights are the left side of the tensor cores' product (at most 64 of their rows a warpgroup) and up to TOKENS rows of x the
-// right one. A block has one tile of weight rows, or a share of its k: the blocks of a cluster share K between `split` of them,
-// and `share` of them have other rows of weights for the same part of x, which comes through the L2 once for all of these. Sums of
-// blocks that share K meet in one another's shared memory, always in the same order. Nothing goes through global memory but the
-// result.
+// right one. A block has one tile of weight rows; of small weights the blocks of a cluster share the tile's K, and their sums meet
+// in one another's shared memory, always in the same order: nothing goes through global memory but the result.
 //
 // One warp fills a ring of stages by bulk tensor copies: with weights before it waits for the kernel that makes x. It lets the
 // next kernel start when it has asked for its last stage, not before: what is on the way then takes as long to arrive as the next
@@ -16,6 +14,9 @@
 // The host knows these numbers too: shard/backend/src/cuda/cluster_gemm.rs.
 constexpr int COLUMNS = 64;  // of a box: 128 bytes of 16-bit elements, as many as a copy exchanges chunks of
 constexpr int MOST_STAGES = 12;
+// How the L2 cache keeps what is copied: evict first, and last.
+constexpr uint64_t READ_ONCE = 0x12F0000000000000ull;
+constexpr uint64_t READ_AGAIN = 0x14F0000000000000ull;
 
 struct ClusterGemm {
     void* out;
@@ -26,8 +27,8 @@ struct ClusterGemm {
     int outputs;
     // Weight rows of a warpgroup: a multiple of 8, at most 64.
     int group_rows;
-    // Blocks of a cluster that share K, and of those with other rows for the same x.
-    int split, share;
+    // Blocks of a cluster, which share K.
+    int split;
     int stages;
     // How many stages before the end the next kernel may start: at least 1.
     int early;
@@ -53,18 +54,16 @@ template <typename T, int TOKENS, int GROUPS, bool IS_GATED> struct Cluster {
     uint32_t ring;
     // Bytes of a warpgroup's weights in a stage, and of a stage.
     int box, stage_bytes;
-    int rank, part, member;
+    // Which of the blocks that share K.
+    int part;
     // The first row of the result, and the steps of K.
     int first_row, begin, steps;
 
     __device__ __forceinline__ Cluster(const ClusterGemm& to, Barriers& barriers, uint32_t ring) : to(to), barriers(barriers), ring(ring) {
-        const int size = to.split * to.share;
-        rank = size > 1 ? static_cast<int>(cluster_rank()) : 0;
-        part = rank / to.share;
-        member = rank % to.share;
+        part = to.split > 1 ? static_cast<int>(cluster_rank()) : 0;
         box = to.group_rows * 128;
         stage_bytes = GROUPS * box + TOKENS * 128;
-        first_row = (static_cast<int>(blockIdx.x) / size * to.share + member) * (OUT_GROUPS * to.group_rows);
+        first_row = static_cast<int>(blockIdx.x) / to.split * (OUT_GROUPS * to.group_rows);
         const int all = (to.inputs + COLUMNS - 1) / COLUMNS;
         begin = part * all / to.split;
         steps = (part + 1) * all / to.split - begin;
@@ -73,7 +72,7 @@ template <typename T, int TOKENS, int GROUPS, bool IS_GATED> struct Cluster {
     __device__ __forceinline__ void make_barriers() const {
         for (int i = 0; i < to.stages; ++i) {
             barrier_init(shared_address(&barriers.full[i]), 1);
-            barrier_init(shared_address(&barriers.empty[i]), GROUPS * 4 * to.share);
+            barrier_init(shared_address(&barriers.empty[i]), GROUPS * 4);
         }
         barrier_init(shared_address(&barriers.drained), to.split);
         barrier_init(shared_address(&barriers.gathered), 1);
@@ -94,15 +93,8 @@ template <typename T, int TOKENS, int GROUPS, bool IS_GATED> struct Cluster {
     }
 
     __device__ __forceinline__ void copy_x(const TensorMap* x, int step, int stage) const {
-        const uint32_t barrier = shared_address(&barriers.full[stage]), at = ring + stage * stage_bytes + GROUPS * box;
-        const int column = (begin + step) * COLUMNS;
-        if (to.share == 1) {
-            copy_box(at, x, barrier, column, 0, READ_AGAIN);
-        } else {
-            const int rows = TOKENS / to.share;
-            const int blocks = ((1 << to.share) - 1) << (part * to.share);
-            copy_box_to(blocks, at + member * rows * 128, x, barrier, column, member * rows, READ_AGAIN);
-        }
+        const uint32_t at = ring + stage * stage_bytes + GROUPS * box;
+        copy_box(at, x, shared_address(&barriers.full[stage]), (begin + step) * COLUMNS, 0, READ_AGAIN);
     }
 
     // Of one thread.
@@ -112,8 +104,7 @@ template <typename T, int TOKENS, int GROUPS, bool IS_GATED> struct Cluster {
         // Where all weights are on their way there is nothing more to wait for.
         const int last = max(ahead, steps - to.early);
         if (last >= steps) pdl_launch();
-        // The other blocks' barriers are there.
-        if (to.split * to.share > 1) cluster_wait();
+        if (to.split > 1) cluster_wait();
         pdl_wait();
         for (int step = 0; step < ahead; ++step) copy_x(x, step, step);
         int stage = 0, phase = 0;
@@ -127,16 +118,10 @@ template <typename T, int TOKENS, int GROUPS, bool IS_GATED> struct Cluster {
     }
 
     __device__ __forceinline__ void multiply(float (&d)[SUMS], int group) const {
-        const int lane = threadIdx.x % 32;
         int stage = 0, phase = 0, previous = 0;
         const auto release = [&](int step, int at) {
             // Nobody waits for a stage that is not filled again.
-            if (step + to.stages >= steps) return;
-            if (to.share == 1) {
-                if (lane == 0) barrier_arrive(shared_address(&barriers.empty[at]));
-            } else if (lane < to.share) {
-                barrier_arrive_at(shared_address(&barriers.empty[at]), part * to.share + lane);
-            }
+            if (step + to.stages < steps && threadIdx.x % 32 == 0) barrier_arrive(shared_address(&barriers.empty[at]));
         };
         for (int step = 0; step < steps; ++step) {
             barrier_wait(shared_address(&barriers.full[stage]), phase);
@@ -161,13 +146,13 @@ template <typename T, int TOKENS, int GROUPS, bool IS_GATED> struct Cluster {
         const int t = threadIdx.x;
         // Sums take the place of the ring, here and there.
         sync_some<1, THREADS>();
-        if (t < to.split) barrier_arrive_at(shared_address(&barriers.drained), t * to.share + member);
+        if (t < to.split) barrier_arrive_at(shared_address(&barriers.drained), t);
         barrier_wait(shared_address(&barriers.drained), 0);
 #pragma unroll
         for (int j = 0; j < TOKENS / 8; ++j) {
             const int owner = j / columns;
-            send(place(part * columns + j % columns, t), shared_address(&barriers.gathered), owner * to.share + member, d[4 * j], d[4 * j + 1],
-                 d[4 * j + 2], d[4 * j + 3]);
+            send(place(part * columns + j % columns, t), shared_address(&barriers.gathered), owner, d[4 * j], d[4 * j + 1], d[4 * j + 2],
+                 d[4 * j + 3]);
         }
         barrier_wait_cluster(shared_address(&barriers.gathered), 0);
     }
@@ -221,7 +206,8 @@ template <typename T, int TOKENS, int GROUPS, bool IS_GATED> struct Cluster {
     __device__ __forceinline__ void consume() const {
         const int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
         float d[SUMS] = {};
-        if (to.split * to.share > 1) cluster_wait();
+        // The other blocks' barriers are there.
+        if (to.split > 1) cluster_wait();
         multiply(d, group);
         // What ran before may still read what this overwrites.
         pdl_wait();
@@ -293,10 +279,10 @@ template <typename T, int TOKENS, int GROUPS, bool IS_GATED> struct Cluster {
         }
         if (threadIdx.x == 0) work.make_barriers();
         __syncthreads();
-        if (to.split * to.share > 1) cluster_arrive();
+        if (to.split > 1) cluster_arrive();
         if (threadIdx.x < THREADS) work.consume();
         else if (threadIdx.x == THREADS) work.produce(weights, x);
-        else if (to.split * to.share > 1) cluster_wait();
+        else if (to.split > 1) cluster_wait();
     }
 };
 #endif
@@ -317,12 +303,7 @@ template <typename T, int TOKENS, int GROUPS, bool IS_GATED> struct Cluster {
     CLUSTER(NAME, f16, TOKENS, GROUPS, BLOCKS, IS_GATED)
 CLUSTER_TYPES(cluster, 16, 1, 2, false)
 CLUSTER_TYPES(cluster, 32, 1, 2, false)
-CLUSTER_TYPES(cluster, 32, 2, 2, false)
 CLUSTER_TYPES(cluster, 64, 1, 2, false)
-CLUSTER_TYPES(cluster, 64, 2, 2, false)
-CLUSTER_TYPES(cluster, 128, 1, 2, false)
-CLUSTER_TYPES(cluster, 128, 2, 2, false)
 CLUSTER_TYPES(cluster_gated, 16, 2, 2, true)
 CLUSTER_TYPES(cluster_gated, 32, 2, 2, true)
 CLUSTER_TYPES(cluster_gated, 64, 2, 2, true)
-CLUSTER_TYPES(cluster_gated, 128, 2, 2, true)

@@ -1,8 +1,5 @@
 // Products with few rows of activations: a race to read the weights once. A warp has one output, or the gate and the up of one;
 // its weights are on their way, 16 bytes a lane and eight of them at a time, before the activations are there.
-//
-// A product may bring the RMSNorm before it: every block then normalises the rows by itself, which takes less time than a kernel of
-// its own. And it may add what it stores to the residual stream.
 #include "activation.cuh"
 #include "common.cuh"
 
@@ -20,48 +17,7 @@ struct Gemv {
     int inputs, pitch;
     // Of the result; a gated product has twice as many rows of weights.
     int outputs;
-    // [rows, outputs]: gets what is stored added. Null: nothing does.
-    float* residual;
-    // With a norm `x` is this normalised, and stored for others: [rows, inputs]. Else null.
-    const float* stream;
-    // [inputs].
-    const float* norm_weight;
-    float eps;
 };
-
-// `x` of ROWS rows normalised, in shared memory and, by the first block, in `g.x`.
-template <typename T, int ROWS> __device__ __forceinline__ void normalise(const Gemv& g, uint4* shared_x) {
-    // A thread's elements stay in registers between the sum and the product: rows of at most 8192.
-    constexpr int MOST = 4, THREADS = GEMV_WARPS * 32;
-    __shared__ float scratch[32];
-    const int pieces = g.inputs / 8;
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-        float v[MOST][8], sum = 0.0f;
-#pragma unroll
-        for (int k = 0; k < MOST; ++k) {
-            const int at = threadIdx.x + k * THREADS;
-            if (at >= pieces) break;
-            load_floats<f32, 8>(g.stream + static_cast<int64_t>(r) * g.inputs + at * 8, v[k]);
-#pragma unroll
-            for (int i = 0; i < 8; ++i) sum += v[k][i] * v[k][i];
-        }
-        const float factor = 1.0f / sqrtf(block_sum(sum, scratch) / g.inputs + g.eps);
-#pragma unroll
-        for (int k = 0; k < MOST; ++k) {
-            const int at = threadIdx.x + k * THREADS;
-            if (at >= pieces) break;
-            float w[8];
-            load_floats<f32, 8>(g.norm_weight + at * 8, w);
-#pragma unroll
-            for (int i = 0; i < 8; ++i) v[k][i] = v[k][i] * factor * w[i];
-            T* const to = reinterpret_cast<T*>(shared_x + r * pieces + at);
-            store_floats<T, 8>(to, v[k]);
-            if (blockIdx.x == 0) static_cast<uint4*>(const_cast<void*>(g.x))[r * pieces + at] = shared_x[r * pieces + at];
-        }
-    }
-    __syncthreads();
-}
 
 template <typename T> __device__ __forceinline__ void unpack(const uint4& v, float (&out)[8]);
 template <> __device__ __forceinline__ void unpack<bf16>(const uint4& v, float (&out)[8]) {
@@ -83,7 +39,7 @@ template <> __device__ __forceinline__ void unpack<f16>(const uint4& v, float (&
 }
 
 // Sums of one output (`IS_GATED`: of its gate and its up) for `ROWS` rows of activations.
-template <typename T, typename Out, int ROWS, bool IS_GATED, bool HAS_NORM>
+template <typename T, typename Out, int ROWS, bool IS_GATED>
 __device__ __forceinline__ void gemv(const Gemv& g, int activation) {
     constexpr int SUMS = IS_GATED ? 2 : 1;
     constexpr int DEPTH = GEMV_DEPTH / SUMS;
@@ -112,12 +68,9 @@ __device__ __forceinline__ void gemv(const Gemv& g, int activation) {
     fetch(0);
     pdl_wait();
     pdl_launch();
-    if constexpr (HAS_NORM) {
-        normalise<T, ROWS>(g, shared_x);
-    } else {
-        for (int at = threadIdx.x; at < ROWS * pieces; at += blockDim.x) shared_x[at] = static_cast<const uint4*>(g.x)[at];
-        __syncthreads();
-    }
+    for (int at = threadIdx.x; at < ROWS * pieces; at += blockDim.x)
+        shared_x[at] = static_cast<const uint4*>(g.x)[at];
+    __syncthreads();
     float sums[SUMS][ROWS] = {};
     for (int first = 0; first < pieces; first += 32 * DEPTH) {
         uint4 now[SUMS][DEPTH];
@@ -157,32 +110,18 @@ __device__ __forceinline__ void gemv(const Gemv& g, int activation) {
             // As if gate and up had been stored.
             value = activated<T>(to_float(from_float<T>(value)), activation) * to_float(from_float<T>(up));
         }
-        const int64_t to = static_cast<int64_t>(r) * g.outputs + output;
-        const Out stored = from_float<Out>(value);
-        static_cast<Out*>(g.out)[to] = stored;
-        if (!IS_GATED && g.residual) g.residual[to] += to_float(stored);
+        static_cast<Out*>(g.out)[static_cast<int64_t>(r) * g.outputs + output] = from_float<Out>(value);
     }
 }
 
 #define INSTANTIATE(T, OUT, ROWS)                                                                         \
     extern "C" __global__ void __launch_bounds__(32 * GEMV_WARPS) gemv_##ROWS##_##T##_##OUT(Gemv g) {    \
-        gemv<T, OUT, ROWS, false, false>(g, 0);                                                                  \
+        gemv<T, OUT, ROWS, false>(g, 0);                                                                  \
     }
 #define INSTANTIATE_GATED(T, ROWS)                                                                        \
     extern "C" __global__ void __launch_bounds__(32 * GEMV_WARPS) gemv_gated_##ROWS##_##T(Gemv g, int a) { \
-        gemv<T, T, ROWS, true, false>(g, a);                                                                     \
+        gemv<T, T, ROWS, true>(g, a);                                                                     \
     }
-#define INSTANTIATE_NORMED(T, ROWS)                                                                       \
-    extern "C" __global__ void __launch_bounds__(32 * GEMV_WARPS) gemv_normed_##ROWS##_##T(Gemv g) {     \
-        gemv<T, T, ROWS, false, true>(g, 0);                                                              \
-    }                                                                                                     \
-    extern "C" __global__ void __launch_bounds__(32 * GEMV_WARPS) gemv_normed_gated_##ROWS##_##T(Gemv g, int a) { \
-        gemv<T, T, ROWS, true, true>(g, a);                                                               \
-    }
-INSTANTIATE_NORMED(bf16, 1)
-INSTANTIATE_NORMED(bf16, 2)
-INSTANTIATE_NORMED(f16, 1)
-INSTANTIATE_NORMED(f16, 2)
 #define INSTANTIATE_ROWS(ROWS)                                                                            \
     INSTANTIATE(bf16, bf16, ROWS)                                                                         \
     INSTANTIATE(bf16, f32, ROWS)                                                                          \

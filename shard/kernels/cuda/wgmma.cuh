@@ -52,22 +52,11 @@ __device__ __forceinline__ void copy_box(uint32_t to, const TensorMap* map, uint
                  "l"(map), "r"(barrier), "r"(column), "r"(row)
                  : "memory");
 }
-// How the L2 cache keeps what is copied.
-constexpr uint64_t READ_ONCE = 0x12F0000000000000ull;   // evict first
-constexpr uint64_t READ_AGAIN = 0x14F0000000000000ull;  // evict last
+// The same with a policy of the L2 cache.
 __device__ __forceinline__ void copy_box(uint32_t to, const TensorMap* map, uint32_t barrier, int column, int row, uint64_t policy) {
     asm volatile(
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to),
         "l"(map), "r"(barrier), "r"(column), "r"(row), "l"(policy)
-        : "memory");
-}
-// The same to this place in every block of the cluster that `blocks` has a bit for; each one's barrier counts the bytes.
-__device__ __forceinline__ void copy_box_to(int blocks, uint32_t to, const TensorMap* map, uint32_t barrier, int column, int row,
-                                            uint64_t policy) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "
-        "[%0], [%1, {%3, %4}], [%2], %5, %6;" ::"r"(to),
-        "l"(map), "r"(barrier), "r"(column), "r"(row), "h"(static_cast<uint16_t>(blocks)), "l"(policy)
         : "memory");
 }
 __device__ __forceinline__ void prefetch_map(const TensorMap* map) {

@@ -10,7 +10,6 @@ mod matmul;
 mod measure;
 mod norm;
 mod sampling;
-mod sweep;
 
 use std::error::Error;
 use std::io::Write;
@@ -28,7 +27,6 @@ const ALL: [(&str, Measure); 6] = [
     ("fp8", fp8::measure),
     ("experts", experts::measure),
     ("sampling", sampling::measure),
-    ("sweep", sweep::measure),
 ];
 
 fn main() -> Result<(), Box<dyn Error>> {

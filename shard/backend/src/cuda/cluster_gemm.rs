@@ -1,4 +1,4 @@
-//! Products of up to 128 rows on Hopper, by clusters of blocks: `cluster_gemm.cu`.
+//! Products of up to 64 rows on Hopper, by clusters of blocks: `cluster_gemm.cu`.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -22,6 +22,10 @@ const GROUP_ROWS: usize = 64;
 const MOST_STAGES: usize = 12;
 /// Most bytes of a block's shared memory, so that two have room on a multiprocessor beside what the driver keeps.
 const BLOCK_BYTES: usize = (227 << 9) - 1536;
+/// Stages before its last at which a block lets the next kernel start.
+const EARLY_STAGES: i32 = 4;
+/// Outputs for each multiprocessor from which on blocks need not share K.
+const WHOLE_ROWS: usize = 40;
 /// Descriptions of matrices that are kept.
 const MAX_MAPS: usize = 1 << 14;
 
@@ -34,14 +38,10 @@ pub struct ClusterPlan {
     pub groups: usize,
     /// Weight rows of a warpgroup, a multiple of 8.
     pub group_rows: usize,
-    /// Blocks that share K.
+    /// Blocks of a cluster, which share K.
     pub split: usize,
-    /// Blocks with other weight rows that get `x` together.
-    pub share: usize,
     /// Stages of the ring.
-    pub stages: usize,
-    /// Stages before the end the next kernel may start.
-    pub early: usize,
+    stages: usize,
 }
 
 /// `ClusterGemm` of cluster_gemm.cu.
@@ -57,30 +57,19 @@ struct Parameters {
     outputs: i32,
     group_rows: i32,
     split: i32,
-    share: i32,
     stages: i32,
     early: i32,
 }
 
 impl Argument for Parameters {}
 
-/// Rows of `x` and warpgroups of the instantiations.
-const SHAPES: [(usize, usize); 7] = [(16, 1), (32, 1), (32, 2), (64, 1), (64, 2), (128, 1), (128, 2)];
-const GATED: [(usize, usize); 4] = [(16, 2), (32, 2), (64, 2), (128, 2)];
+/// Rows of `x` of the instantiations, each with one warpgroup, or with one for gates and one for ups.
+const TOKENS: [usize; 3] = [16, 32, 64];
 
-/// A kernel for bf16 and for f16, by rows of `x` and warpgroups.
-type Kernels = HashMap<(usize, usize), [Function; 2]>;
+/// A kernel for bf16 and for f16, by rows of `x`.
+type Kernels = HashMap<usize, [Function; 2]>;
 
 impl ClusterPlan {
-    /// With as many stages as there is room for.
-    fn fill_ring(mut self) -> Self {
-        let block = std::env::var("QX_RING").ok().map_or(BLOCK_BYTES, |x| x.parse::<usize>().unwrap() << 10);
-        if self.stages == 0 {
-            self.stages = ((block - self.beside_ring()) / self.stage_bytes()).min(MOST_STAGES);
-        }
-        self
-    }
-
     fn stage_bytes(self) -> usize {
         (self.groups * self.group_rows + self.tokens) * BOX_ROW_BYTES
     }
@@ -96,15 +85,17 @@ impl ClusterPlan {
         (self.stages * self.stage_bytes()).max(sums) + self.beside_ring()
     }
 
-    /// What `weight` times `rows` rows takes; `outputs`: rows of the weight, or of its gates.
+    /// For `rows` rows of `x`; `outputs` of the result.
     fn of(rows: usize, outputs: usize, is_gated: bool, num_sms: usize) -> Option<Self> {
-        let tokens = [16, 32, 64, 128].into_iter().find(|&tokens| tokens >= rows)?;
+        let tokens = TOKENS.into_iter().find(|&tokens| tokens >= rows)?;
         let groups = if is_gated { 2 } else { 1 };
-        let split = if is_gated || outputs >= num_sms * 40 { 1 } else { 2 };
-        let even = (outputs * split).div_ceil(num_sms / 4 * 4);
-        let group_rows = if even > 32 { 64 } else { 32 };
-        let plan = Self { tokens, groups, group_rows, split, share: 1, stages: 0, early: 1 };
-        Some(plan.fill_ring())
+        let split = if is_gated || outputs >= num_sms * WHOLE_ROWS { 1 } else { 2 };
+        // Rows of weights for which all multiprocessors have a block; small tiles are the quicker ones only where most would be idle.
+        let rows_of_each = (outputs * split).div_ceil(num_sms);
+        let group_rows = if rows_of_each > GROUP_ROWS / 2 { GROUP_ROWS } else { GROUP_ROWS / 2 };
+        let mut plan = Self { tokens, groups, group_rows, split, stages: 0 };
+        plan.stages = ((BLOCK_BYTES - plan.beside_ring()) / plan.stage_bytes()).min(MOST_STAGES);
+        Some(plan)
     }
 }
 
@@ -123,20 +114,16 @@ impl ClusterGemms {
             return Ok(None);
         }
         let module = Module::load(context, "cluster_gemm")?;
-        let load = |name: &str, shapes: &[(usize, usize)]| {
-            let find = |tokens: usize, groups: usize, dtype: &str| -> Result<Function, BackendError> {
+        let load = |name: &str, groups: usize| {
+            let find = |tokens: usize, dtype: &str| -> Result<Function, BackendError> {
                 let function = module.function(&format!("{name}_{tokens}_{groups}_{dtype}"))?;
-                function.allow_shared_memory(200 << 10)?;
+                function.allow_shared_memory(BLOCK_BYTES as u32)?;
                 Ok(function)
             };
-            shapes
-                .iter()
-                .map(|&(tokens, groups)| {
-                    Ok(((tokens, groups), [find(tokens, groups, "bf16")?, find(tokens, groups, "f16")?]))
-                })
-                .collect::<Result<Kernels, BackendError>>()
+            let both = |tokens: usize| Ok((tokens, [find(tokens, "bf16")?, find(tokens, "f16")?]));
+            TOKENS.into_iter().map(both).collect::<Result<Kernels, BackendError>>()
         };
-        let (plain, gated) = (load("cluster", &SHAPES)?, load("cluster_gated", &GATED)?);
+        let (plain, gated) = (load("cluster", 1)?, load("cluster_gated", 2)?);
         Ok(Some(Self { plain, gated, num_sms: facts.num_sms, maps: HashMap::new() }))
     }
 
@@ -151,8 +138,7 @@ impl ClusterGemms {
         if !fits {
             return None;
         }
-        let plan = ClusterPlan::of(task.rows, outputs, is_gated, self.num_sms)?;
-        Some(experiment(plan, weight))
+        ClusterPlan::of(task.rows, outputs, is_gated, self.num_sms)
     }
 
     /// `out = x weight^T (+ bias)`; with an activation `activation(gate) * up` of the product's halves.
@@ -164,7 +150,7 @@ impl ClusterGemms {
         activation: Option<i32>,
     ) -> Result<(), BackendError> {
         let kernels = if activation.is_some() { &self.gated } else { &self.plain };
-        let Some(functions) = kernels.get(&(plan.tokens, plan.groups)) else {
+        let Some(functions) = kernels.get(&plan.tokens) else {
             return Err(BackendError::Device {
                 operation: "a product by clusters".to_owned(),
                 reason: format!("{plan:?} was not compiled"),
@@ -174,10 +160,9 @@ impl ClusterGemms {
         let halves = if activation.is_some() { 2 } else { 1 };
         let outputs = task.weight.out_features / halves;
         let tiles = outputs.div_ceil(plan.groups / halves * plan.group_rows);
-        let cluster = plan.split * plan.share;
         let launch = Launch {
             function,
-            grid: [(tiles.div_ceil(plan.share) * cluster) as u32, 1, 1],
+            grid: [(tiles * plan.split) as u32, 1, 1],
             block: (plan.groups * 128 + 32) as u32,
             shared_bytes: plan.shared_bytes() as u32,
         };
@@ -192,11 +177,10 @@ impl ClusterGemms {
             outputs: outputs as i32,
             group_rows: plan.group_rows as i32,
             split: plan.split as i32,
-            share: plan.share as i32,
             stages: plan.stages as i32,
-            early: plan.early as i32,
+            early: EARLY_STAGES,
         };
-        queue.launch_clusters(&launch, cluster as u32, args![weights, x, parameters])
+        queue.launch_clusters(&launch, plan.split as u32, args![weights, x, parameters])
     }
 
     /// The descriptions of weights and activations.
@@ -220,7 +204,7 @@ impl ClusterGemms {
             rows: task.rows,
             columns: in_features,
             row_bytes: in_features * 2,
-            box_size: [plan.tokens / plan.share, BOX_COLUMNS],
+            box_size: [plan.tokens, BOX_COLUMNS],
         })?;
         Ok((weights, x))
     }
@@ -239,26 +223,36 @@ impl ClusterGemms {
     }
 }
 
-/// EXPERIMENT
-fn experiment(mut plan: ClusterPlan, weight: &CudaLinear) -> ClusterPlan {
-    let name = format!("QX_{}x{}_{}", weight.out_features, weight.in_features, plan.tokens);
-    if let Some(text) = std::env::var(name).ok().or_else(|| std::env::var("QX_ALL").ok()) {
-        for item in text.split(',') {
-            let (key, value) = item.split_at(1);
-            let value: usize = value.parse().unwrap();
-            match key {
-                "g" => plan.groups = value,
-                "r" => plan.group_rows = value,
-                "c" => plan.split = value,
-                "m" => plan.share = value,
-                "s" => plan.stages = value,
-                "e" => plan.early = value,
-                _ => panic!("{item}"),
-            }
-            if "gr".contains(key) {
-                plan.stages = 0;
-            }
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn plans() -> impl Iterator<Item = ClusterPlan> {
+        let outputs = [8, 1000, 2048, 3072, 4096, 6144, 14_336, 128_256];
+        let shapes = outputs.into_iter().flat_map(|outputs| [(outputs, false), (outputs, true)]);
+        shapes.flat_map(|(outputs, is_gated)| {
+            [1, 16, 17, 33, 64]
+                .into_iter()
+                .filter_map(move |rows| ClusterPlan::of(rows, outputs, is_gated, 132))
+        })
+    }
+
+    #[test]
+    fn two_blocks_have_room_on_a_multiprocessor() {
+        for plan in plans() {
+            // 228 KiB, of which the driver keeps one for each block; barriers take less than 512 bytes.
+            assert!(2 * (plan.shared_bytes() + 512 + 1024) <= 228 << 10, "{plan:?}");
+            assert!((4..=MOST_STAGES).contains(&plan.stages), "{plan:?}");
         }
     }
-    plan.fill_ring()
+
+    #[test]
+    fn boxes_keep_the_exchange_of_chunks() {
+        for plan in plans() {
+            assert!(plan.group_rows.is_multiple_of(8) && plan.group_rows <= GROUP_ROWS, "{plan:?}");
+            // Each block of a cluster finishes some columns of eight rows of `x`.
+            assert!((plan.tokens / 8).is_multiple_of(plan.split), "{plan:?}");
+        }
+        assert_eq!(ClusterPlan::of(65, 4096, false, 132), None);
+    }
 }

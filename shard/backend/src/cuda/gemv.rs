@@ -6,7 +6,6 @@ use super::driver::{Context, DevicePtr};
 use super::launch::{Argument, Launch, Queue, args};
 use super::matmul::Task;
 use super::module::{Function, Module};
-use super::waiting::{MOST_ROWS, Waiting, WaitingNorm, WaitingProduct, may_wait};
 use super::{CudaBuffer, CudaLinear, CudaVector};
 use crate::{BackendError, DType};
 
@@ -23,19 +22,14 @@ const MAX_SHARED_BYTES: u32 = 96 << 10;
 /// `Gemv` of gemv.cu.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-pub(super) struct Parameters {
+struct Parameters {
     weight: DevicePtr,
     x: DevicePtr,
     bias: DevicePtr,
-    pub(super) out: DevicePtr,
+    out: DevicePtr,
     inputs: i32,
     pitch: i32,
     outputs: i32,
-    /// Gets `out` added; 0: nothing does.
-    pub(super) residual: DevicePtr,
-    stream: DevicePtr,
-    norm_weight: DevicePtr,
-    eps: f32,
 }
 
 impl Argument for Parameters {}
@@ -46,8 +40,6 @@ struct Kernels {
     to_same: Function,
     to_f32: Function,
     gated: Function,
-    /// With a norm before it, of few rows: the product and the gated one.
-    normed: Option<[Function; 2]>,
 }
 
 /// Kernels.
@@ -66,20 +58,12 @@ impl Gemvs {
             Ok::<_, BackendError>(function)
         };
         let of_type = |dtype: &str| {
-            let normed = |rows: usize| {
-                let names = ["gemv_normed", "gemv_normed_gated"].map(|name| format!("{name}_{rows}_{dtype}"));
-                let [plain, gated] = names;
-                let both =
-                    (rows <= MOST_ROWS).then(|| Ok::<_, BackendError>([function(plain)?, function(gated)?]));
-                both.transpose()
-            };
             (1..=MAX_ROWS)
                 .map(|rows| {
                     Ok(Kernels {
                         to_same: function(format!("gemv_{rows}_{dtype}_{dtype}"))?,
                         to_f32: function(format!("gemv_{rows}_{dtype}_f32"))?,
                         gated: function(format!("gemv_gated_{rows}_{dtype}"))?,
-                        normed: normed(rows)?,
                     })
                 })
                 .collect::<Result<Vec<_>, BackendError>>()
@@ -127,19 +111,8 @@ impl Gemvs {
             same if same == x.dtype() => kernels.to_same,
             _ => return Ok(false),
         };
-        let mut parameters = parameters(x, (weight, bias), out, weight.out_features);
-        let mut launch = launch(function, x, weight.out_features);
-        if out.dtype() != x.dtype() || !may_wait(x.rows(), weight.out_features) {
-            queue.launch(&launch, args![parameters])?;
-            return Ok(true);
-        }
-        if let Some([normed, _]) = kernels.normed
-            && let Some(norm) = queue.take_norm(x.ptr())
-        {
-            parameters.bring(&norm);
-            launch.function = normed;
-        }
-        queue.launch_later(Waiting::Product(WaitingProduct { launch, parameters }))?;
+        let parameters = parameters(x, (weight, bias), out, weight.out_features);
+        queue.launch(&launch(function, x, weight.out_features), args![parameters])?;
         Ok(true)
     }
 
@@ -156,23 +129,9 @@ impl Gemvs {
             return Ok(false);
         };
         let outputs = weight.out_features / 2;
-        let mut parameters = parameters(x, (weight, bias), out, outputs);
-        let mut launch = launch(kernels.gated, x, outputs);
-        if let Some([_, normed]) = kernels.normed
-            && let Some(norm) = queue.take_norm(x.ptr())
-        {
-            parameters.bring(&norm);
-            launch.function = normed;
-        }
-        queue.launch(&launch, args![parameters, activation])?;
+        let parameters = parameters(x, (weight, bias), out, outputs);
+        queue.launch(&launch(kernels.gated, x, outputs), args![parameters, activation])?;
         Ok(true)
-    }
-}
-
-impl Parameters {
-    /// The product normalises its rows itself.
-    fn bring(&mut self, norm: &WaitingNorm) {
-        (self.stream, self.norm_weight, self.eps) = (norm.stream, norm.weight, norm.eps);
     }
 }
 
@@ -190,10 +149,6 @@ fn parameters(
         inputs: weight.in_features as i32,
         pitch: weight.row_stride as i32,
         outputs: outputs as i32,
-        residual: 0,
-        stream: 0,
-        norm_weight: 0,
-        eps: 0.0,
     }
 }
 

@@ -10,7 +10,6 @@ use cudarc::driver::sys;
 
 use super::driver::{DevicePtr, Stream, check};
 use super::module::Function;
-use super::waiting::{Waiting, WaitingNorm, WaitingProduct};
 use crate::BackendError;
 
 /// A kernel with its grid.
@@ -68,10 +67,6 @@ pub(crate) struct Queue {
     shared_percent: Cell<Option<u32>>,
     /// Name of what was launched last, for errors.
     last: Cell<*const c_char>,
-    /// A launch that may become one with the next.
-    waiting: Cell<Option<Waiting>>,
-    /// Why launching that failed, where nobody could be told.
-    failed: Cell<Option<BackendError>>,
 }
 
 // SAFETY: the handle is only read, and used from one thread at a time.
@@ -87,48 +82,7 @@ impl Queue {
             device: device.to_owned(),
             shared_percent,
             last: Cell::new(ptr::null()),
-            waiting: Cell::new(None),
-            failed: Cell::new(None),
         }
-    }
-
-    /// Launches this with the next operation, or before it.
-    pub(super) fn launch_later(&self, launch: Waiting) -> Result<(), BackendError> {
-        self.settle()?;
-        if !self.is_dry() {
-            self.waiting.set(Some(launch));
-        }
-        Ok(())
-    }
-
-    /// The norm that waits, where its result lies at `out`; it is the caller's to launch.
-    pub(super) fn take_norm(&self, out: DevicePtr) -> Option<WaitingNorm> {
-        match self.waiting.get() {
-            Some(Waiting::Norm(norm)) if norm.out == out => {
-                self.waiting.set(None);
-                Some(norm)
-            }
-            _ => None,
-        }
-    }
-
-    /// The product that waits, where its result lies at `out`; it is the caller's to launch.
-    pub(super) fn take_product(&self, out: DevicePtr) -> Option<WaitingProduct> {
-        match self.waiting.get() {
-            Some(Waiting::Product(product)) if product.parameters.out == out => {
-                self.waiting.set(None);
-                Some(product)
-            }
-            _ => None,
-        }
-    }
-
-    /// Launches what waits.
-    fn settle(&self) -> Result<(), BackendError> {
-        if let Some(error) = self.failed.take() {
-            return Err(error);
-        }
-        self.waiting.take().map_or(Ok(()), |waiting| waiting.launch(self))
     }
 
     /// From now on kernels ask for this split of a multiprocessor's memory.
@@ -141,7 +95,6 @@ impl Queue {
     /// # Errors
     /// [`BackendError::DeviceLost`]: whatever was launched went wrong, here or in the hardware.
     pub(crate) fn wait(&self) -> Result<(), BackendError> {
-        self.settle()?;
         self.stream.synchronize(PATIENCE).map_err(|error| self.lost("waiting for a step", error))
     }
 
@@ -170,10 +123,6 @@ impl Queue {
 
     /// The stream, for what is not a launch. Nothing may be put on it in dry mode: ask [`Queue::is_dry`].
     pub(super) fn stream(&self) -> &Stream {
-        if let Err(error) = self.settle() {
-            // The next launch or wait tells.
-            self.failed.set(Some(error));
-        }
         &self.stream
     }
 
@@ -188,14 +137,13 @@ impl Queue {
         self.launch_clusters(launch, 1, args)
     }
 
-    /// The same in clusters of `blocks` blocks, of which the grid is a multiple; Hopper and later.
+    /// The same in clusters of `blocks` blocks, of which the grid is a multiple. More than one: Hopper and later.
     pub(crate) fn launch_clusters(
         &self,
         launch: &Launch,
         blocks: u32,
         args: &mut [*mut c_void],
     ) -> Result<(), BackendError> {
-        self.settle()?;
         if self.is_dry() || launch.grid.contains(&0) {
             return Ok(());
         }
@@ -213,9 +161,8 @@ impl Queue {
         }
         if blocks > 1 {
             attributes[count].id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
-            // SAFETY: plain numbers.
-            let size = unsafe { &mut attributes[count].value.clusterDim };
-            (size.x, size.y, size.z) = (blocks, 1, 1);
+            attributes[count].value.clusterDim =
+                sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: blocks, y: 1, z: 1 };
             count += 1;
         }
         let config = sys::CUlaunchConfig {
@@ -245,7 +192,6 @@ impl Queue {
 
     /// Copies within the device, unless dry.
     pub(super) fn copy(&self, to: DevicePtr, from: DevicePtr, bytes: usize) -> Result<(), BackendError> {
-        self.settle()?;
         if self.is_dry() { Ok(()) } else { self.stream.copy(to, from, bytes) }
     }
 }

@@ -1,5 +1,6 @@
 //! Matrix products: which kernel computes which, and what is beside it.
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use super::cluster_gemm::{ClusterGemms, ClusterPlan};
@@ -12,18 +13,13 @@ use super::launch::Queue;
 use super::library::Library;
 use super::module::Module;
 use super::shared_split::REGISTER_ROWS;
-use super::skinny::{Shape, Skinny};
 use super::{CudaBackend, CudaBuffer, CudaLinear, CudaOptions, CudaVector, DeviceFacts};
 use crate::{Activation, BackendError, DType};
 
 /// Most rows for which a warp an output is quicker than tensor cores.
 const GEMV_ROWS: usize = 4;
-/// Elements of a weight from which on reading it takes longer than putting shared tiles together.
-const LARGE: usize = 50_000_000;
-/// Elements of a weight that only the logits' matrix of a large vocabulary has.
-const HUGE: usize = 1 << 27;
-/// Most rows for which gate, up and activation of a large weight are one launch on Hopper.
-const GATED_SKINNY_ROWS: usize = 32;
+/// Rows for which clusters of blocks are quicker than all others, on Hopper.
+const CLUSTER_ROWS: RangeInclusive<usize> = 9..=64;
 
 /// A way to compute a product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,16 +28,9 @@ pub enum MatmulKernel {
     Library,
     /// A warp an output, for up to four rows of activations.
     Gemv,
-    /// Weights read into the operands of tensor cores, for up to 32 rows of activations.
+    /// Weights read into the operands of tensor cores, for up to 16 rows of activations.
     FewRows,
-    /// Weights streamed through tensor cores, for few rows of activations; Hopper only.
-    Skinny {
-        /// Rows it is made for.
-        tokens: usize,
-        /// Warpgroups a block, each of which takes 64 rows of the weights.
-        groups: usize,
-    },
-    /// Weights streamed through tensor cores by clusters of blocks; Hopper only.
+    /// Weights streamed through tensor cores by clusters of blocks, for up to 64 rows of activations; Hopper only.
     Cluster(ClusterPlan),
     /// With weights of eight bits.
     Fp8(Fp8Kernel),
@@ -71,7 +60,6 @@ pub(super) fn out_type(dtype: DType) -> i32 {
 /// Kernels and library.
 pub(super) struct Matmuls {
     pub(super) library: Library,
-    skinny: Option<Skinny>,
     clusters: Option<ClusterGemms>,
     gemvs: Gemvs,
     few_rows: FewRows,
@@ -88,7 +76,6 @@ impl Matmuls {
         let module = Module::load(context, "matmul")?;
         Ok(Self {
             library: Library::load(&module, options)?,
-            skinny: Skinny::load(context, facts)?,
             clusters: ClusterGemms::load(context, facts)?,
             gemvs: Gemvs::load(context)?,
             few_rows: FewRows::load(context)?,
@@ -125,7 +112,7 @@ impl Matmuls {
         if x.dtype() != weight.dtype || self.library.is_deterministic() {
             return self.library.multiply(queue, workspace, x, (weight, bias), out);
         }
-        let kernel = self.choose(task(x, (weight, bias), out), workspace);
+        let kernel = self.choose(task(x, (weight, bias), out));
         self.multiply((queue, workspace), kernel, (x, weight, bias), out)
     }
 
@@ -157,74 +144,54 @@ impl Matmuls {
         }
         if x.rows() > GEMV_ROWS && x.dtype() == weight.dtype && out.dtype() == weight.dtype {
             let task = task(x, (weight, bias), out);
-            return self.gated_by_tensor_cores((queue, workspace), task, activation);
+            return self.gated_by_tensor_cores(queue, task, activation);
         }
         self.gemvs.multiply_gated(queue, x, (weight, bias), activation, out)
     }
 
     fn gated_by_tensor_cores(
         &mut self,
-        (queue, workspace): (&Queue, &DeviceMemory),
+        queue: &Queue,
         task: Task<'_>,
         activation: i32,
     ) -> Result<bool, BackendError> {
         if queue.is_dry() {
             return Ok(true);
         }
-        if experiment(task.rows, "GATED")
+        if CLUSTER_ROWS.contains(&task.rows)
             && let Some(clusters) = &mut self.clusters
             && let Some(plan) = clusters.plan(task, true)
         {
-            clusters.multiply(queue, plan, task, Some(activation))?;
-            return Ok(true);
+            return clusters.multiply(queue, plan, task, Some(activation)).map(|()| true);
         }
-        let is_large = task.weight.out_features * task.weight.in_features >= LARGE;
-        match &mut self.skinny {
-            _ if task.rows <= REGISTER_ROWS => self.few_rows.multiply_gated(queue, task, activation),
-            Some(skinny) if is_large && task.rows <= GATED_SKINNY_ROWS => {
-                skinny.multiply_gated(queue, workspace, task, activation)
-            }
-            _ => Ok(false),
+        if task.rows > REGISTER_ROWS {
+            return Ok(false);
         }
+        self.few_rows.multiply_gated(queue, task, activation)
     }
 
     /// The kernel for a product, by what whole steps took (`step_bench`) and products alone (`cuda_kernels matmul`). Both
     /// tables are in `shard/kernels/README.md`.
-    fn choose(&self, task: Task<'_>, workspace: &DeviceMemory) -> MatmulKernel {
+    fn choose(&self, task: Task<'_>) -> MatmulKernel {
         if task.rows <= GEMV_ROWS && self.gemvs.accepts(task) {
             return MatmulKernel::Gemv;
         }
-        let name = format!("{}x{}", task.weight.out_features, task.weight.in_features);
-        if experiment(task.rows, &name)
-            && let Some(plan) = self.clusters.as_ref().and_then(|clusters| clusters.plan(task, false))
-        {
-            return MatmulKernel::Cluster(plan);
-        }
-        if FewRows::accepts(task) && task.rows <= REGISTER_ROWS {
-            return MatmulKernel::FewRows;
-        }
-        if task.weight.out_features * task.weight.in_features < HUGE {
-            return MatmulKernel::Library;
-        }
-        let mut skinny = self.skinny_kernels(task, workspace);
-        skinny.next().filter(|_| task.rows <= 64).unwrap_or(MatmulKernel::Library)
+        let cluster = self.cluster(task).filter(|_| CLUSTER_ROWS.contains(&task.rows));
+        let few_rows = FewRows::accepts(task) && task.rows <= REGISTER_ROWS;
+        let few_rows = few_rows.then_some(MatmulKernel::FewRows);
+        cluster.or(few_rows).unwrap_or(MatmulKernel::Library)
     }
 
     /// All that can compute it.
-    fn kernels(&self, task: Task<'_>, workspace: &DeviceMemory) -> Vec<MatmulKernel> {
+    fn kernels(&self, task: Task<'_>) -> Vec<MatmulKernel> {
         let gemv = self.gemvs.accepts(task).then_some(MatmulKernel::Gemv);
         let few_rows = FewRows::accepts(task).then_some(MatmulKernel::FewRows);
-        let skinny = self.skinny_kernels(task, workspace);
-        let cluster = self.clusters.as_ref().and_then(|clusters| clusters.plan(task, false));
-        let cluster = cluster.map(MatmulKernel::Cluster);
-        gemv.into_iter().chain(few_rows).chain(skinny).chain(cluster).chain([MatmulKernel::Library]).collect()
+        let own = [gemv, few_rows, self.cluster(task)].into_iter().flatten();
+        own.chain([MatmulKernel::Library]).collect()
     }
 
-    fn skinny_kernels(&self, task: Task<'_>, workspace: &DeviceMemory) -> impl Iterator<Item = MatmulKernel> {
-        let shapes = Skinny::shapes(task.rows).filter(move |&shape| {
-            self.skinny.as_ref().is_some_and(|skinny| skinny.accepts(shape, task.weight, workspace))
-        });
-        shapes.map(|Shape { tokens, groups, .. }| MatmulKernel::Skinny { tokens, groups })
+    fn cluster(&self, task: Task<'_>) -> Option<MatmulKernel> {
+        self.clusters.as_ref()?.plan(task, false).map(MatmulKernel::Cluster)
     }
 
     fn multiply(
@@ -235,19 +202,12 @@ impl Matmuls {
         out: &CudaBuffer,
     ) -> Result<(), BackendError> {
         let task = task(x, (weight, bias), out);
-        if let (MatmulKernel::Cluster(plan), Some(clusters)) = (kernel, &mut self.clusters) {
-            return clusters.multiply(queue, plan, task, None);
-        }
-        match (kernel, &mut self.skinny) {
+        match (kernel, &mut self.clusters) {
             (MatmulKernel::Fp8(kernel), _) => {
                 let tools = (queue, workspace, self.library.blaslt());
                 self.fp8.multiply(tools, kernel, (x, weight, bias), out)
             }
-            (MatmulKernel::Skinny { tokens, groups }, Some(skinny)) => {
-                let shape =
-                    Skinny::shapes(task.rows).find(|shape| shape.tokens == tokens && shape.groups == groups);
-                shape.map_or(Ok(()), |shape| skinny.multiply(queue, workspace, shape, task))
-            }
+            (MatmulKernel::Cluster(plan), Some(clusters)) => clusters.multiply(queue, plan, task, None),
             (MatmulKernel::FewRows, _) => self.few_rows.multiply(queue, task).map(|_| ()),
             (MatmulKernel::Gemv, _) => self.gemvs.multiply(queue, x, (weight, bias), out).map(|_| ()),
             _ => self.library.multiply(queue, workspace, x, (weight, bias), out),
@@ -290,8 +250,8 @@ impl CudaBackend {
             return Vec::new();
         }
         let task = task(x, (weight, None), out);
-        let chosen = self.matmuls.choose(task, &self.workspace);
-        let mut kernels = self.matmuls.kernels(task, &self.workspace);
+        let chosen = self.matmuls.choose(task);
+        let mut kernels = self.matmuls.kernels(task);
         kernels.sort_by_key(|&kernel| kernel != chosen);
         kernels
     }
@@ -313,14 +273,4 @@ impl CudaBackend {
         }
         self.matmuls.multiply((&self.queue, &self.workspace), kernel, (x, weight, bias), out)
     }
-}
-
-/// EXPERIMENT
-fn experiment(rows: usize, name: &str) -> bool {
-    let number = |name: &str, default: usize| {
-        std::env::var(name).ok().map_or(default, |text| text.parse::<usize>().unwrap())
-    };
-    rows >= number("QX_MIN", 17)
-        && rows <= number("QX_MAX", 128)
-        && std::env::var(format!("QX_OFF_{name}")).is_err()
 }

@@ -35,11 +35,9 @@ mod operations;
 mod rope;
 mod sampling;
 mod shared_split;
-mod skinny;
 mod step;
 mod tensor_map;
 mod upload;
-mod waiting;
 
 use std::cell::{Cell, RefCell};
 use std::sync::Arc;

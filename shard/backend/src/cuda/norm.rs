@@ -6,7 +6,6 @@ use std::sync::Arc;
 use super::driver::Context;
 use super::launch::{Launch, Queue, args};
 use super::module::{ByType, ByTypes, MIXED_TYPES, Module};
-use super::waiting::{Waiting, WaitingNorm, may_wait};
 use super::{CudaBuffer, CudaVector};
 use crate::{BackendError, DType, SplitNorm};
 
@@ -86,18 +85,8 @@ impl Norms {
         out.resize(x.rows());
         let function = self.rms.of(x.dtype(), out.dtype())?;
         let (grid, block) = row_launch(x.rows(), x.width());
-        let norm = WaitingNorm {
-            launch: Launch { function, grid, block, shared_bytes: 0 },
-            stream: x.ptr(),
-            weight: weight.ptr(),
-            eps,
-            out: out.ptr(),
-            width: x.width() as i32,
-        };
-        if x.dtype() == DType::F32 && out.dtype() != DType::F32 && may_wait(x.rows(), x.width()) {
-            return queue.launch_later(Waiting::Norm(norm));
-        }
-        Waiting::Norm(norm).launch(queue)
+        let launch = Launch { function, grid, block, shared_bytes: 0 };
+        queue.launch(&launch, args![x.ptr(), weight.ptr(), eps, out.ptr(), x.width() as i32])
     }
 
     /// `x = rms_norm(x)`.
@@ -124,12 +113,6 @@ impl Norms {
     ) -> Result<(), BackendError> {
         check_residual(residual, delta);
         check_widths(delta.width(), &[weight.width, out.width()]);
-        if let Some(mut product) = queue.take_product(delta.ptr()) {
-            // The product adds what it stores.
-            product.parameters.residual = residual.ptr();
-            product.launch(queue)?;
-            return self.rms(queue, residual, (weight, eps), out);
-        }
         out.resize(delta.rows());
         let function = self.add_rms.of(delta.dtype(), out.dtype())?;
         let (grid, block) = row_launch(delta.rows(), delta.width());

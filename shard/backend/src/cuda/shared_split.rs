@@ -18,7 +18,7 @@ pub(super) fn percent(num_tokens: usize, is_decode: bool) -> Option<u32> {
         0..=OWN_SPLIT_ROWS => None,
         rows if rows <= REGISTER_ROWS => Some(REGISTER_PERCENT as u32),
         // The library's products want all of it.
-        _ if is_decode => Some(std::env::var("QX_SPLIT").ok().map_or(100, |x| x.parse().unwrap())),
+        _ if is_decode => Some(100),
         _ => None,
     }
 }
@@ -26,11 +26,6 @@ pub(super) fn percent(num_tokens: usize, is_decode: bool) -> Option<u32> {
 /// Bytes of shared memory that the blocks of the attention on a multiprocessor share in a step of `seqs` sequences, with
 /// `most` bytes in all.
 pub(super) fn attention_bytes(seqs: usize, most: usize) -> usize {
-    if seqs > REGISTER_ROWS
-        && let Ok(x) = std::env::var("QX_ATT")
-    {
-        return most * x.parse::<usize>().unwrap() / 100;
-    }
     if (OWN_SPLIT_ROWS + 1..=REGISTER_ROWS).contains(&seqs) { most * REGISTER_PERCENT / 100 } else { most }
 }
 
