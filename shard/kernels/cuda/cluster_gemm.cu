@@ -1,4 +1,4 @@
-// out[M, N] = x[M, K] W[N, K]^T (+ bias) for up to 64 rows of x on Hopper: a race to read the weights once.
+// out[M, N] = x[M, K] W[N, K]^T (+ bias) for up to 128 rows of x on Hopper: a race to read the weights once.
 //
 // The weights are the left side of the tensor cores' product (at most 64 of their rows a warpgroup) and up to TOKENS rows of x the
 // right one. A block has one tile of weight rows; of small weights the blocks of a cluster share the tile's K, and their sums meet
@@ -6,8 +6,8 @@
 //
 // One warp fills a ring of stages by bulk tensor copies: with weights before it waits for the kernel that makes x. It lets the
 // next kernel start when it has asked for its last stage, not before: what is on the way then takes as long to arrive as the next
-// kernel needs to ask for its own weights, so that memory is never idle between two products. A ring takes less than half of a
-// multiprocessor's shared memory, so that both kernels' blocks have room.
+// kernel needs to ask for its own weights. A ring of up to 64 rows of x takes less than half of a multiprocessor's shared memory, so
+// that both kernels' blocks have room.
 #include "activation.cuh"
 #include "wgmma.cuh"
 
@@ -304,6 +304,7 @@ template <typename T, int TOKENS, int GROUPS, bool IS_GATED> struct Cluster {
 CLUSTER_TYPES(cluster, 16, 1, 2, false)
 CLUSTER_TYPES(cluster, 32, 1, 2, false)
 CLUSTER_TYPES(cluster, 64, 1, 2, false)
+CLUSTER_TYPES(cluster, 128, 1, 1, false)
 CLUSTER_TYPES(cluster_gated, 16, 2, 2, true)
 CLUSTER_TYPES(cluster_gated, 32, 2, 2, true)
 CLUSTER_TYPES(cluster_gated, 64, 2, 2, true)

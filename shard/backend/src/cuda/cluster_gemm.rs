@@ -1,4 +1,4 @@
-//! Products of up to 64 rows on Hopper, by clusters of blocks: `cluster_gemm.cu`.
+//! Products of up to 128 rows on Hopper, by clusters of blocks: `cluster_gemm.cu`.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -22,8 +22,9 @@ const GROUP_ROWS: usize = 64;
 const MOST_STAGES: usize = 12;
 /// Most bytes of a block's shared memory, so that two have room on a multiprocessor beside what the driver keeps.
 const BLOCK_BYTES: usize = (227 << 9) - 1536;
-/// Stages before its last at which a block lets the next kernel start.
-const EARLY_STAGES: i32 = 4;
+/// The same of 128 rows of `x`, which take as much room as the weights or more: a block has a multiprocessor for itself, else too few
+/// weights are on their way.
+const LONE_BLOCK_BYTES: usize = 198 << 10;
 /// Outputs for each multiprocessor from which on blocks need not share K.
 const WHOLE_ROWS: usize = 40;
 /// Descriptions of matrices that are kept.
@@ -42,6 +43,7 @@ pub struct ClusterPlan {
     pub split: usize,
     /// Stages of the ring.
     stages: usize,
+    early: i32,
 }
 
 /// `ClusterGemm` of cluster_gemm.cu.
@@ -63,8 +65,10 @@ struct Parameters {
 
 impl Argument for Parameters {}
 
-/// Rows of `x` of the instantiations, each with one warpgroup, or with one for gates and one for ups.
-const TOKENS: [usize; 3] = [16, 32, 64];
+/// Rows of `x` of the instantiations, and stages before its last at which a block lets the next kernel start.
+const TOKENS: [(usize, i32); 4] = [(16, 8), (32, 4), (64, 1), (128, 4)];
+/// Most rows of `x` of gated products, whose blocks have a warpgroup for gates and one for ups.
+const MOST_GATED: usize = 64;
 
 /// A kernel for bf16 and for f16, by rows of `x`.
 type Kernels = HashMap<usize, [Function; 2]>;
@@ -87,16 +91,22 @@ impl ClusterPlan {
 
     /// For `rows` rows of `x`; `outputs` of the result.
     fn of(rows: usize, outputs: usize, is_gated: bool, num_sms: usize) -> Option<Self> {
-        let tokens = TOKENS.into_iter().find(|&tokens| tokens >= rows)?;
+        let most = if is_gated { MOST_GATED } else { usize::MAX };
+        let (tokens, early) = TOKENS.into_iter().find(|&(tokens, _)| tokens >= rows && tokens <= most)?;
         let groups = if is_gated { 2 } else { 1 };
         let split = if is_gated || outputs >= num_sms * WHOLE_ROWS { 1 } else { 2 };
         // Rows of weights for which all multiprocessors have a block; small tiles are the quicker ones only where most would be idle.
         let rows_of_each = (outputs * split).div_ceil(num_sms);
         let group_rows = if rows_of_each > GROUP_ROWS / 2 { GROUP_ROWS } else { GROUP_ROWS / 2 };
-        let mut plan = Self { tokens, groups, group_rows, split, stages: 0 };
-        plan.stages = ((BLOCK_BYTES - plan.beside_ring()) / plan.stage_bytes()).min(MOST_STAGES);
+        let mut plan = Self { tokens, groups, group_rows, split, stages: 0, early };
+        plan.stages = ((most_bytes(tokens) - plan.beside_ring()) / plan.stage_bytes()).min(MOST_STAGES);
         Some(plan)
     }
+}
+
+/// Bytes of shared memory of a block for that many rows of `x`, at most.
+fn most_bytes(tokens: usize) -> usize {
+    if tokens == 128 { LONE_BLOCK_BYTES } else { BLOCK_BYTES }
 }
 
 /// The kernels.
@@ -114,16 +124,17 @@ impl ClusterGemms {
             return Ok(None);
         }
         let module = Module::load(context, "cluster_gemm")?;
-        let load = |name: &str, groups: usize| {
+        let load = |name: &str, groups: usize, most: usize| {
             let find = |tokens: usize, dtype: &str| -> Result<Function, BackendError> {
                 let function = module.function(&format!("{name}_{tokens}_{groups}_{dtype}"))?;
-                function.allow_shared_memory(BLOCK_BYTES as u32)?;
+                function.allow_shared_memory(most_bytes(tokens) as u32)?;
                 Ok(function)
             };
             let both = |tokens: usize| Ok((tokens, [find(tokens, "bf16")?, find(tokens, "f16")?]));
-            TOKENS.into_iter().map(both).collect::<Result<Kernels, BackendError>>()
+            let tokens = TOKENS.into_iter().map(|(tokens, _)| tokens).filter(|&tokens| tokens <= most);
+            tokens.map(both).collect::<Result<Kernels, BackendError>>()
         };
-        let (plain, gated) = (load("cluster", 1)?, load("cluster_gated", 2)?);
+        let (plain, gated) = (load("cluster", 1, usize::MAX)?, load("cluster_gated", 2, MOST_GATED)?);
         Ok(Some(Self { plain, gated, num_sms: facts.num_sms, maps: HashMap::new() }))
     }
 
@@ -178,7 +189,7 @@ impl ClusterGemms {
             group_rows: plan.group_rows as i32,
             split: plan.split as i32,
             stages: plan.stages as i32,
-            early: EARLY_STAGES,
+            early: plan.early,
         };
         queue.launch_clusters(&launch, plan.split as u32, args![weights, x, parameters])
     }
@@ -231,17 +242,18 @@ mod tests {
         let outputs = [8, 1000, 2048, 3072, 4096, 6144, 14_336, 128_256];
         let shapes = outputs.into_iter().flat_map(|outputs| [(outputs, false), (outputs, true)]);
         shapes.flat_map(|(outputs, is_gated)| {
-            [1, 16, 17, 33, 64]
+            [1, 16, 17, 33, 64, 128]
                 .into_iter()
                 .filter_map(move |rows| ClusterPlan::of(rows, outputs, is_gated, 132))
         })
     }
 
     #[test]
-    fn two_blocks_have_room_on_a_multiprocessor() {
+    fn two_blocks_of_few_rows_have_room_on_a_multiprocessor() {
         for plan in plans() {
             // 228 KiB, of which the driver keeps one for each block; barriers take less than 512 bytes.
-            assert!(2 * (plan.shared_bytes() + 512 + 1024) <= 228 << 10, "{plan:?}");
+            let blocks = if plan.tokens == 128 { 1 } else { 2 };
+            assert!(blocks * (plan.shared_bytes() + 512 + 1024) <= 228 << 10, "{plan:?}");
             assert!((4..=MOST_STAGES).contains(&plan.stages), "{plan:?}");
         }
     }
@@ -253,6 +265,7 @@ mod tests {
             // Each block of a cluster finishes some columns of eight rows of `x`.
             assert!((plan.tokens / 8).is_multiple_of(plan.split), "{plan:?}");
         }
-        assert_eq!(ClusterPlan::of(65, 4096, false, 132), None);
+        assert_eq!(ClusterPlan::of(65, 4096, true, 132), None);
+        assert_eq!(ClusterPlan::of(129, 4096, false, 132), None);
     }
 }

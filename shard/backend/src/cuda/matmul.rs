@@ -20,6 +20,10 @@ use crate::{Activation, BackendError, DType};
 const GEMV_ROWS: usize = 4;
 /// Rows for which clusters of blocks are quicker than all others, on Hopper.
 const CLUSTER_ROWS: RangeInclusive<usize> = 9..=64;
+/// Most rows for which they are where a weight has few rows and those are long.
+const LONG_CLUSTER_ROWS: usize = 128;
+/// Elements of a weight from which on they also compute gate, up and activation in one launch.
+const LARGE: usize = 50_000_000;
 
 /// A way to compute a product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -30,7 +34,7 @@ pub enum MatmulKernel {
     Gemv,
     /// Weights read into the operands of tensor cores, for up to 16 rows of activations.
     FewRows,
-    /// Weights streamed through tensor cores by clusters of blocks, for up to 64 rows of activations; Hopper only.
+    /// Weights streamed through tensor cores by clusters of blocks, for up to 128 rows of activations; Hopper only.
     Cluster(ClusterPlan),
     /// With weights of eight bits.
     Fp8(Fp8Kernel),
@@ -158,7 +162,9 @@ impl Matmuls {
         if queue.is_dry() {
             return Ok(true);
         }
+        let elements = task.weight.out_features * task.weight.in_features;
         if CLUSTER_ROWS.contains(&task.rows)
+            && elements >= LARGE
             && let Some(clusters) = &mut self.clusters
             && let Some(plan) = clusters.plan(task, true)
         {
@@ -176,7 +182,11 @@ impl Matmuls {
         if task.rows <= GEMV_ROWS && self.gemvs.accepts(task) {
             return MatmulKernel::Gemv;
         }
-        let cluster = self.cluster(task).filter(|_| CLUSTER_ROWS.contains(&task.rows));
+        let (outputs, inputs) = (task.weight.out_features, task.weight.in_features);
+        let is_long = (4096..=5120).contains(&outputs) && inputs >= 2 * outputs;
+        let is_taken = CLUSTER_ROWS.contains(&task.rows)
+            || is_long && (CLUSTER_ROWS.end() + 1..=LONG_CLUSTER_ROWS).contains(&task.rows);
+        let cluster = self.cluster(task).filter(|_| is_taken);
         let few_rows = FewRows::accepts(task) && task.rows <= REGISTER_ROWS;
         let few_rows = few_rows.then_some(MatmulKernel::FewRows);
         cluster.or(few_rows).unwrap_or(MatmulKernel::Library)
