@@ -152,6 +152,12 @@ impl ClusterGemms {
         ClusterPlan::of(task.rows, outputs, is_gated, self.num_sms)
     }
 
+    /// Whether a product of `outputs` has a block for nearly every multiprocessor, and no more.
+    pub(super) fn is_at_once(&self, plan: ClusterPlan, outputs: usize) -> bool {
+        let blocks = outputs.div_ceil(plan.groups * plan.group_rows) * plan.split;
+        (self.num_sms * 7 / 8..=self.num_sms).contains(&blocks)
+    }
+
     /// `out = x weight^T (+ bias)`; with an activation `activation(gate) * up` of the product's halves.
     pub(super) fn multiply(
         &mut self,

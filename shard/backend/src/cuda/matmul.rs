@@ -20,8 +20,6 @@ use crate::{Activation, BackendError, DType};
 const GEMV_ROWS: usize = 4;
 /// Rows for which clusters of blocks are quicker than all others, on Hopper.
 const CLUSTER_ROWS: RangeInclusive<usize> = 9..=64;
-/// Most rows for which they are where a weight has few rows and those are long.
-const LONG_CLUSTER_ROWS: usize = 128;
 /// Elements of a weight from which on they also compute gate, up and activation in one launch.
 const LARGE: usize = 50_000_000;
 
@@ -182,11 +180,11 @@ impl Matmuls {
         if task.rows <= GEMV_ROWS && self.gemvs.accepts(task) {
             return MatmulKernel::Gemv;
         }
-        let (outputs, inputs) = (task.weight.out_features, task.weight.in_features);
-        let is_long = (4096..=5120).contains(&outputs) && inputs >= 2 * outputs;
-        let is_taken = CLUSTER_ROWS.contains(&task.rows)
-            || is_long && (CLUSTER_ROWS.end() + 1..=LONG_CLUSTER_ROWS).contains(&task.rows);
-        let cluster = self.cluster(task).filter(|_| is_taken);
+        let cluster = self.cluster(task).filter(|&(_, is_at_once)| {
+            let is_long = task.weight.in_features >= 2 * task.weight.out_features;
+            CLUSTER_ROWS.contains(&task.rows) || task.rows > *CLUSTER_ROWS.end() && is_at_once && is_long
+        });
+        let cluster = cluster.map(|(plan, _)| MatmulKernel::Cluster(plan));
         let few_rows = FewRows::accepts(task) && task.rows <= REGISTER_ROWS;
         let few_rows = few_rows.then_some(MatmulKernel::FewRows);
         cluster.or(few_rows).unwrap_or(MatmulKernel::Library)
@@ -196,12 +194,16 @@ impl Matmuls {
     fn kernels(&self, task: Task<'_>) -> Vec<MatmulKernel> {
         let gemv = self.gemvs.accepts(task).then_some(MatmulKernel::Gemv);
         let few_rows = FewRows::accepts(task).then_some(MatmulKernel::FewRows);
-        let own = [gemv, few_rows, self.cluster(task)].into_iter().flatten();
+        let cluster = self.cluster(task).map(|(plan, _)| MatmulKernel::Cluster(plan));
+        let own = [gemv, few_rows, cluster].into_iter().flatten();
         own.chain([MatmulKernel::Library]).collect()
     }
 
-    fn cluster(&self, task: Task<'_>) -> Option<MatmulKernel> {
-        self.clusters.as_ref()?.plan(task, false).map(MatmulKernel::Cluster)
+    /// How clusters of blocks compute it, and whether all blocks run at once.
+    fn cluster(&self, task: Task<'_>) -> Option<(ClusterPlan, bool)> {
+        let clusters = self.clusters.as_ref()?;
+        let plan = clusters.plan(task, false)?;
+        Some((plan, clusters.is_at_once(plan, task.weight.out_features)))
     }
 
     fn multiply(
