@@ -11,13 +11,7 @@
 #include "activation.cuh"
 #include "wgmma.cuh"
 
-// The host knows these numbers too: shard/backend/src/cuda/cluster_gemm.rs.
-constexpr int COLUMNS = 64;  // of a box: 128 bytes of 16-bit elements, as many as a copy exchanges chunks of
-constexpr int MOST_STAGES = 12;
-// How the L2 cache keeps what is copied: evict first, and last.
-constexpr uint64_t READ_ONCE = 0x12F0000000000000ull;
-constexpr uint64_t READ_AGAIN = 0x14F0000000000000ull;
-
+// The host knows all of this too: shard/backend/src/cuda/cluster_gemm.rs.
 struct ClusterGemm {
     void* out;
     // May be null.
@@ -37,6 +31,12 @@ struct ClusterGemm {
 enum ClusterOut { CLUSTER_F32 = 0 };
 
 #ifdef HAS_WGMMA
+constexpr int COLUMNS = 64;  // of a box: 128 bytes of 16-bit elements, as many as a copy exchanges chunks of
+constexpr int MOST_STAGES = 12;
+// How the L2 cache keeps what is copied: evict first, and last.
+constexpr uint64_t READ_ONCE = 0x12F0000000000000ull;
+constexpr uint64_t READ_AGAIN = 0x14F0000000000000ull;
+
 template <typename T, int TOKENS, int GROUPS, bool IS_GATED> struct Cluster {
     static constexpr int THREADS = GROUPS * 128;
     static constexpr int SUMS = TOKENS / 2;
