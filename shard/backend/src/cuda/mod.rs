@@ -16,8 +16,10 @@ mod elementwise;
 mod embedding;
 mod experts;
 mod few_rows;
+mod fp8_hopper;
 mod fp8_linear;
 mod fp8_matmul;
+mod fp8_project;
 mod fp8_skinny;
 mod gemv;
 mod graph;
@@ -120,6 +122,10 @@ pub struct CudaBackend {
     step: StepInputs,
     /// Of operations that need room in between; contents are undefined between operations.
     workspace: DeviceMemory,
+    /// What is read soon after the next operation.
+    expected_weight: Cell<Option<linear::NextWeight>>,
+    /// What the result of the next operation is for.
+    next_weight: Cell<Option<linear::NextWeight>>,
     graphs: Graphs,
     /// Addresses that graphs hold have changed.
     has_stale_graphs: Cell<bool>,
@@ -184,6 +190,8 @@ impl CudaBackend {
             uploader: RefCell::new(None),
             communicator,
             workspace: DeviceMemory::zeroed(&context, WORKSPACE_BYTES, "the workspace")?,
+            expected_weight: Cell::new(None),
+            next_weight: Cell::new(None),
             graphs: Graphs::default(),
             has_stale_graphs: Cell::new(false),
             norms: norm::Norms::load(&context)?,

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::driver::DevicePtr;
+use super::elementwise;
 use super::graph::{Graph, GraphKey, Plan};
 use super::launch::Mode;
 use super::shared_split;
@@ -224,6 +225,7 @@ impl Backend for CudaBackend {
         eps: f32,
         out: &mut CudaBuffer,
     ) -> Result<(), BackendError> {
+        self.next_weight.take();
         self.norms.rms(&self.queue, x, (weight, eps), out)
     }
 
@@ -243,6 +245,12 @@ impl Backend for CudaBackend {
         norm: (&CudaVector, f32),
         out: &mut CudaBuffer,
     ) -> Result<(), BackendError> {
+        let next = self.next_weight.take();
+        if next.is_some_and(|next| self.matmuls.rounds(delta.rows(), &next, delta.dtype()))
+            && self.norms.add_rms_rounded(&self.queue, (residual, delta), norm, out)?
+        {
+            return Ok(());
+        }
         self.norms.add_rms(&self.queue, (residual, delta), norm, out)
     }
 
@@ -253,6 +261,7 @@ impl Backend for CudaBackend {
         eps: f32,
         out: &mut CudaBuffer,
     ) -> Result<(), BackendError> {
+        self.next_weight.take();
         self.norms.layer(&self.queue, x, (weight, bias, eps), out)
     }
 
@@ -272,6 +281,7 @@ impl Backend for CudaBackend {
         norm: (&CudaVector, &CudaVector, f32),
         out: &mut CudaBuffer,
     ) -> Result<(), BackendError> {
+        self.next_weight.take();
         self.norms.add_layer(&self.queue, (residual, delta), norm, out)
     }
 
@@ -340,11 +350,34 @@ impl Backend for CudaBackend {
         activation: Activation,
         (gate_up, out): (&mut CudaBuffer, &mut CudaBuffer),
     ) -> Result<(), BackendError> {
+        let next = self.next_weight.take();
         if self.matmuls.gated((&self.queue, &self.workspace), x, (weight, bias), activation, out)? {
             return Ok(());
         }
         self.matmul(x, weight, bias, gate_up)?;
+        if next.is_some_and(|next| self.matmuls.rounds(x.rows(), &next, gate_up.dtype())) {
+            let activation = elementwise::activation_number(activation);
+            return self.matmuls.fp8.rounding.gate(&self.queue, gate_up, activation, out);
+        }
         self.gated_activation(gate_up, activation, out)
+    }
+
+    fn project_and_store_kv(
+        &mut self,
+        (x, weight, bias): (&CudaBuffer, &CudaLinear, Option<&CudaVector>),
+        qkv: &mut CudaBuffer,
+        (rope, shape): (Option<&CudaRope>, &AttentionShape),
+        (layer, cache): (usize, &mut CudaKvCache),
+    ) -> Result<(), BackendError> {
+        let next = self.expected_weight.take();
+        if !self.options.is_deterministic {
+            let (tools, projections) = ((&self.queue, &self.step), &self.matmuls.fp8.projections);
+            if projections.project(tools, (x, weight, bias), qkv, (rope, shape), (layer, cache, next))? {
+                return Ok(());
+            }
+        }
+        self.matmul(x, weight, bias, qkv)?;
+        self.rope_and_store_kv(qkv, rope, shape, layer, cache)
     }
 
     fn rope_and_store_kv(
@@ -356,6 +389,14 @@ impl Backend for CudaBackend {
         cache: &mut CudaKvCache,
     ) -> Result<(), BackendError> {
         self.ropes.rotate_and_store(&self.queue, &self.step, (qkv, rope, shape), (layer, cache))
+    }
+
+    fn expects(&self, weight: &CudaLinear) {
+        self.expected_weight.set(Some(weight.into()));
+    }
+
+    fn comes_next(&self, weight: &CudaLinear) {
+        self.next_weight.set(Some(weight.into()));
     }
 
     fn attention(

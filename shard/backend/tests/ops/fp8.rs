@@ -63,6 +63,15 @@ fn rounded_rows(values: &[f32], width: usize) -> Vec<f32> {
     values.chunks(width).flat_map(row).collect()
 }
 
+/// The same with a scale for each 128 neighbours of a row.
+#[cfg(feature = "cuda")]
+fn rounded_groups(values: &[f32], width: usize) -> Vec<f32> {
+    values
+        .chunks(width)
+        .flat_map(|row| row.chunks(128).flat_map(|group| rounded_rows(group, group.len())))
+        .collect()
+}
+
 /// Parts of several kinds of scales; few rows, so that activations keep their type everywhere.
 fn agrees_with_plain_sums<B: Backend>(backend: &mut B) {
     let mut random = Random(41);
@@ -217,6 +226,10 @@ fn every_kernel_for_eight_bits_agrees_with_plain_sums() {
                         let x = rounded_rows(&x, inputs);
                         (reference(&x, &weight, Some(&bias), inputs).0, tolerances::FP8_MATMUL)
                     }
+                    MatmulKernel::Fp8(Fp8Kernel::Hopper { .. }) => {
+                        let x = rounded_groups(&x, inputs);
+                        (reference(&x, &weight, Some(&bias), inputs).0, tolerances::FP8_MATMUL)
+                    }
                     MatmulKernel::Fp8(Fp8Kernel::Dequantized) => {
                         (exact.clone(), tolerances::matmul(DType::F32).stored_as(dtype))
                     }
@@ -230,5 +243,136 @@ fn every_kernel_for_eight_bits_agrees_with_plain_sums() {
                 assert_eq!(found, backend.read(&out).unwrap(), "{what}: the same bits again");
             }
         }
+    }
+}
+
+/// A result that only a product with weights of eight bits reads may leave its operation in eight bits: the product is the same.
+#[cfg(feature = "cuda")]
+#[test]
+fn what_one_product_reads_may_be_rounded_before_it() {
+    use crate::cases::{cuda, matrix};
+    let Some(mut backend) = cuda() else { return };
+    let mut random = Random(44);
+    for dtype in [DType::BF16, DType::F16] {
+        for (rows, width, outputs) in [(65, 1040, 96), (130, 16_400, 48), (70, 4096, 64), (3, 512, 32)] {
+            let values = random_as(&mut random, outputs * width, dtype);
+            let weight = rounded_rows(&values, width);
+            let packed = backend.quantized_to_fp8(&[matrix(&values, outputs, width, dtype)], dtype).unwrap();
+            let gate_up = random_as(&mut random, 2 * width * 32, dtype);
+            let gate_up = backend.quantized_to_fp8(&[matrix(&gate_up, 2 * width, 32, dtype)], dtype).unwrap();
+            let x: Vec<f32> = random_as(&mut random, rows * 32, dtype).iter().map(|x| x / 4.0).collect();
+            let x = upload_as(&mut backend, &x, 32, dtype);
+            let delta = random_as(&mut random, rows * width, dtype);
+            let delta = upload_as(&mut backend, &delta, width, dtype);
+            let stream = random.vector(rows * width);
+            let norm = backend.vector(random.vector(width)).unwrap();
+            for is_gated in [true, false] {
+                let mut found = Vec::new();
+                let mut read = Vec::new();
+                for is_told in [false, true] {
+                    let mut both = backend.buffer(rows, 2 * width, dtype).unwrap();
+                    let mut between = upload_as(&mut backend, &vec![f32::NAN; rows * width], width, dtype);
+                    let mut residual = upload_as(&mut backend, &stream, width, DType::F32);
+                    let mut out =
+                        upload_as(&mut backend, &vec![f32::NAN; rows * outputs], outputs, DType::F32);
+                    if is_told {
+                        backend.comes_next(&packed);
+                    }
+                    if is_gated {
+                        let tools = (&mut both, &mut between);
+                        backend.gated_matmul(&x, (&gate_up, None), Activation::Silu, tools).unwrap();
+                    } else {
+                        backend.add_rms_norm(&mut residual, &delta, (&norm, 1e-5), &mut between).unwrap();
+                    }
+                    backend.matmul(&between, &packed, None, &mut out).unwrap();
+                    if !is_told {
+                        read = backend.read(&between).unwrap();
+                    }
+                    found.push((backend.read(&out).unwrap(), backend.read(&residual).unwrap()));
+                }
+                let (_, magnitudes) = reference(&read, &weight, None, width);
+                let expected: Vec<f64> = found[0].0.iter().map(|&x| f64::from(x)).collect();
+                let what = format!("{rows} x {width} -> {outputs}, {dtype}, gated {is_gated}");
+                assert_close(&what, &found[1].0, &expected, &magnitudes, tolerances::FP8_MATMUL);
+                assert_eq!(found[0].1, found[1].1, "{what}: the residual stream");
+            }
+        }
+    }
+}
+
+/// One launch from a token's input to its rotated queries and keys does what product, rotation and storing do one after the other.
+#[cfg(feature = "cuda")]
+#[test]
+fn projecting_and_storing_together_is_the_same() {
+    use backend::{AttentionShape, KvDType, KvLayout, RopeFrequencies, RopeStyle, StepInput};
+
+    use crate::cases::{cuda, matrix};
+    let Some(mut backend) = cuda() else { return };
+    let mut random = Random(45);
+    for (dtype, cache_dtype, head_dim, inputs) in [
+        (DType::BF16, KvDType::Plain(DType::BF16), 128, 4096),
+        (DType::F16, KvDType::Plain(DType::F16), 64, 208),
+        (DType::BF16, KvDType::Fp8(Fp8Format::E4M3), 128, 512),
+        (DType::F16, KvDType::Fp8(Fp8Format::E5M2), 96, 1040),
+    ] {
+        let shape = AttentionShape {
+            num_heads: 6,
+            num_kv_heads: 2,
+            head_dim,
+            scale: 1.0 / (head_dim as f32).sqrt(),
+            window: None,
+            soft_cap: None,
+            alibi: None,
+        };
+        let width = shape.qkv_width();
+        let values = random_as(&mut random, width * inputs, dtype);
+        let weight = backend.quantized_to_fp8(&[matrix(&values, width, inputs, dtype)], dtype).unwrap();
+        let bias = backend.vector(random.vector(width)).unwrap();
+        let pairs = head_dim / 2;
+        let inv_freq = (0..pairs).map(|i| 10_000f32.powf(-(i as f32) / pairs as f32)).collect();
+        let frequencies = RopeFrequencies { inv_freq, scale: 1.0, style: RopeStyle::Half, beyond: None };
+        let rope = backend.rope(frequencies).unwrap();
+        let layout =
+            KvLayout { num_layers: 2, num_kv_heads: 2, head_dim, block_size: 16, dtype: cache_dtype };
+        let mut results = Vec::new();
+        let x: Vec<_> = (0..5).map(|_| random_as(&mut random, inputs, dtype)).collect();
+        for is_together in [false, true] {
+            let mut cache = backend.kv_cache(layout, 4).unwrap();
+            let mut seen = Vec::new();
+            for (position, x) in x.iter().enumerate() {
+                let position = position as u32;
+                let step = StepInput {
+                    input_ids: vec![0],
+                    position_ids: vec![position],
+                    slot_mapping: vec![16 + position],
+                    cu_seqlens_q: vec![0, 1],
+                    context_lens: vec![position + 1],
+                    prompt_lens: vec![1],
+                    block_tables: vec![1],
+                    max_blocks: 1,
+                    logits_rows: vec![0],
+                };
+                backend.begin_step(&step).unwrap();
+                let x = upload_as(&mut backend, x, inputs, dtype);
+                let mut qkv = upload_as(&mut backend, &vec![f32::NAN; width], width, dtype);
+                if is_together {
+                    let (projection, store) = ((&x, &weight, Some(&bias)), (1, &mut cache));
+                    backend.project_and_store_kv(projection, &mut qkv, (Some(&rope), &shape), store).unwrap();
+                } else {
+                    backend.matmul(&x, &weight, Some(&bias), &mut qkv).unwrap();
+                    backend.rope_and_store_kv(&mut qkv, Some(&rope), &shape, 1, &mut cache).unwrap();
+                }
+                let mut out = backend.buffer(1, 6 * head_dim, dtype).unwrap();
+                backend.attention(&qkv, &shape, 1, &cache, &mut out).unwrap();
+                seen.extend(backend.read(&qkv).unwrap());
+                seen.extend(backend.read(&out).unwrap());
+            }
+            results.push(seen);
+        }
+        let expected: Vec<f64> = results[0].iter().map(|&x| f64::from(x)).collect();
+        // A last bit may fall to the other side where sums are taken in another order.
+        let tolerance = tolerances::matmul(DType::F32).stored_as(dtype);
+        assert!(expected.iter().all(|x| x.is_finite()) && expected.iter().any(|&x| x.abs() > 0.1));
+        assert_close(&format!("{dtype}, {cache_dtype}"), &results[1], &expected, &expected, tolerance);
     }
 }
