@@ -25,14 +25,14 @@ struct Fp8Hopper {
     int outputs, rows, out_type, activation;
 };
 
-constexpr int BOX_ROWS = 64;    // rows of weights of one product
-constexpr int K = 128;          // elements of a piece: the swizzle's width
-constexpr int GROUPS = 2;       // warpgroups that multiply
+constexpr int GROUPS = 2;  // warpgroups that multiply
 constexpr int MULTIPLIERS = GROUPS * 128, ROUNDERS = 128;
 constexpr int THREADS = MULTIPLIERS + ROUNDERS + 32;
-constexpr float LARGEST = 448.0f;
 
 #ifdef HAS_WGMMA
+constexpr int BOX_ROWS = 64;  // rows of weights of one product
+constexpr int K = 128;        // elements of a piece: the swizzle's width
+constexpr float LARGEST = 448.0f;
 constexpr uint64_t READ_ONCE = 0x12F0000000000000ull;  // evict first
 __device__ __forceinline__ void copy_once(uint32_t to, const TensorMap* map, uint32_t barrier, int column, int row) {
     asm volatile(
