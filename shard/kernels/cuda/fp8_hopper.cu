@@ -58,11 +58,9 @@ template <int TOKENS> struct Eight;
 #define D4 "%0,%1,%2,%3"
 #define D8 D4 ",%4,%5,%6,%7"
 #define D16 D8 ",%8,%9,%10,%11,%12,%13,%14,%15"
-#define D32 D16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define IO4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
 #define IO8(i) IO4(i), IO4(i + 4)
 #define IO16(i) IO8(i), IO8(i + 8)
-#define IO32(i) IO16(i), IO16(i + 16)
 #define EIGHT(TOKENS, COUNT, A, B, P)                                                                                     \
     template <> struct Eight<TOKENS> {                                                                                    \
         static __device__ __forceinline__ void run(float (&d)[COUNT], uint64_t a, uint64_t b, int adds) {                 \
@@ -74,7 +72,6 @@ template <int TOKENS> struct Eight;
     };
 EIGHT(16, 8, "%8", "%9", "%10")
 EIGHT(32, 16, "%16", "%17", "%18")
-EIGHT(64, 32, "%32", "%33", "%34")
 
 // The larger magnitudes of two pairs.
 __device__ __forceinline__ __nv_bfloat162 larger(__nv_bfloat162 a, uint32_t b, bf16) {
@@ -133,8 +130,7 @@ template <typename T, int TOKENS, int SUBS, int CLUSTER, int STAGES, bool IS_GAT
         constexpr int CHUNKS = 16 / SHARING;        // of eight numbers
         const int t = threadIdx.x - MULTIPLIERS, token = t / SHARING, part = t % SHARING;
         const T* const row = static_cast<const T*>(g.x) + static_cast<int64_t>(min(token, g.rows - 1)) * g.inputs;
-        uint4 ahead[CHUNKS];
-        const auto fetch = [&](int piece) {
+        const auto fetch = [&](uint4 (&ahead)[CHUNKS], int piece) {
 #pragma unroll
             for (int i = 0; i < CHUNKS; ++i) {
                 const int column = piece * K + (i * SHARING + part) * 8;
@@ -142,12 +138,13 @@ template <typename T, int TOKENS, int SUBS, int CLUSTER, int STAGES, bool IS_GAT
                 ahead[i] = is_there ? __ldcg(reinterpret_cast<const uint4*>(row + column)) : make_uint4(0, 0, 0, 0);
             }
         };
-        fetch(begin);
-        for (int piece = begin, stage = 0, phase = 1; piece < end; ++piece) {
+        int stage = 0, phase = 1;
+        // `ahead` holds the piece, and then the one after the next.
+        const auto write = [&](uint4 (&ahead)[CHUNKS], int piece) {
             uint4 now[CHUNKS];
 #pragma unroll
             for (int i = 0; i < CHUNKS; ++i) now[i] = ahead[i];
-            if (piece + 1 < end) fetch(piece + 1);
+            if (piece + 2 < end) fetch(ahead, piece + 2);
             auto most = larger({}, 0u, T{});
 #pragma unroll
             for (int i = 0; i < CHUNKS; ++i) {
@@ -177,6 +174,13 @@ template <typename T, int TOKENS, int SUBS, int CLUSTER, int STAGES, bool IS_GAT
             fence_async();
             barrier_arrive(full + stage * 8);
             if (++stage == STAGES) stage = 0, phase ^= 1;
+        };
+        uint4 even[CHUNKS], odd[CHUNKS];
+        fetch(even, begin);
+        if (begin + 1 < end) fetch(odd, begin + 1);
+        for (int piece = begin; piece < end; piece += 2) {
+            write(even, piece);
+            if (piece + 1 < end) write(odd, piece + 1);
         }
     }
 
@@ -342,7 +346,5 @@ __device__ __forceinline__ void run(const TensorMap* weights, const Fp8Hopper& g
     HOPPER_TYPES(fp8_hopper, TOKENS, SUBS, 4, STAGES, BLOCKS, false)
 HOPPER_CLUSTERS(32, 1, 5, 2)
 HOPPER_CLUSTERS(32, 2, 3, 2)
-HOPPER_CLUSTERS(64, 1, 6, 1)
-HOPPER_CLUSTERS(64, 2, 5, 1)
 HOPPER_TYPES(fp8_hopper_gated, 32, 2, 1, 3, 2, true)
-HOPPER_TYPES(fp8_hopper_gated, 64, 2, 1, 5, 1, true)
+HOPPER_TYPES(fp8_hopper_gated, 32, 2, 2, 3, 2, true)

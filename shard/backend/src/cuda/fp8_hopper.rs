@@ -1,4 +1,4 @@
-//! Products of some dozens of rows with weights of eight bits, on Hopper: `fp8_hopper.cu`.
+//! Products of up to 32 rows with weights of eight bits, on Hopper: `fp8_hopper.cu`.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -55,12 +55,14 @@ pub(super) struct Shape {
     stages: usize,
 }
 
+/// Blocks that share a tile of a gated product.
+const GATED_CLUSTER: usize = 2;
 /// Stages by the most rows of `x` and boxes.
-const STAGES: [(usize, usize, usize); 4] = [(32, 1, 5), (32, 2, 3), (64, 1, 6), (64, 2, 5)];
+const STAGES: [(usize, usize, usize); 2] = [(32, 1, 5), (32, 2, 3)];
 const CLUSTERS: [usize; 3] = [1, 2, 4];
 
 impl Shape {
-    /// All of them, gated ones too: those have two boxes and a block a tile.
+    /// All of them, gated ones too: those have two boxes and up to two blocks a tile.
     fn all() -> impl Iterator<Item = Self> {
         let of = |(tokens, boxes, stages)| {
             CLUSTERS.into_iter().map(move |cluster| Self { tokens, boxes, cluster, stages })
@@ -69,7 +71,7 @@ impl Shape {
     }
 
     const fn is_gated(self) -> bool {
-        self.boxes == 2 && self.cluster == 1
+        self.boxes == 2 && self.cluster <= 2
     }
 
     /// The ring begins at a multiple of 1024.
@@ -143,7 +145,11 @@ impl Fp8Hopper {
         task: Task<'_>,
         activation: i32,
     ) -> Result<bool, BackendError> {
-        let fits = |kernels: &&Kernels| kernels.shape.tokens >= task.rows && kernels.gated.is_some();
+        let fits = |kernels: &&Kernels| {
+            kernels.shape.tokens >= task.rows
+                && kernels.gated.is_some()
+                && kernels.shape.cluster == GATED_CLUSTER
+        };
         let Some(kernels) = self.kernels.iter().find(fits) else { return Ok(false) };
         let Some(functions) = kernels.gated else { return Ok(false) };
         self.launch(queue, (functions, kernels.shape), task, (task.weight.out_features / 2, activation))?;
@@ -210,8 +216,7 @@ mod tests {
     #[test]
     fn blocks_have_the_shared_memory_they_are_compiled_for() {
         for shape in Shape::all() {
-            let blocks = if shape.tokens == 64 { 1 } else { 2 };
-            assert!(blocks * (shape.shared_bytes() + 2560) <= 228 << 10, "{shape:?}");
+            assert!(2 * (shape.shared_bytes() + 2560) <= 228 << 10, "{shape:?}");
         }
     }
 
@@ -223,7 +228,7 @@ mod tests {
         };
         assert_eq!(taken(17, 28_672), (32, 2, 1));
         assert_eq!(taken(32, 6144), (32, 1, 2));
-        assert_eq!(taken(33, 4096), (64, 1, 4));
-        assert!(Fp8Hopper::shapes(65, 4096).is_empty() && Fp8Hopper::shapes(0, 4096).is_empty());
+        assert_eq!(taken(1, 4096), (32, 1, 4));
+        assert!(Fp8Hopper::shapes(33, 4096).is_empty() && Fp8Hopper::shapes(0, 4096).is_empty());
     }
 }

@@ -39,7 +39,7 @@ const GATED_FEW_ROWS: usize = 16;
 /// Most rows for which weights are streamed through shared memory where the library does not multiply eight bits.
 const SKINNY_ROWS: usize = 64;
 /// The same on Hopper, whose tensor cores multiply them; more rows are the library's.
-const HOPPER_ROWS: usize = 64;
+const HOPPER_ROWS: usize = 32;
 const WARPS: usize = 8;
 /// What the library takes addresses to be multiples of.
 const ALIGNMENT: usize = 256;
@@ -60,7 +60,7 @@ pub enum Fp8Kernel {
     },
     /// Weights streamed through shared memory in tiles of 128 rows, for up to 64 rows of activations.
     Skinny,
-    /// Activations rounded to eight bits on their way to Hopper's tensor cores, for up to 64 rows of them.
+    /// Activations rounded to eight bits on their way to Hopper's tensor cores, for up to 32 rows of them.
     Hopper {
         /// Rows that an instantiation is made for.
         tokens: usize,

@@ -87,19 +87,21 @@ impl Fp8Projections {
             bytes: next.map_or(0, |next| next.bytes.min(MOST_AHEAD) as i64),
             blocks: launch.grid[0].min(2 * self.num_sms) as i32,
         };
-        let arguments = args![
-            parameters,
-            cache.keys(layer),
-            cache.values(layer),
-            step.position_ids(),
-            step.slot_mapping(),
-            step.token_seqs(),
-            step.prompt_lens(),
-            frequencies,
-            heads,
-            ahead,
-        ];
-        queue.launch(&launch, arguments)?;
+        queue.launch(
+            &launch,
+            args![
+                parameters,
+                cache.keys(layer),
+                cache.values(layer),
+                step.position_ids(),
+                step.slot_mapping(),
+                step.token_seqs(),
+                step.prompt_lens(),
+                frequencies,
+                heads,
+                ahead,
+            ],
+        )?;
         Ok(true)
     }
 }
