@@ -6,7 +6,6 @@
 #![allow(clippy::disallowed_methods, reason = "a build script is told everything through the environment")]
 
 use std::fmt::Write as _;
-use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::{env, fs};
@@ -107,34 +106,10 @@ fn compile(nvcc: &Path, gencode: &[String], source: &Path, fatbin: &Path) {
     for flag in gencode {
         command.args(["-gencode", flag]);
     }
-    command.arg("-fatbin").arg(source).arg("-o").arg(fatbin);
-    // What an earlier build made of the same sources in the same way is kept.
-    let key_file = fatbin.with_extension("key");
-    let key = key_of(&command, source);
-    if fatbin.is_file() && fs::read_to_string(&key_file).is_ok_and(|kept| kept == key) {
-        return;
-    }
-    let output = command.output();
+    let output = command.arg("-fatbin").arg(source).arg("-o").arg(fatbin).output();
     let output = output.unwrap_or_else(|error| panic!("cannot run {}: {error}", nvcc.display()));
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "nvcc failed on {}:\n{errors}", source.display());
-    fs::write(&key_file, key).unwrap_or_else(|error| panic!("cannot write {}: {error}", key_file.display()));
-}
-
-/// What a fatbin depends on: the command, the source, and all headers beside it.
-fn key_of(command: &Command, source: &Path) -> String {
-    let folder = source.parent().unwrap_or(Path::new("."));
-    let headers = fs::read_dir(folder).into_iter().flatten().filter_map(|entry| Some(entry.ok()?.path()));
-    let mut files: Vec<PathBuf> =
-        headers.filter(|path| path.extension().is_some_and(|extension| extension == "cuh")).collect();
-    files.sort();
-    files.push(source.to_owned());
-    let mut hasher = DefaultHasher::new();
-    format!("{command:?}").hash(&mut hasher);
-    for file in files {
-        fs::read(&file).unwrap_or_default().hash(&mut hasher);
-    }
-    format!("{:016x}", hasher.finish())
 }
 
 /// Rust text with the images' paths.

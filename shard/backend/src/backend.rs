@@ -440,21 +440,6 @@ pub trait Backend: Send + Sized + 'static {
         layer: usize,
         cache: &mut Self::KvCache,
     ) -> Result<(), BackendError>;
-    /// [`Backend::matmul`] of `x` and a weight `(x, weight, bias)` to queries, keys and values, then
-    /// [`Backend::rope_and_store_kv`] of these.
-    fn project_and_store_kv(
-        &mut self,
-        (x, weight, bias): (&Self::Buffer, &Self::Linear, Option<&Self::Vector>),
-        qkv: &mut Self::Buffer,
-        (rope, shape): (Option<&Self::Rope>, &AttentionShape),
-        (layer, cache): (usize, &mut Self::KvCache),
-    ) -> Result<(), BackendError> {
-        self.matmul(x, weight, bias, qkv)?;
-        self.rope_and_store_kv(qkv, rope, shape, layer, cache)
-    }
-    /// Says which weight is multiplied soon after [`Backend::project_and_store_kv`], which comes next: a device may bring it nearer
-    /// while it has time for that.
-    fn expects(&self, _weight: &Self::Linear) {}
     /// Says which weight the result of the next operation is multiplied with, and that nothing else is done with it: a device may
     /// leave it in a form that only this product reads.
     fn comes_next(&self, _weight: &Self::Linear) {}

@@ -1,7 +1,7 @@
 // Products of weights of eight bits with few rows of activations: as gemv.cu, at half of its bytes. A warp has one output, or the
 // gate and the up of one; numbers become floats exactly, and the sum is multiplied with its row's scale at the end.
 #include "activation.cuh"
-#include "rope.cuh"
+#include "fp8.cuh"
 
 constexpr int WARPS = 8;
 // Pieces of 16 numbers a lane has on their way.
@@ -41,19 +41,22 @@ template <> __device__ __forceinline__ void unpack<f16>(const uint4& v, float (&
     }
 }
 
-// The products of rows `row_of` of the weight, one after the other, with all rows of x, on every lane of a warp; what does not depend on x
-// is done `meanwhile`.
-template <typename T, int ROWS, int SUMS, typename Meanwhile>
-__device__ __forceinline__ void products(const Fp8Gemv& g, const int (&row_of)[SUMS], bool is_there, float (&sums)[SUMS][ROWS],
-                                         Meanwhile meanwhile) {
+template <typename T, typename Out, int ROWS, bool IS_GATED>
+__device__ __forceinline__ void multiply(const Fp8Gemv& g, int activation) {
+    constexpr int SUMS = IS_GATED ? 2 : 1;
     constexpr int DEPTH = DEPTH_OF_ALL / SUMS;
     // Of each row of x the first halves of all pieces, then the second ones: lanes then read neighbours.
     extern __shared__ uint4 shared_x[];
     const int lane = threadIdx.x & 31;
+    const int output = blockIdx.x * WARPS + (threadIdx.x >> 5);
+    const bool is_there = output < g.outputs;
     const int pieces = g.inputs / PIECE;
     const uint8_t* rows[SUMS];
 #pragma unroll
-    for (int s = 0; s < SUMS; ++s) rows[s] = g.weight + static_cast<int64_t>(is_there ? row_of[s] : 0) * g.pitch;
+    for (int s = 0; s < SUMS; ++s) {
+        const int row = (is_there ? output : 0) + s * g.outputs;
+        rows[s] = g.weight + static_cast<int64_t>(row) * g.pitch;
+    }
     uint4 ahead[SUMS][DEPTH];
     auto fetch = [&](int first) {
 #pragma unroll
@@ -66,13 +69,9 @@ __device__ __forceinline__ void products(const Fp8Gemv& g, const int (&row_of)[S
     };
     // Weights are written by nobody.
     fetch(0);
-    float scales[SUMS], biases[SUMS];
+    float scales[SUMS];
 #pragma unroll
-    for (int s = 0; s < SUMS; ++s) {
-        scales[s] = is_there ? g.scales[row_of[s]] : 0.0f;
-        biases[s] = is_there && g.bias ? g.bias[row_of[s]] : 0.0f;
-    }
-    meanwhile();
+    for (int s = 0; s < SUMS; ++s) scales[s] = g.scales[(is_there ? output : 0) + s * g.outputs];
     pdl_wait();
     pdl_launch();
     for (int at = threadIdx.x; at < ROWS * pieces * 2; at += blockDim.x) {
@@ -80,10 +79,7 @@ __device__ __forceinline__ void products(const Fp8Gemv& g, const int (&row_of)[S
         shared_x[(row * 2 + within % 2) * pieces + within / 2] = static_cast<const uint4*>(g.x)[at];
     }
     __syncthreads();
-#pragma unroll
-    for (int s = 0; s < SUMS; ++s)
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r) sums[s][r] = 0.0f;
+    float sums[SUMS][ROWS] = {};
     for (int first = 0; first < pieces; first += 32 * DEPTH) {
         uint4 now[SUMS][DEPTH];
 #pragma unroll
@@ -118,104 +114,19 @@ __device__ __forceinline__ void products(const Fp8Gemv& g, const int (&row_of)[S
 #pragma unroll
     for (int s = 0; s < SUMS; ++s)
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) sums[s][r] = warp_sum(sums[s][r]) * scales[s] + biases[s];
-}
-
-template <typename T, typename Out, int ROWS, bool IS_GATED>
-__device__ __forceinline__ void multiply(const Fp8Gemv& g, int activation) {
-    const int output = blockIdx.x * WARPS + (threadIdx.x >> 5);
-    const bool is_there = output < g.outputs;
-    float values[ROWS];
-    if constexpr (IS_GATED) {
-        float sums[2][ROWS];
-        products<T, ROWS, 2>(g, {output, output + g.outputs}, is_there, sums, [] {});
+        for (int r = 0; r < ROWS; ++r) sums[s][r] = warp_sum(sums[s][r]);
+    if (!is_there || lane != 0) return;
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r)
+    for (int r = 0; r < ROWS; ++r) {
+        float value = sums[0][r] * scales[0] + (g.bias ? g.bias[output] : 0.0f);
+        if constexpr (IS_GATED) {
+            const float up = sums[1][r] * scales[1] + (g.bias ? g.bias[output + g.outputs] : 0.0f);
             // As if gate and up had been stored.
-            values[r] = activated<T>(to_float(from_float<T>(sums[0][r])), activation) * to_float(from_float<T>(sums[1][r]));
-    } else {
-        float sums[1][ROWS];
-        products<T, ROWS, 1>(g, {output}, is_there, sums, [] {});
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r) values[r] = sums[0][r];
+            value = activated<T>(to_float(from_float<T>(value)), activation) * to_float(from_float<T>(up));
+        }
+        static_cast<Out*>(g.out)[static_cast<int64_t>(r) * g.outputs + output] = from_float<Out>(value);
     }
-    if (!is_there || (threadIdx.x & 31) != 0) return;
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) static_cast<Out*>(g.out)[static_cast<int64_t>(r) * g.outputs + output] = from_float<Out>(values[r]);
 }
-
-// What is read by the product after the next kernel. Attention leaves memory idle, so it is asked for before it begins.
-struct Ahead {
-    const uint8_t* from;
-    // Of which as many bytes, by as many of the last blocks.
-    int64_t bytes;
-    int blocks;
-};
-
-__device__ __forceinline__ void ask(const Ahead& ahead) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    constexpr int64_t MOST = 8 << 10;
-    const int index = static_cast<int>(blockIdx.x) - (static_cast<int>(gridDim.x) - ahead.blocks);
-    if (threadIdx.x != 0 || index < 0) return;
-    for (int64_t at = index * MOST; at < ahead.bytes; at += ahead.blocks * MOST)
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(ahead.from + at),
-                     "r"(static_cast<uint32_t>(min(MOST, ahead.bytes - at)))
-                     : "memory");
-#endif
-}
-
-// Queries, keys and values of one token, rotated, and keys and values also stored: a warp has a pair of elements that turn together,
-// those `head_dim / 2` apart. Everything is rounded as if it came from the kernels that do one thing after the other.
-template <typename T, typename C>
-__device__ __forceinline__ void project(const Fp8Gemv& g, C* keys, C* values, const int* position_ids, const int* slot_mapping,
-                                        const int* token_seqs, const int* prompt_lens, const Frequencies& f, const Heads& heads,
-                                        const Ahead& ahead) {
-    const int at = blockIdx.x * WARPS + (threadIdx.x >> 5), dim = heads.head_dim;
-    const int head = at / f.pairs, pair = at % f.pairs, turning = heads.num_heads + heads.num_kv_heads;
-    const bool is_there = head < turning + heads.num_kv_heads;
-    const int first = head * dim + pair, second = first + f.pairs;
-    float sine = 0.0f, cosine = 1.0f;
-    int slot = 0;
-    float sums[2][1];
-    products<T, 1, 2>(g, {first, second}, is_there, sums, [&] {
-        // The step's inputs were there before the first kernel of the step.
-        slot = slot_mapping[0];
-        if (head >= turning) return;
-        const int prompt_len = f.long_context == 0 ? 0 : prompt_lens[token_seqs[0]];
-        float scale;
-        const float angle = __fmul_rn(static_cast<float>(position_ids[0]), frequency(f, pair, prompt_len, scale));
-        sincosf(angle, &sine, &cosine);
-        sine *= scale, cosine *= scale;
-    });
-    ask(ahead);
-    if (!is_there || (threadIdx.x & 31) != 0) return;
-    float a = to_float(from_float<T>(sums[0][0])), b = to_float(from_float<T>(sums[1][0]));
-    if (head < turning) {
-        const float x = a, y = b;
-        a = x * cosine - y * sine;
-        b = y * cosine + x * sine;
-    }
-    T* const out = static_cast<T*>(g.out);
-    out[first] = from_float<T>(a);
-    out[second] = from_float<T>(b);
-    if (head < heads.num_heads) return;
-    const int64_t block = slot / heads.block_size, offset = slot % heads.block_size;
-    const int kv_head = head < turning ? head - heads.num_heads : head - turning;
-    C* const cached = (head < turning ? keys : values) + ((block * heads.num_kv_heads + kv_head) * heads.block_size + offset) * dim;
-    cached[pair] = from_float<C>(a);
-    cached[pair + f.pairs] = from_float<C>(b);
-}
-
-#define PROJECT(T, C)                                                                                                        \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS) fp8_project_##T##_##C(                                          \
-        const __grid_constant__ Fp8Gemv g, C* keys, C* values, const int* position_ids, const int* slot_mapping,             \
-        const int* token_seqs, const int* prompt_lens, const __grid_constant__ Frequencies f, const __grid_constant__ Heads heads, \
-        const __grid_constant__ Ahead ahead) {                                                                               \
-        project<T, C>(g, keys, values, position_ids, slot_mapping, token_seqs, prompt_lens, f, heads, ahead);                \
-    }
-#define PROJECT_EACH_CACHE(T) PROJECT(T, T) PROJECT(T, e4m3) PROJECT(T, e5m2)
-PROJECT_EACH_CACHE(bf16)
-PROJECT_EACH_CACHE(f16)
 
 #define INSTANTIATE(T, OUT, ROWS)                                                                        \
     extern "C" __global__ void __launch_bounds__(32 * WARPS) fp8_gemv_##ROWS##_##T##_##OUT(Fp8Gemv g) { \

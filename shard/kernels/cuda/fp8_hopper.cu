@@ -1,4 +1,4 @@
-// out[M, N] = x[M, K] W[N, K]^T (+ bias) for some dozens of rows of x and weights of eight bits: a race to read the weights once.
+// out[M, N] = x[M, K] W[N, K]^T (+ bias) for up to 32 rows of x and weights of eight bits: a race to read the weights once.
 //
 // Hopper only. Tensor cores multiply eight bits, so x is rounded too: each 128 neighbours of a row with a scale of their own, by
 // one warpgroup on their way to shared memory. The weights come there by bulk tensor copies that begin before x is there, and are
@@ -130,7 +130,8 @@ template <typename T, int TOKENS, int SUBS, int CLUSTER, int STAGES, bool IS_GAT
         constexpr int CHUNKS = 16 / SHARING;        // of eight numbers
         const int t = threadIdx.x - MULTIPLIERS, token = t / SHARING, part = t % SHARING;
         const T* const row = static_cast<const T*>(g.x) + static_cast<int64_t>(min(token, g.rows - 1)) * g.inputs;
-        const auto fetch = [&](uint4 (&ahead)[CHUNKS], int piece) {
+        uint4 ahead[CHUNKS];
+        const auto fetch = [&](int piece) {
 #pragma unroll
             for (int i = 0; i < CHUNKS; ++i) {
                 const int column = piece * K + (i * SHARING + part) * 8;
@@ -138,13 +139,12 @@ template <typename T, int TOKENS, int SUBS, int CLUSTER, int STAGES, bool IS_GAT
                 ahead[i] = is_there ? __ldcg(reinterpret_cast<const uint4*>(row + column)) : make_uint4(0, 0, 0, 0);
             }
         };
-        int stage = 0, phase = 1;
-        // `ahead` holds the piece, and then the one after the next.
-        const auto write = [&](uint4 (&ahead)[CHUNKS], int piece) {
+        fetch(begin);
+        for (int piece = begin, stage = 0, phase = 1; piece < end; ++piece) {
             uint4 now[CHUNKS];
 #pragma unroll
             for (int i = 0; i < CHUNKS; ++i) now[i] = ahead[i];
-            if (piece + 2 < end) fetch(ahead, piece + 2);
+            if (piece + 1 < end) fetch(piece + 1);
             auto most = larger({}, 0u, T{});
 #pragma unroll
             for (int i = 0; i < CHUNKS; ++i) {
@@ -174,13 +174,6 @@ template <typename T, int TOKENS, int SUBS, int CLUSTER, int STAGES, bool IS_GAT
             fence_async();
             barrier_arrive(full + stage * 8);
             if (++stage == STAGES) stage = 0, phase ^= 1;
-        };
-        uint4 even[CHUNKS], odd[CHUNKS];
-        fetch(even, begin);
-        if (begin + 1 < end) fetch(odd, begin + 1);
-        for (int piece = begin; piece < end; piece += 2) {
-            write(even, piece);
-            if (piece + 1 < end) write(odd, piece + 1);
         }
     }
 
@@ -347,4 +340,3 @@ __device__ __forceinline__ void run(const TensorMap* weights, const Fp8Hopper& g
 HOPPER_CLUSTERS(32, 1, 5, 2)
 HOPPER_CLUSTERS(32, 2, 3, 2)
 HOPPER_TYPES(fp8_hopper_gated, 32, 2, 1, 3, 2, true)
-HOPPER_TYPES(fp8_hopper_gated, 32, 2, 2, 3, 2, true)

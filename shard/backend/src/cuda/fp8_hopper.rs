@@ -55,14 +55,12 @@ pub(super) struct Shape {
     stages: usize,
 }
 
-/// Blocks that share a tile of a gated product.
-const GATED_CLUSTER: usize = 2;
 /// Stages by the most rows of `x` and boxes.
 const STAGES: [(usize, usize, usize); 2] = [(32, 1, 5), (32, 2, 3)];
 const CLUSTERS: [usize; 3] = [1, 2, 4];
 
 impl Shape {
-    /// All of them, gated ones too: those have two boxes and up to two blocks a tile.
+    /// All of them, gated ones too: those have two boxes and a block a tile.
     fn all() -> impl Iterator<Item = Self> {
         let of = |(tokens, boxes, stages)| {
             CLUSTERS.into_iter().map(move |cluster| Self { tokens, boxes, cluster, stages })
@@ -71,7 +69,7 @@ impl Shape {
     }
 
     const fn is_gated(self) -> bool {
-        self.boxes == 2 && self.cluster <= 2
+        self.boxes == 2 && self.cluster == 1
     }
 
     /// The ring begins at a multiple of 1024.
@@ -125,9 +123,10 @@ impl Fp8Hopper {
     pub(super) fn shapes(rows: usize, outputs: usize) -> Vec<Shape> {
         let tokens = STAGES.map(|(tokens, ..)| tokens).into_iter().filter(|&tokens| tokens >= rows).min();
         let mut shapes: Vec<_> = Shape::all().filter(|shape| Some(shape.tokens) == tokens).collect();
-        // Large tiles read activations less often, few blocks leave memory idle, and sharing a tile costs time.
+        // Few blocks leave memory idle, large tiles read activations less often, and sharing a tile costs time.
         shapes.sort_by_key(|shape| {
-            (shape.blocks(outputs) < ENOUGH_BLOCKS, shape.cluster, usize::MAX - shape.boxes)
+            let missing = ENOUGH_BLOCKS.saturating_sub(shape.blocks(outputs));
+            (missing, usize::MAX - shape.boxes, shape.cluster)
         });
         if rows == 0 { Vec::new() } else { shapes }
     }
@@ -145,11 +144,7 @@ impl Fp8Hopper {
         task: Task<'_>,
         activation: i32,
     ) -> Result<bool, BackendError> {
-        let fits = |kernels: &&Kernels| {
-            kernels.shape.tokens >= task.rows
-                && kernels.gated.is_some()
-                && kernels.shape.cluster == GATED_CLUSTER
-        };
+        let fits = |kernels: &&Kernels| kernels.shape.tokens >= task.rows && kernels.gated.is_some();
         let Some(kernels) = self.kernels.iter().find(fits) else { return Ok(false) };
         let Some(functions) = kernels.gated else { return Ok(false) };
         self.launch(queue, (functions, kernels.shape), task, (task.weight.out_features / 2, activation))?;
@@ -227,7 +222,7 @@ mod tests {
             (shape.tokens, shape.boxes, shape.cluster)
         };
         assert_eq!(taken(17, 28_672), (32, 2, 1));
-        assert_eq!(taken(32, 6144), (32, 1, 2));
+        assert_eq!(taken(32, 6144), (32, 2, 4));
         assert_eq!(taken(1, 4096), (32, 1, 4));
         assert!(Fp8Hopper::shapes(33, 4096).is_empty() && Fp8Hopper::shapes(0, 4096).is_empty());
     }

@@ -12,7 +12,6 @@ use super::cublaslt::{CublasLt, Operands, Product, WORKSPACE_BYTES};
 use super::driver::{Context, DeviceMemory, DevicePtr};
 use super::fp8_hopper::{Fp8Hopper, Shape};
 use super::fp8_linear::Rounding;
-use super::fp8_project::Fp8Projections;
 use super::fp8_skinny::Fp8Skinny;
 use super::launch::{Argument, Launch, Queue, args};
 use super::linear::NextWeight;
@@ -28,9 +27,9 @@ const PIECE: usize = 16;
 const GEMV_MAX: usize = 4;
 const GEMV_ROWS: usize = 1;
 /// Outputs of a block of it.
-pub(super) const GEMV_OUTPUTS: usize = 8;
+const GEMV_OUTPUTS: usize = 8;
 /// Shared memory that every GPU with bf16 products grants a block.
-pub(super) const MAX_SHARED_BYTES: usize = 96 << 10;
+const MAX_SHARED_BYTES: usize = 96 << 10;
 /// The same of its gated form.
 const GATED_GEMV_ROWS: usize = 1;
 /// Most rows for which every warp reads activations by itself, and the same of the gated form.
@@ -78,7 +77,7 @@ pub enum Fp8Kernel {
 /// `Fp8Gemv` of fp8_gemv.cu.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-pub(super) struct GemvParameters {
+struct GemvParameters {
     weight: DevicePtr,
     scales: DevicePtr,
     x: DevicePtr,
@@ -149,7 +148,6 @@ pub(super) struct Fp8Matmuls {
     few_rows: Vec<FewRows>,
     skinny: Fp8Skinny,
     hopper: Option<Fp8Hopper>,
-    pub(super) projections: Fp8Projections,
     pub(super) rounding: Rounding,
     convert: ByTypes,
     /// Whether the library multiplies eight bits with a scale a row.
@@ -194,7 +192,6 @@ impl Fp8Matmuls {
             few_rows: few_rows.collect::<Result<_, BackendError>>()?,
             skinny: Fp8Skinny::load(context, facts, usize::try_from(most_shared).unwrap_or(0))?,
             hopper: Fp8Hopper::load(context, facts)?,
-            projections: Fp8Projections::load(context, facts)?,
             rounding: Rounding::load(context)?,
             convert: matmul.by_types("convert", &[(DType::F32, DType::BF16), (DType::F32, DType::F16)])?,
             has_library: facts.capability == (9, 0),
@@ -481,7 +478,7 @@ impl Fp8Matmuls {
 }
 
 /// Whether weights are widened beside such activations.
-pub(super) fn takes_activations(task: Task<'_>, x: DType) -> bool {
+fn takes_activations(task: Task<'_>, x: DType) -> bool {
     let weight = task.weight;
     x == weight.dtype
         && weight.dtype != DType::F32
@@ -514,7 +511,7 @@ fn of_type(functions: Both, weight: &CudaLinear) -> Function {
     functions[usize::from(weight.dtype == DType::F16)]
 }
 
-pub(super) fn gemv_parameters(
+fn gemv_parameters(
     x: &CudaBuffer,
     (weight, bias): (&CudaLinear, Option<&CudaVector>),
     out: &CudaBuffer,
@@ -532,7 +529,7 @@ pub(super) fn gemv_parameters(
     }
 }
 
-pub(super) fn gemv_launch(function: Function, x: &CudaBuffer, outputs: usize) -> Launch {
+fn gemv_launch(function: Function, x: &CudaBuffer, outputs: usize) -> Launch {
     Launch {
         function,
         grid: [outputs.div_ceil(GEMV_OUTPUTS) as u32, 1, 1],

@@ -90,8 +90,6 @@ impl CudaLinear {
 /// A weight that the result of the next operation is multiplied with, and nothing else.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct NextWeight {
-    pub(super) address: DevicePtr,
-    pub(super) bytes: usize,
     pub(super) is_fp8: bool,
     pub(super) dtype: DType,
     pub(super) out_features: usize,
@@ -101,8 +99,6 @@ pub(super) struct NextWeight {
 impl From<&CudaLinear> for NextWeight {
     fn from(weight: &CudaLinear) -> Self {
         Self {
-            address: weight.ptr(),
-            bytes: weight.memory.bytes(),
             is_fp8: weight.scales.is_some(),
             dtype: weight.dtype,
             out_features: weight.out_features,

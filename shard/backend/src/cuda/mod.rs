@@ -19,7 +19,6 @@ mod few_rows;
 mod fp8_hopper;
 mod fp8_linear;
 mod fp8_matmul;
-mod fp8_project;
 mod fp8_skinny;
 mod gemv;
 mod graph;
@@ -124,8 +123,6 @@ pub struct CudaBackend {
     step: StepInputs,
     /// Of operations that need room in between; contents are undefined between operations.
     workspace: DeviceMemory,
-    /// What is read soon after the next operation.
-    expected_weight: Cell<Option<linear::NextWeight>>,
     /// What the result of the next operation is for.
     next_weight: Cell<Option<linear::NextWeight>>,
     graphs: Graphs,
@@ -192,7 +189,6 @@ impl CudaBackend {
             uploader: RefCell::new(None),
             communicator,
             workspace: DeviceMemory::zeroed(&context, WORKSPACE_BYTES, "the workspace")?,
-            expected_weight: Cell::new(None),
             next_weight: Cell::new(None),
             graphs: Graphs::default(),
             has_stale_graphs: Cell::new(false),

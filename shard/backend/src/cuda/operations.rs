@@ -363,24 +363,6 @@ impl Backend for CudaBackend {
         self.gated_activation(gate_up, activation, out)
     }
 
-    fn project_and_store_kv(
-        &mut self,
-        (x, weight, bias): (&CudaBuffer, &CudaLinear, Option<&CudaVector>),
-        qkv: &mut CudaBuffer,
-        (rope, shape): (Option<&CudaRope>, &AttentionShape),
-        (layer, cache): (usize, &mut CudaKvCache),
-    ) -> Result<(), BackendError> {
-        let next = self.expected_weight.take();
-        if !self.options.is_deterministic {
-            let (tools, projections) = ((&self.queue, &self.step), &self.matmuls.fp8.projections);
-            if projections.project(tools, (x, weight, bias), qkv, (rope, shape), (layer, cache, next))? {
-                return Ok(());
-            }
-        }
-        self.matmul(x, weight, bias, qkv)?;
-        self.rope_and_store_kv(qkv, rope, shape, layer, cache)
-    }
-
     fn rope_and_store_kv(
         &mut self,
         qkv: &mut CudaBuffer,
@@ -390,10 +372,6 @@ impl Backend for CudaBackend {
         cache: &mut CudaKvCache,
     ) -> Result<(), BackendError> {
         self.ropes.rotate_and_store(&self.queue, &self.step, (qkv, rope, shape), (layer, cache))
-    }
-
-    fn expects(&self, weight: &CudaLinear) {
-        self.expected_weight.set(Some(weight.into()));
     }
 
     fn comes_next(&self, weight: &CudaLinear) {

@@ -12,7 +12,7 @@ use super::upload::Uploader;
 use super::{CudaBuffer, CudaKvCache};
 use crate::{AttentionShape, BackendError, LongFrequencies, RopeFrequencies, RopeStyle};
 
-/// Most pairs of a head, see `rope.cuh`.
+/// Most pairs of a head, see `rope.cu`.
 const MAX_PAIRS: usize = 256;
 /// Elements of a piece when everything is a multiple of it.
 const PIECE: usize = 8;
@@ -20,10 +20,10 @@ const THREADS: u32 = 256;
 /// A block has at least this many heads: what a token needs once is computed by each of its blocks.
 const LEAST_HEADS: usize = 4;
 
-/// `Frequencies` of `rope.cuh`.
+/// `Frequencies` of `rope.cu`.
 #[derive(Debug, Clone, Copy, Default)]
 #[repr(C)]
-pub(super) struct Frequencies {
+struct Frequencies {
     inv_freq: DevicePtr,
     long_inv_freq: DevicePtr,
     pairs: i32,
@@ -35,25 +35,14 @@ pub(super) struct Frequencies {
     factor: f64,
 }
 
-/// `Heads` of `rope.cuh`.
+/// `Heads` of `rope.cu`.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
-pub(super) struct Heads {
+struct Heads {
     num_heads: i32,
     num_kv_heads: i32,
     head_dim: i32,
     block_size: i32,
-}
-
-impl Heads {
-    pub(super) fn new(shape: &AttentionShape, block_size: usize) -> Self {
-        Self {
-            num_heads: shape.num_heads as i32,
-            num_kv_heads: shape.num_kv_heads as i32,
-            head_dim: shape.head_dim as i32,
-            block_size: block_size as i32,
-        }
-    }
 }
 
 impl Argument for Frequencies {}
@@ -67,12 +56,6 @@ pub struct CudaRope {
 }
 
 impl CudaRope {
-    /// How positions become angles, if all elements of a head of `head_dim` turn, each with the one half a head on.
-    pub(super) fn halves(&self, head_dim: usize) -> Option<Frequencies> {
-        let pairs = self.frequencies.pairs as usize;
-        (self.frequencies.is_interleaved == 0 && 2 * pairs == head_dim).then_some(self.frequencies)
-    }
-
     /// Copies the frequencies. On the device once the uploader has finished.
     pub(super) fn new(
         context: &Arc<Context>,
@@ -155,7 +138,12 @@ impl Ropes {
         let pairs = frequencies.pairs as usize;
         assert!(2 * pairs <= shape.head_dim, "{} elements turn of a head of {}", 2 * pairs, shape.head_dim);
         let is_wide = i32::from(shape.head_dim.is_multiple_of(PIECE) && pairs.is_multiple_of(PIECE));
-        let device_heads = Heads::new(shape, layout.block_size);
+        let device_heads = Heads {
+            num_heads: shape.num_heads as i32,
+            num_kv_heads: shape.num_kv_heads as i32,
+            head_dim: shape.head_dim as i32,
+            block_size: layout.block_size as i32,
+        };
         let launch = Launch {
             function: self.rope_store.of(qkv.dtype(), layout.dtype),
             grid: [tokens as u32, groups as u32, 1],

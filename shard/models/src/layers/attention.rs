@@ -89,24 +89,17 @@ impl<B: Backend> Attention<B> {
         scratch: &mut Scratch<B>,
         cache: &mut B::KvCache,
     ) -> Result<(), ModelError> {
-        let is_plain = self.clip_qkv.is_none() && self.qk_norm.is_none();
-        if !is_plain {
-            self.qkv_proj.forward(backend, x, scratch.one(self.qkv))?;
-        }
+        let qkv = scratch.one(self.qkv);
+        self.qkv_proj.forward(backend, x, qkv)?;
         if let Some(limit) = self.clip_qkv {
-            backend.clamp(scratch.one(self.qkv), limit)?;
+            backend.clamp(qkv, limit)?;
         }
         if let Some(norm) = &self.qk_norm {
             norm.forward(backend, &self.shape, self.qkv, scratch)?;
         }
         let (ropes, qkv, heads) = scratch.ropes_and_pair(self.qkv, self.heads);
         let (rope, layer) = (self.rope.map(|index| &ropes[index]), self.cache_layer);
-        if is_plain {
-            self.o_proj.comes_soon(backend);
-            self.qkv_proj.forward_and_store_kv(backend, (x, qkv), (rope, &self.shape), (layer, cache))?;
-        } else {
-            backend.rope_and_store_kv(qkv, rope, &self.shape, layer, cache)?;
-        }
+        backend.rope_and_store_kv(qkv, rope, &self.shape, layer, cache)?;
         backend.attention(qkv, &self.shape, layer, cache, heads)?;
         self.o_proj.forward(backend, heads, out)
     }

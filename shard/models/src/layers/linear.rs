@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use backend::{Activation, AttentionShape, Backend, DType};
+use backend::{Activation, Backend, DType};
 
 use super::Loader;
 use super::packing::windows;
@@ -112,22 +112,6 @@ impl<B: Backend> Linear<B> {
         loader.weight_bytes += bias.as_ref().map_or(0, |bias| size_of_val(bias.as_slice()));
         let bias = bias.map(|bias| loader.backend.vector(bias)).transpose()?;
         Ok(Self { weight, bias })
-    }
-
-    /// Projects to queries, keys and values, rotates and stores them in a layer of the cache.
-    pub(crate) fn forward_and_store_kv(
-        &self,
-        backend: &mut B,
-        (x, qkv): (&B::Buffer, &mut B::Buffer),
-        rope: (Option<&B::Rope>, &AttentionShape),
-        cache: (usize, &mut B::KvCache),
-    ) -> Result<(), ModelError> {
-        Ok(backend.project_and_store_kv((x, &self.weight, self.bias.as_ref()), qkv, rope, cache)?)
-    }
-
-    /// Says that this is multiplied soon after a projection that comes next.
-    pub(crate) fn comes_soon(&self, backend: &B) {
-        backend.expects(&self.weight);
     }
 
     /// Says that the result of the next operation is for this layer alone.
