@@ -2,15 +2,17 @@
 
 #![allow(clippy::unwrap_used, reason = "a test's helpers fail the test by panicking, as the test does")]
 
+use std::path::Path;
+
 use integration_tests::conformance::{check_server, request};
 use integration_tests::golden::{BFLOAT16, FLOAT32, Tolerance, cases, fixture, tokens_of};
 use integration_tests::{Server, args, http};
 use serde_json::json;
 
-fn check_ranks(model: std::path::PathBuf, golden: &str, tolerance: Tolerance) {
+fn check_ranks(model: &Path, ranks: &[&str], golden: &str, tolerance: Tolerance) {
     let cases = cases(&fixture(golden)).unwrap();
-    for ranks in ["1", "2", "3"] {
-        let server = Server::of(&model).args(["--num-shard", ranks]).start().unwrap();
+    for &ranks in ranks {
+        let server = Server::of(model).args(["--num-shard", ranks]).start().unwrap();
         assert_eq!(server.children("shard").len().to_string(), ranks);
         check_server(server.port(), &cases, tolerance).unwrap();
     }
@@ -18,23 +20,35 @@ fn check_ranks(model: std::path::PathBuf, golden: &str, tolerance: Tolerance) {
 
 #[test]
 fn tiny_llama_matches_the_reference_on_1_2_and_3_ranks() {
-    check_ranks(fixture("tiny-llama"), "tiny-llama/golden.jsonl", FLOAT32);
+    check_ranks(&fixture("tiny-llama"), &["1", "2", "3"], "tiny-llama/golden.jsonl", FLOAT32);
 }
 
-#[test]
-fn pytorch_shards_match_the_reference() {
-    // The tokenizer is the other tiny model's.
+/// A fixture's model with the tokenizer of tiny-llama.
+fn with_tokenizer(name: &str) -> tempfile::TempDir {
     let model = tempfile::tempdir().unwrap();
-    for entry in std::fs::read_dir(fixture("tiny-bin")).unwrap() {
+    for entry in std::fs::read_dir(fixture(name)).unwrap() {
         let path = entry.unwrap().path();
         std::fs::copy(&path, model.path().join(path.file_name().unwrap())).unwrap();
     }
     for name in ["tokenizer.json", "tokenizer_config.json", "generation_config.json"] {
         std::fs::copy(fixture("tiny-llama").join(name), model.path().join(name)).unwrap();
     }
+    model
+}
+
+#[test]
+fn pytorch_shards_match_the_reference() {
+    let model = with_tokenizer("tiny-bin");
     let cases = cases(&fixture("tiny-bin/golden.jsonl")).unwrap();
     let server = Server::of(model.path()).args(["--num-shard", "2", "--dtype", "float32"]).start().unwrap();
     check_server(server.port(), &cases, FLOAT32).unwrap();
+}
+
+/// A family with neighbours turned together, fused projections and norms after the branches, from a `config.json` of
+/// transformers 5 to the tokens that transformers gives.
+#[test]
+fn glm4_matches_transformers_on_1_and_2_ranks() {
+    check_ranks(with_tokenizer("tiny-glm4").path(), &["1", "2"], "tiny-glm4/golden.json", FLOAT32);
 }
 
 /// A Falcon with grouped KV heads, whose converter takes queries, keys and values apart; its bfloat16 is exact.
@@ -50,7 +64,7 @@ fn a_gguf_file_of_another_architecture_matches_the_reference() {
 
 #[test]
 fn smollm2_matches_the_reference_on_1_2_and_3_ranks() {
-    check_ranks(args::smollm2(), "smollm2-golden.jsonl", BFLOAT16);
+    check_ranks(&args::smollm2(), &["1", "2", "3"], "smollm2-golden.jsonl", BFLOAT16);
 }
 
 #[test]

@@ -44,6 +44,7 @@ const ARCHITECTURES: &[Architecture] = &[
     Architecture { name: "gemma", model_type: "gemma", class: "GemmaForCausalLM", finish: gemma },
     Architecture { name: "gemma2", model_type: "gemma2", class: "Gemma2ForCausalLM", finish: gemma2 },
     Architecture { name: "gemma3", model_type: "gemma3_text", class: "Gemma3ForCausalLM", finish: gemma3 },
+    Architecture { name: "glm4", model_type: "glm4", class: "Glm4ForCausalLM", finish: glm4 },
     Architecture { name: "gpt2", model_type: "gpt2", class: "GPT2LMHeadModel", finish: classic::gpt2 },
     Architecture {
         name: "gptneox",
@@ -343,6 +344,15 @@ fn phi3(builder: &mut Builder<'_>) -> Result<(), HubError> {
     if let Some(original) = builder.reader.u64(&key)? {
         builder.set("original_max_position_embeddings", original);
     }
+    Ok(())
+}
+
+/// GLM-4 0414, whose rotation already pairs neighbours.
+fn glm4(builder: &mut Builder<'_>) -> Result<(), HubError> {
+    builder.rms_eps()?;
+    builder.partial_rope()?;
+    builder.set("attention_bias", builder.has("blk.0.attn_q.bias"));
+    builder.set("hidden_act", "silu");
     Ok(())
 }
 

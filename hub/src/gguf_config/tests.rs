@@ -184,6 +184,18 @@ fn falcons_layout_is_what_its_tensors_are() {
 }
 
 #[test]
+fn glm4_turns_a_part_of_each_head() {
+    let mut writer = sizes_of("glm4");
+    writer.number("glm4.rope.dimension_count", 8).tensor("blk.0.attn_q.bias", &[64], GgmlType::F32);
+    let found = config(&writer).unwrap();
+    let class = &found["architectures"][0];
+    assert_eq!((&found["model_type"], class), (&json!("glm4"), &json!("Glm4ForCausalLM")));
+    let rotation = (&found["partial_rotary_factor"], &found["attention_bias"]);
+    assert_eq!(rotation, (&json!(0.5), &json!(true)));
+    assert!(config(writer.number("glm4.rope.dimension_count", 17)).unwrap_err().contains("expected 1 to 16"));
+}
+
+#[test]
 fn deepseeks_generation_is_told_by_its_bias() {
     let mut writer = sizes_of("deepseek2");
     for (key, value) in [

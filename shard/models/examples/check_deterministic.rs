@@ -6,18 +6,18 @@
 //! Sequences of random prompts generate `--tokens` ids greedily, first each by itself, then in several other ways. Exit code 1
 //! when a bit differs.
 
+mod steps;
+
 use std::error::Error;
-use std::ops::Range;
 use std::process::ExitCode;
 
-use backend::StepInput;
 use backend::collectives::Single;
 use backend::cuda::{CudaBackend, CudaOptions};
 use models::{CausalLm, Decoder, LoadOptions, load};
+use steps::{BLOCK_SIZE, num_blocks, parts, step};
 
 type Failure = Box<dyn Error + Send + Sync>;
 
-const BLOCK_SIZE: usize = 16;
 /// Lengths of prompts, in turn.
 const PROMPTS: [usize; 8] = [37, 1, 130, 300, 16, 513, 5, 64];
 
@@ -27,15 +27,8 @@ struct Arguments {
     tokens: usize,
 }
 
-/// A prompt and what followed.
-struct Sequence {
-    ids: Vec<u32>,
-    prompt_len: usize,
-    cached: usize,
-    blocks: Range<u32>,
-    /// Bits of the logits that chose each token.
-    logits: Vec<Vec<u32>>,
-}
+/// A prompt and what followed, with the bits of the logits that chose each token.
+type Sequence = steps::Sequence<Vec<Vec<u32>>>;
 
 fn main() -> Result<ExitCode, Failure> {
     let arguments = parse_arguments()?;
@@ -43,9 +36,10 @@ fn main() -> Result<ExitCode, Failure> {
     let backend = CudaBackend::new(options, Box::new(Single))?;
     let model = hub::ModelRef { model_id: arguments.model.clone(), revision: None };
     let files = hub::locate(&model, &hub::HubOptions::default())?;
-    let options = LoadOptions { max_rows_sampled: 256, threads: 8, ..LoadOptions::default() };
+    let options =
+        LoadOptions { max_rows_sampled: 256, threads: 8, block_size: BLOCK_SIZE, ..LoadOptions::default() };
     let mut decoder = load(backend, &files, &options)?;
-    let blocks = arguments.sequences * (PROMPTS[5] + arguments.tokens).div_ceil(BLOCK_SIZE) + 1;
+    let blocks = arguments.sequences * num_blocks(PROMPTS[5] + arguments.tokens) + 1;
     decoder.allocate_kv_cache(blocks)?;
     let all = arguments.sequences;
     let alone = generate(&mut decoder, &arguments, 1, usize::MAX)?;
@@ -61,8 +55,8 @@ fn main() -> Result<ExitCode, Failure> {
         let found = generate(&mut decoder, &arguments, batch, chunk)?;
         let (mut differing, mut steps) = (0, 0);
         for (alone, found) in alone.iter().zip(&found) {
-            steps += found.logits.len();
-            differing += alone.logits.iter().zip(&found.logits).filter(|(a, b)| a != b).count();
+            steps += found.kept.len();
+            differing += alone.kept.iter().zip(&found.kept).filter(|(a, b)| a != b).count();
         }
         eprintln!("{what}: {} of {steps} logits the same bits", steps - differing);
         is_same &= differing == 0 && steps == all * arguments.tokens;
@@ -89,37 +83,27 @@ fn generate(
                 ((random >> 33) % vocab_size) as u32
             };
             let ids = (0..prompt_len).map(|_| next_id()).collect();
-            let len = (prompt_len + arguments.tokens).div_ceil(BLOCK_SIZE) as u32;
-            let blocks = next_block..next_block + len;
-            next_block += len;
-            Sequence { ids, prompt_len, cached: 0, blocks, logits: Vec::new() }
+            Sequence::new(ids, arguments.tokens, &mut next_block, Vec::new())
         })
         .collect();
     for group in sequences.chunks_mut(batch) {
         loop {
-            let mut room = decoder.info().max_step_tokens;
-            let mut parts = Vec::new();
-            for sequence in group.iter_mut().filter(|sequence| sequence.logits.len() < arguments.tokens) {
-                let len = (sequence.ids.len() - sequence.cached).min(chunk).min(room);
-                if len > 0 {
-                    room -= len;
-                    parts.push((sequence, len));
-                }
-            }
+            let parts = parts(group, chunk, decoder.info().max_step_tokens);
             if parts.is_empty() {
                 break;
             }
             decoder.forward(&step(&parts))?;
-            take_tokens(decoder, parts)?;
+            take_tokens(decoder, parts, arguments.tokens)?;
         }
     }
     Ok(sequences)
 }
 
-/// Reads the logits of sequences whose tokens are all cached, and appends the best token.
+/// Reads the logits of sequences whose tokens are all cached, and appends the best token until there are `count`.
 fn take_tokens(
     decoder: &mut Decoder<CudaBackend>,
     parts: Vec<(&mut Sequence, usize)>,
+    count: usize,
 ) -> Result<(), Failure> {
     let mut row = 0;
     for (sequence, len) in parts {
@@ -130,33 +114,11 @@ fn take_tokens(
         }
         let logits = decoder.read_logits(&[row - 1])?;
         let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map_or(0, |(id, _)| id);
-        sequence.logits.push(logits.iter().map(|logit| logit.to_bits()).collect());
+        sequence.kept.push(logits.iter().map(|logit| logit.to_bits()).collect());
         sequence.ids.push(best as u32);
+        sequence.is_done = sequence.kept.len() == count;
     }
     Ok(())
-}
-
-fn step(parts: &[(&mut Sequence, usize)]) -> StepInput {
-    let max_blocks = parts.iter().map(|(sequence, _)| sequence.blocks.len()).max().unwrap_or(0);
-    let mut step = StepInput { cu_seqlens_q: vec![0], max_blocks, ..StepInput::default() };
-    for (sequence, len) in parts {
-        let end = sequence.cached + len;
-        step.input_ids.extend_from_slice(&sequence.ids[sequence.cached..end]);
-        step.position_ids.extend(sequence.cached as u32..end as u32);
-        step.slot_mapping.extend((sequence.cached..end).map(|position| {
-            let block = sequence.blocks.start + (position / BLOCK_SIZE) as u32;
-            block * BLOCK_SIZE as u32 + (position % BLOCK_SIZE) as u32
-        }));
-        step.cu_seqlens_q.push(step.input_ids.len() as u32);
-        step.context_lens.push(end as u32);
-        step.prompt_lens.push(sequence.prompt_len as u32);
-        step.block_tables.extend(sequence.blocks.clone());
-        step.block_tables.resize(step.context_lens.len() * max_blocks, 0);
-        if end == sequence.ids.len() {
-            step.logits_rows.push(step.input_ids.len() as u32 - 1);
-        }
-    }
-    step
 }
 
 fn parse_arguments() -> Result<Arguments, Failure> {

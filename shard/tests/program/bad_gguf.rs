@@ -82,6 +82,11 @@ fn absurd_shapes_and_types() {
         bytes[place] = 99;
     };
     refused(unknown, &["tensor \"output_norm.weight\" has the unknown type 99"]);
+    let integers = |bytes: &mut Vec<u8>| {
+        let place = entry(bytes, NORM) + 4 + 8;
+        bytes[place] = 24;
+    };
+    refused(integers, &["tensor transformer.ln_f.weight is stored as I8, expected F32, F16, BF16"]);
 }
 
 #[test]
@@ -90,11 +95,14 @@ fn tensors_and_vocabulary_of_another_model() {
     let rename = |bytes: &mut Vec<u8>| {
         let place = entry(bytes, NORM) - 1;
         bytes[place] = b'T';
+        let place = entry(bytes, "output_norm.bias") + 4;
+        put(bytes, place, 32);
     };
     refused(
         rename,
         &[
             "tensor transformer.ln_f.weight is missing",
+            "tensor transformer.ln_f.bias has shape [32], expected [64]",
             "tensor transformer.ln_f.weighT is not part of the model",
         ],
     );

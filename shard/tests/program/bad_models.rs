@@ -36,7 +36,7 @@ pub(crate) fn ends_with(command: &Command, code: i32, words: &[&str]) -> usize {
 }
 
 /// The model, changed by `spoil`, must be refused in one line.
-fn refused(spoil: impl FnOnce(&Path), words: &[&str]) {
+pub(crate) fn refused(spoil: impl FnOnce(&Path), words: &[&str]) {
     let place = Place::new();
     spoil(&place.model());
     let num_lines = ends_with(&place.command(), 10, words);
@@ -64,6 +64,14 @@ fn change_header(model: &Path, change: impl FnOnce(&mut Value)) {
     fs::write(path, [&(header.len() as u64).to_le_bytes(), header.as_bytes(), data].concat()).unwrap();
 }
 
+/// Gives the tokenizer a token that the model has no row for.
+pub(crate) fn grow_vocabulary(model: &Path) {
+    let path = model.join("tokenizer.json");
+    let mut tokenizer: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    tokenizer["model"]["vocab"]["one too many"] = json!(300);
+    fs::write(path, tokenizer.to_string()).unwrap();
+}
+
 #[test]
 fn safetensors_that_contradict_themselves() {
     let name = "model.norm.weight";
@@ -83,6 +91,20 @@ fn safetensors_that_contradict_themselves() {
     );
     refused(|model| fs::write(model.join("model.safetensors"), u64::MAX.to_le_bytes()).unwrap(), &[unusable]);
     refused(|model| fs::write(model.join("model.safetensors"), "").unwrap(), &[unusable, "it has 0 bytes"]);
+}
+
+#[test]
+fn safetensors_of_types_that_are_not_read() {
+    let place = Place::new();
+    change_header(&place.model(), |header| {
+        header["model.norm.weight"]["dtype"] = json!("I32");
+        header["lm_head.weight"]["dtype"] = json!("U32");
+    });
+    let words = [
+        "tensor model.norm.weight is stored as I32, expected F32, F16, BF16",
+        "tensor lm_head.weight is stored as U32, expected F32, F16, BF16",
+    ];
+    assert_eq!(ends_with(&place.command(), 10, &words), words.len());
 }
 
 #[test]
@@ -110,29 +132,51 @@ fn tensors_that_are_missing_surplus_or_of_another_shape_are_all_listed() {
 
 #[test]
 fn indexes_that_lead_elsewhere() {
-    let index = |map: Value| {
-        move |model: &Path| {
-            fs::write(model.join("model.safetensors.index.json"), json!({"weight_map": map}).to_string())
-                .unwrap();
+    for (weights, index) in [
+        ("model.safetensors", "model.safetensors.index.json"),
+        ("pytorch_model.bin", "pytorch_model.bin.index.json"),
+    ] {
+        let suffix = weights.rsplit('.').next().unwrap();
+        let spoilt = |map: Value| {
+            move |model: &Path| {
+                fs::rename(model.join("model.safetensors"), model.join(weights)).unwrap();
+                fs::write(model.join(index), json!({"weight_map": map}).to_string()).unwrap();
+            }
+        };
+        let (parent, here) = (format!("../model/{weights}"), format!("./{weights}"));
+        for name in [parent.as_str(), "/etc/passwd", here.as_str(), ".."] {
+            let words = [index, "weight_map: found", name, "expected names of files"];
+            refused(spoilt(json!({"model.norm.weight": name})), &words);
         }
-    };
-    for name in ["../model/model.safetensors", "/etc/passwd", "./model.safetensors", ".."] {
+        let (first, second) = (format!("b.{suffix}"), format!("d.{suffix}"));
         refused(
-            index(json!({"model.norm.weight": name})),
-            &["weight_map: found", name, "expected names of files"],
+            spoilt(json!({"a": first, "c": second, "e": weights})),
+            &[&format!("{first}, {second} of model")],
         );
+        refused(spoilt(json!([1, 2])), &["weight_map: found no object"]);
     }
-    refused(
-        index(json!({"a": "b.safetensors", "c": "d.safetensors", "e": "model.safetensors"})),
-        &["b.safetensors, d.safetensors of model"],
-    );
-    refused(index(json!([1, 2])), &["weight_map: found no object"]);
+}
+
+#[test]
+fn links_that_lead_elsewhere() {
     let outside = tempfile::NamedTempFile::new().unwrap();
-    let link = |model: &Path| {
-        fs::remove_file(model.join("model.safetensors")).unwrap();
-        std::os::unix::fs::symlink(outside.path(), model.join("model.safetensors")).unwrap();
+    for name in ["model.safetensors", "pytorch_model.bin", "model.gguf", "tokenizer.json"] {
+        let link = |model: &Path| {
+            if name != "tokenizer.json" {
+                fs::remove_file(model.join("model.safetensors")).unwrap();
+            }
+            let _ = fs::remove_file(model.join(name));
+            std::os::unix::fs::symlink(outside.path(), model.join(name)).unwrap();
+        };
+        refused(link, &[name, "found a link to", "outside of the model's directory"]);
+    }
+    // One that an index names.
+    let named = |model: &Path| {
+        std::os::unix::fs::symlink(outside.path(), model.join("b.safetensors")).unwrap();
+        let index = json!({"weight_map": {"a": "model.safetensors", "b": "b.safetensors"}});
+        fs::write(model.join("model.safetensors.index.json"), index.to_string()).unwrap();
     };
-    refused(link, &["model.safetensors: found a link to", "outside of the model's directory"]);
+    refused(named, &["b.safetensors: found a link to", "outside of the model's directory"]);
 }
 
 #[test]
@@ -168,30 +212,9 @@ fn configurations_with_absurd_numbers() {
 }
 
 #[test]
-fn pytorch_files_that_hold_more_than_tensors() {
-    let with_bin = |bytes: &'static [u8]| {
-        move |model: &Path| {
-            fs::remove_file(model.join("model.safetensors")).unwrap();
-            fs::write(model.join("pytorch_model.bin"), bytes).unwrap();
-        }
-    };
-    // The container before torch 1.6: magic number, version, the writer's machine, and then whatever is to be run.
-    const CODE: &[u8] = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.\x80\x02}.\x80\x02cos\nsystem\nX\x01\0\0\0x\x85R.";
-    refused(with_bin(CODE), &["pytorch_model.bin: not a usable PyTorch file: it refers to \"os.system\""]);
-    refused(with_bin(b"PK\x03\x04"), &["pytorch_model.bin: not a usable PyTorch file", "incomplete"]);
-    refused(with_bin(b"version https://git-lfs.github.com/spec/v1"), &["expected what torch.save writes"]);
-}
-
-#[test]
 fn a_tokenizer_of_another_model() {
-    let grow = |model: &Path| {
-        let path = model.join("tokenizer.json");
-        let mut tokenizer: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
-        tokenizer["model"]["vocab"]["one too many"] = json!(300);
-        fs::write(path, tokenizer.to_string()).unwrap();
-    };
     refused(
-        grow,
+        grow_vocabulary,
         &["tokenizer of ", "its largest token id is 300, expected ids below the model's vocab_size of 257"],
     );
     refused(

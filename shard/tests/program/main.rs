@@ -4,6 +4,7 @@
 
 mod bad_gguf;
 mod bad_models;
+mod bad_pytorch;
 mod calls;
 mod process;
 mod threads;
@@ -11,6 +12,8 @@ mod tiny_model;
 
 #[path = "../../src/engine/testing/byte_tokenizer.rs"]
 mod byte_tokenizer;
+#[path = "../../models/src/weights/pytorch/writer.rs"]
+mod torch_file;
 
 use std::os::fd::AsRawFd;
 use std::time::Duration;

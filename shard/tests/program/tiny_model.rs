@@ -31,7 +31,8 @@ pub(crate) fn write(dir: &Path) {
     write_safetensors(&dir.join("model.safetensors"), &tensors());
 }
 
-fn tensors() -> Vec<(String, Vec<usize>)> {
+/// Name and shape of each tensor.
+pub(crate) fn tensors() -> Vec<(String, Vec<usize>)> {
     let kv_width = NUM_KV_HEADS * HEAD_DIM;
     let mut tensors = vec![
         ("model.embed_tokens.weight".to_string(), vec![VOCAB_SIZE, HIDDEN_SIZE]),

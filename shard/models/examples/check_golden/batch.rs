@@ -1,18 +1,15 @@
 //! Runs prompts through a model, some at a time, and compares.
 
-use std::ops::Range;
-
+use backend::Backend;
 use backend::sampling::{SamplingParams, SamplingRow};
-use backend::{Backend, StepInput};
 use models::{CausalLm, Decoder};
 
 use crate::Failure;
 use crate::golden::Case;
+use crate::steps::{self, Sequence, parts, step};
 
 /// Below this gap the reference itself could have chosen otherwise, unless `--near-tie` says another.
 pub(crate) const NEAR_TIE: f64 = 0.02;
-/// Tokens of a KV block.
-pub(crate) const BLOCK_SIZE: usize = 16;
 
 /// What came of one prompt.
 #[derive(Clone, PartialEq, Default)]
@@ -28,20 +25,14 @@ pub(crate) struct Outcome {
 }
 
 /// A prompt under way.
-struct Sequence<'a> {
+struct Kept<'a> {
     case: &'a Case,
-    /// Prompt, then what was generated.
-    ids: Vec<u32>,
-    /// How many of them the cache holds.
-    cached: usize,
-    blocks: Range<u32>,
-    is_done: bool,
     outcome: Outcome,
 }
 
 /// Blocks that a prompt and its answer take.
 pub(crate) fn num_blocks(case: &Case) -> usize {
-    (case.input_ids.len() + case.generated_ids.len()).div_ceil(BLOCK_SIZE)
+    steps::num_blocks(case.input_ids.len() + case.generated_ids.len())
 }
 
 /// Computes all `cases` in the same steps, at most `chunk` tokens of a prompt at a time; ids are compared up to the first gap
@@ -52,29 +43,18 @@ pub(crate) fn check<B: Backend>(
     (chunk, near_tie): (usize, f64),
 ) -> Result<Vec<Outcome>, Failure> {
     let mut next_block = 1;
-    let mut sequences: Vec<Sequence<'_>> = cases
+    let mut sequences: Vec<Sequence<Kept<'_>>> = cases
         .iter()
         .map(|case| {
-            let blocks = next_block..next_block + num_blocks(case) as u32;
-            next_block = blocks.end;
             let comparable = case.gaps.iter().position(|&gap| gap < near_tie).unwrap_or(case.gaps.len());
-            let outcome = Outcome { comparable, ..Outcome::default() };
-            let ids = case.input_ids.clone();
-            Sequence { case, ids, cached: 0, blocks, is_done: false, outcome }
+            let kept = Kept { case, outcome: Outcome { comparable, ..Outcome::default() } };
+            Sequence::new(case.input_ids.clone(), case.generated_ids.len(), &mut next_block, kept)
         })
         .collect();
     loop {
-        let mut room = decoder.info().max_step_tokens;
-        let mut parts = Vec::new();
-        for sequence in sequences.iter_mut().filter(|sequence| !sequence.is_done) {
-            let len = (sequence.ids.len() - sequence.cached).min(chunk).min(room);
-            if len > 0 {
-                room -= len;
-                parts.push((sequence, len));
-            }
-        }
+        let parts = parts(&mut sequences, chunk, decoder.info().max_step_tokens);
         if parts.is_empty() {
-            return Ok(sequences.into_iter().map(|sequence| sequence.outcome).collect());
+            return Ok(sequences.into_iter().map(|sequence| sequence.kept.outcome).collect());
         }
         decoder.forward(&step(&parts))?;
         compare(decoder, parts)?;
@@ -84,13 +64,13 @@ pub(crate) fn check<B: Backend>(
 /// Compares what a step gave, and appends the generated tokens.
 fn compare<B: Backend>(
     decoder: &mut Decoder<B>,
-    parts: Vec<(&mut Sequence<'_>, usize)>,
+    parts: Vec<(&mut Sequence<Kept<'_>>, usize)>,
 ) -> Result<(), Failure> {
     let worst = |worst: &mut f64, found: f64, expected: f64| *worst = worst.max((found - expected).abs());
     let mut first_row = 0;
     let mut sampled = Vec::new();
     for (sequence, len) in parts {
-        let Sequence { case, ids, cached, outcome, .. } = &mut *sequence;
+        let Sequence { ids, cached, kept: Kept { case, outcome }, .. } = &mut *sequence;
         let prompt = &case.input_ids;
         // The targets are the prompt's following tokens; after its last one there is none.
         let targets = prompt.get(*cached + 1..(*cached + len + 1).min(prompt.len())).unwrap_or_default();
@@ -119,7 +99,7 @@ fn compare<B: Backend>(
         histories.iter().map(|history| SamplingRow { params: &GREEDY, history, top_n: 0 }).collect();
     let tokens = if rows.is_empty() { Vec::new() } else { decoder.sample(&rows)? };
     for (sequence, token) in sampled.into_iter().zip(tokens) {
-        let Sequence { case, ids, is_done, outcome, .. } = sequence;
+        let Sequence { ids, is_done, kept: Kept { case, outcome }, .. } = sequence;
         let index = ids.len() - case.input_ids.len();
         outcome.ids.push(token.id);
         if index >= outcome.comparable || token.id != case.generated_ids[index] {
@@ -144,30 +124,6 @@ const GREEDY: SamplingParams = SamplingParams {
     repetition_penalty: 1.0,
     frequency_penalty: 0.0,
 };
-
-/// A step of the next tokens of each sequence.
-fn step(parts: &[(&mut Sequence<'_>, usize)]) -> StepInput {
-    let max_blocks = parts.iter().map(|(sequence, _)| sequence.blocks.len()).max().unwrap_or(0);
-    let mut step = StepInput { cu_seqlens_q: vec![0], max_blocks, ..StepInput::default() };
-    for (sequence, len) in parts {
-        let end = sequence.cached + len;
-        step.input_ids.extend_from_slice(&sequence.ids[sequence.cached..end]);
-        step.position_ids.extend(sequence.cached as u32..end as u32);
-        step.slot_mapping.extend((sequence.cached..end).map(|position| {
-            let block = sequence.blocks.start + (position / BLOCK_SIZE) as u32;
-            block * BLOCK_SIZE as u32 + (position % BLOCK_SIZE) as u32
-        }));
-        step.cu_seqlens_q.push(step.input_ids.len() as u32);
-        step.context_lens.push(end as u32);
-        step.prompt_lens.push(sequence.case.input_ids.len() as u32);
-        step.block_tables.extend(sequence.blocks.clone());
-        step.block_tables.resize(step.context_lens.len() * max_blocks, 0);
-        if end == sequence.ids.len() {
-            step.logits_rows.push(step.input_ids.len() as u32 - 1);
-        }
-    }
-    step
-}
 
 fn log_softmax(logits: &[f32]) -> Vec<f64> {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);

@@ -14,6 +14,8 @@
 
 mod batch;
 mod golden;
+#[path = "../steps/mod.rs"]
+mod steps;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -23,9 +25,10 @@ use backend::collectives::Communicator;
 use backend::collectives::shm::{Rendezvous, join};
 use backend::cpu::{CpuBackend, CpuOptions};
 use backend::{Backend, DType, KvDType};
-use batch::{BLOCK_SIZE, NEAR_TIE, Outcome, check, num_blocks};
+use batch::{NEAR_TIE, Outcome, check, num_blocks};
 use golden::{Case, read_cases};
 use models::{CausalLm, LoadOptions, Quantize, load};
+use steps::BLOCK_SIZE;
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 

@@ -22,6 +22,8 @@ pub(super) struct Dense {
     pub(super) eps: (&'static str, f64),
     /// Reads the rotary embedding of heads of so many elements.
     pub(super) rope: fn(&mut ConfigReader<'_>, usize) -> RopeFrequencies,
+    /// Key and value heads; none: as many as query heads.
+    pub(super) num_kv_heads: Option<usize>,
     /// Elements of a head; none: `hidden_size / num_attention_heads`.
     pub(super) head_dim: Option<usize>,
     /// On the gate.
@@ -42,6 +44,7 @@ impl Dense {
             mlp_bias: reader.flag_or("mlp_bias", false),
             eps: ("rms_norm_eps", 1e-6),
             rope: rope::frequencies,
+            num_kv_heads: None,
             head_dim: None,
             activation: activation(reader, "hidden_act", Activation::Silu),
             is_tied: false,
@@ -96,7 +99,7 @@ impl Dense {
         hidden_size: usize,
     ) -> impl Fn(&str) -> AttentionSpec + use<> {
         let num_heads = reader.size("num_attention_heads");
-        let num_kv_heads = reader.size_or("num_key_value_heads", num_heads);
+        let num_kv_heads = reader.size_or("num_key_value_heads", self.num_kv_heads.unwrap_or(num_heads));
         // What follows from a mistake is no second one.
         if !reader.has_mistakes() && !num_heads.is_multiple_of(num_kv_heads) {
             reader.wrong(format!(
@@ -148,6 +151,16 @@ pub(super) fn add_qk_norms(spec: &mut DecoderSpec, scope: QkNormScope, norm: fn(
     for (index, attention) in attentions(spec).enumerate() {
         let norm = |name: &str| norm(&format!("model.layers.{index}.self_attn.{name}"), eps);
         attention.qk_norm = Some(QkNormSpec { scope, q: norm("q_norm"), k: norm("k_norm") });
+    }
+}
+
+/// Makes gate and up one tensor, with Phi-3's name for it.
+pub(super) fn fuse_gate_and_up(spec: &mut DecoderSpec) {
+    for (index, layer) in spec.layers.iter_mut().enumerate() {
+        let prefix = format!("model.layers.{index}.mlp.gate_up_proj");
+        if let MlpSpec::Gated { intermediate_size, gate_proj, up_proj, .. } = &mut layer.mlp {
+            [*gate_proj, *up_proj] = LinearSpec::fused(&prefix, false, [*intermediate_size; 2]);
+        }
     }
 }
 

@@ -11,6 +11,7 @@ mod dense;
 mod experts;
 mod falcon;
 mod gemma;
+mod glm;
 mod gpt2;
 mod gpt_neox;
 mod gptj;
@@ -70,6 +71,8 @@ const FAMILIES: &[Family] = &[
     Family { model_type: "gemma", architecture: "GemmaForCausalLM", build: gemma::gemma },
     Family { model_type: "gemma2", architecture: "Gemma2ForCausalLM", build: gemma::gemma2 },
     Family { model_type: "gemma3_text", architecture: "Gemma3ForCausalLM", build: gemma::gemma3_text },
+    Family { model_type: "glm", architecture: "GlmForCausalLM", build: glm::glm },
+    Family { model_type: "glm4", architecture: "Glm4ForCausalLM", build: glm::glm4 },
     Family { model_type: "gpt2", architecture: "GPT2LMHeadModel", build: gpt2::gpt2 },
     Family { model_type: "gpt_bigcode", architecture: "GPTBigCodeForCausalLM", build: gpt2::gpt_bigcode },
     Family { model_type: "gpt_neox", architecture: "GPTNeoXForCausalLM", build: gpt_neox::spec },

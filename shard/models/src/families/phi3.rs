@@ -3,10 +3,10 @@
 use hub::ModelConfig;
 
 use super::config_reader::ConfigReader;
-use super::dense::{Dense, attentions};
+use super::dense::{Dense, attentions, fuse_gate_and_up};
 use super::{rope, window};
 use crate::ModelError;
-use crate::spec::{DecoderSpec, LinearSpec, MlpSpec};
+use crate::spec::{DecoderSpec, LinearSpec};
 
 /// Llama without biases: queries, keys and values are one tensor, gate and up another.
 pub(super) fn spec(config: &ModelConfig) -> Result<DecoderSpec, ModelError> {
@@ -28,11 +28,6 @@ pub(super) fn spec(config: &ModelConfig) -> Result<DecoderSpec, ModelError> {
         [attention.q_proj, attention.k_proj, attention.v_proj] = LinearSpec::fused(&prefix, false, sizes);
         attention.window = window;
     }
-    for (index, layer) in spec.layers.iter_mut().enumerate() {
-        let prefix = format!("model.layers.{index}.mlp.gate_up_proj");
-        if let MlpSpec::Gated { intermediate_size, gate_proj, up_proj, .. } = &mut layer.mlp {
-            [*gate_proj, *up_proj] = LinearSpec::fused(&prefix, false, [*intermediate_size; 2]);
-        }
-    }
+    fuse_gate_and_up(&mut spec);
     reader.finish(spec)
 }

@@ -1,6 +1,6 @@
 //! Where the relatives of Llama differ from it.
 
-use backend::Activation;
+use backend::{Activation, RopeStyle};
 use serde_json::{Value, json};
 
 use super::tests::{refusal, spec};
@@ -198,6 +198,47 @@ fn phi3_fuses_projections_and_turns_a_part_of_each_head() {
     assert_eq!(shapes("model.layers.0.self_attn.qkv_proj.weight"), [[128, 64]], "once, as a whole");
     assert_eq!(shapes("model.layers.0.mlp.gate_up_proj.weight"), [[256, 64]]);
     let error = refusal(phi3(json!({"partial_rotary_factor": 1.5})));
+    assert!(error.starts_with("config.json: partial_rotary_factor: found 1.5") && error.lines().count() == 1);
+}
+
+#[test]
+fn glm_turns_neighbours_and_glm4_has_norms_after_both_branches() {
+    let glm = |changes| named("glm", "GlmForCausalLM", changes);
+    let glm4 = |changes| named("glm4", "Glm4ForCausalLM", changes);
+    let found = spec(glm(json!({"head_dim": 32})));
+    let layer = attention(&found, 1);
+    let rope = layer.rope.as_ref().unwrap();
+    assert_eq!((rope.style, rope.inv_freq.len()), (RopeStyle::Interleaved, 8), "half of a head");
+    assert_eq!((layer.q_proj.bias.is_some(), layer.o_proj.bias.is_some()), (true, false));
+    let MlpSpec::Gated { up_proj, .. } = &found.layers[1].mlp else { panic!() };
+    assert_eq!(up_proj.weight, "model.layers.1.mlp.gate_up_proj.weight");
+    assert_eq!(up_proj.row_runs(0..128), std::slice::from_ref(&(128..256)));
+    assert_eq!(branches_of(&found, 0).0.post_norm, None);
+    let newer = spec(glm4(json!({"attention_bias": false, "partial_rotary_factor": 1.0, "head_dim": 32})));
+    assert_eq!(attention(&newer, 0).q_proj.bias, None);
+    assert_eq!(attention(&newer, 0).rope.as_ref().unwrap().inv_freq.len(), 16);
+    let (mixer, mlp) = branches_of(&newer, 1);
+    let names = [&mixer.norm, &mixer.post_norm, &mlp.norm, &mlp.post_norm]
+        .map(|norm| norm.as_ref().unwrap().weight.trim_start_matches("model.layers.1.").to_owned());
+    assert_eq!(
+        names,
+        [
+            "input_layernorm.weight",
+            "post_self_attn_layernorm.weight",
+            "post_attention_layernorm.weight",
+            "post_mlp_layernorm.weight"
+        ]
+    );
+    // The library's defaults, where they are not Llama's.
+    let mut bare = super::tests::config(glm4(json!({"num_attention_heads": 8})));
+    for key in ["num_key_value_heads", "rms_norm_eps", "max_position_embeddings"] {
+        bare.raw.remove(key);
+    }
+    let bare = decoder_spec(&bare).unwrap();
+    let layer = attention(&bare, 0);
+    assert_eq!((layer.num_kv_heads, layer.head_dim, bare.norm.eps), (2, 128, 1.5625e-7));
+    assert_eq!(bare.max_position_embeddings, 131_072);
+    let error = refusal(glm(json!({"partial_rotary_factor": 1.5})));
     assert!(error.starts_with("config.json: partial_rotary_factor: found 1.5") && error.lines().count() == 1);
 }
 

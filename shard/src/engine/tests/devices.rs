@@ -1,6 +1,6 @@
 //! Random orders of calls against an engine on a GPU; every request is told what the CPU computes for it alone.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 
 use backend::collectives::Single;
 use backend::cpu::{CpuBackend, CpuOptions};
@@ -9,6 +9,7 @@ use backend::{Backend, StepInput};
 use hub::{HubOptions, ModelFiles, ModelRef};
 use models::{LoadOptions, load};
 
+use super::caller::{Caller, Reference};
 use super::*;
 
 const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../integration-tests/fixtures/tiny-llama");
@@ -78,143 +79,53 @@ struct ToCome {
     is_certain: bool,
 }
 
-struct Caller {
-    harness: Harness,
-    reference: Box<dyn CausalLm>,
-    vocab_size: usize,
-    to_come: BTreeMap<u64, ToCome>,
-    batches: BTreeMap<u64, Vec<u64>>,
-    next_id: u64,
-    lots: Lots,
+/// Greedy requests, computed by themselves on the CPU.
+struct OnCpu {
+    model: Box<dyn CausalLm>,
     compared: usize,
-    ended: usize,
 }
 
-impl Caller {
-    fn new(seed: u64, model: Box<dyn CausalLm>, reference: Box<dyn CausalLm>, files: &ModelFiles) -> Self {
-        let script = Arc::default();
-        let vocab_size = model.info().vocab_size;
-        let options = EngineOptions { memory_fraction: 0.05, ..options() };
-        let mut harness = Harness { engine: Engine::new(model, vocabulary(files), options), script };
-        let request =
-            WarmupRequest { max_prefill_tokens: 48, max_total_tokens: Some(128), ..WarmupRequest::default() };
-        harness.call(|reply| Command::Warmup { request, reply }).unwrap();
-        Self {
-            harness,
-            reference,
-            vocab_size,
-            to_come: BTreeMap::new(),
-            batches: BTreeMap::new(),
-            next_id: 0,
-            lots: Lots(seed),
-            compared: 0,
-            ended: 0,
-        }
+impl Reference for OnCpu {
+    type ToCome = ToCome;
+
+    fn request(&mut self, id: u64, lots: &mut Lots) -> (NewRequest, ToCome) {
+        let vocab_size = self.model.info().vocab_size;
+        let prompt: Vec<u32> =
+            (0..1 + lots.below(60)).map(|_| 1 + lots.below(vocab_size - 1) as u32).collect();
+        let count = 1 + lots.below(30);
+        let mut request = request(id, 1);
+        request.stopping.max_new_tokens = count as u32;
+        request.chunk_len = lots.once_in(4).then(|| 1 + lots.below(40));
+        let tokens = alone(self.model.as_mut(), &prompt, count);
+        request.prompt = Prompt::Ids(prompt);
+        (request, ToCome { tokens, is_certain: true })
     }
 
-    fn any_batch(&mut self) -> Option<u64> {
-        let count = self.batches.len();
-        (count > 0).then(|| *self.batches.keys().nth(self.lots.below(count)).unwrap())
-    }
-
-    fn one_call(&mut self) {
-        match self.lots.below(10) {
-            0 | 1 if self.to_come.len() < 24 => self.prefill(),
-            2 => self.cancel(),
-            3 if self.lots.once_in(8) => self.clear(),
-            _ => self.decode(),
+    fn compare(&mut self, to_come: &mut ToCome, told: Generation) -> bool {
+        let request = told.request_id;
+        let expected = to_come.tokens.pop_front().expect("not past the last token");
+        to_come.is_certain &= expected.gap > NEAR_TIE;
+        if to_come.is_certain {
+            let (found, logprob) = (told.tokens.ids[0], told.tokens.logprobs[0]);
+            assert_eq!(found, expected.id, "request {request}, gap {}", expected.gap);
+            let error = (logprob - expected.logprob).abs();
+            assert!(error < TOLERANCE, "request {request}: {logprob}, expected {}", expected.logprob);
+            self.compared += 1;
         }
+        assert_eq!(told.generated_text.is_some(), to_come.tokens.is_empty());
+        to_come.tokens.is_empty()
     }
+}
 
-    fn prefill(&mut self) {
-        let cached = if self.lots.once_in(3) { None } else { self.any_batch() };
-        let id = 1000 + self.next_id;
-        let mut members = cached.map(|id| self.batches.remove(&id).unwrap()).unwrap_or_default();
-        let mut requests = Vec::new();
-        for _ in 0..1 + self.lots.below(3) {
-            let prompt: Vec<u32> = (0..1 + self.lots.below(60))
-                .map(|_| 1 + self.lots.below(self.vocab_size - 1) as u32)
-                .collect();
-            let count = 1 + self.lots.below(30);
-            let mut request = request(self.next_id, 1);
-            request.stopping.max_new_tokens = count as u32;
-            request.chunk_len = self.lots.once_in(4).then(|| 1 + self.lots.below(40));
-            let tokens = alone(self.reference.as_mut(), &prompt, count);
-            request.prompt = Prompt::Ids(prompt);
-            self.to_come.insert(request.id, ToCome { tokens, is_certain: true });
-            members.push(request.id);
-            self.next_id += 1;
-            requests.push(request);
-        }
-        let step = self.harness.prefill(id, requests, cached).unwrap();
-        self.check(cached.unwrap_or(id), members, step);
-    }
-
-    fn decode(&mut self) {
-        let Some(first) = self.any_batch() else { return };
-        let mut ids = vec![first];
-        let others: Vec<u64> = self.batches.keys().copied().filter(|id| *id != first).collect();
-        ids.extend(others.into_iter().filter(|_| self.lots.once_in(3)));
-        let members = ids.iter().flat_map(|id| self.batches.remove(id).unwrap()).collect();
-        let step = self.harness.decode(&ids).unwrap();
-        self.check(first, members, step);
-    }
-
-    fn check(&mut self, id: u64, members: Vec<u64>, step: StepReply) {
-        for generation in step.generations {
-            let request = generation.request_id;
-            let to_come = self.to_come.get_mut(&request).expect("of a request that still runs");
-            let expected = to_come.tokens.pop_front().expect("not past the last token");
-            to_come.is_certain &= expected.gap > NEAR_TIE;
-            if to_come.is_certain {
-                let (found, logprob) = (generation.tokens.ids[0], generation.tokens.logprobs[0]);
-                assert_eq!(found, expected.id, "request {request}, gap {}", expected.gap);
-                let error = (logprob - expected.logprob).abs();
-                assert!(error < TOLERANCE, "request {request}: {logprob}, expected {}", expected.logprob);
-                self.compared += 1;
-            }
-            assert_eq!(generation.generated_text.is_some(), to_come.tokens.is_empty());
-        }
-        self.to_come.retain(|_, to_come| !to_come.tokens.is_empty());
-        let running: Vec<u64> = members.iter().copied().filter(|id| self.to_come.contains_key(id)).collect();
-        self.ended += members.len() - running.len();
-        let Some(batch) = step.batch else {
-            assert!(running.is_empty());
-            return;
-        };
-        assert_eq!((batch.id, &batch.request_ids), (id, &members));
-        self.batches.insert(id, members.clone());
-        if running.len() < members.len() && !self.lots.once_in(4) {
-            self.filter(id, running);
-        }
-    }
-
-    fn cancel(&mut self) {
-        let Some(id) = self.any_batch() else { return };
-        let members = self.batches[&id].clone();
-        let kept: Vec<u64> = members.iter().copied().filter(|_| !self.lots.once_in(4)).collect();
-        if kept.iter().any(|id| self.to_come.contains_key(id)) {
-            self.filter(id, kept);
-        }
-    }
-
-    fn filter(&mut self, id: u64, kept: Vec<u64>) {
-        let batch = self.harness.filter(id, &kept).unwrap();
-        assert_eq!(batch.request_ids, kept);
-        for dropped in self.batches.insert(id, kept.clone()).unwrap() {
-            if !kept.contains(&dropped) {
-                self.to_come.remove(&dropped);
-            }
-        }
-    }
-
-    fn clear(&mut self) {
-        let Some(id) = self.any_batch() else { return };
-        self.harness.clear(Some(id));
-        for dropped in self.batches.remove(&id).unwrap() {
-            self.to_come.remove(&dropped);
-        }
-    }
+/// An engine that runs `model`, warmed up.
+fn harness(model: Box<dyn CausalLm>, files: &ModelFiles) -> Harness {
+    let options = EngineOptions { memory_fraction: 0.05, ..options() };
+    let script = Arc::default();
+    let mut harness = Harness { engine: Engine::new(model, vocabulary(files), options), script };
+    let request =
+        WarmupRequest { max_prefill_tokens: 48, max_total_tokens: Some(128), ..WarmupRequest::default() };
+    harness.call(|reply| Command::Warmup { request, reply }).unwrap();
+    harness
 }
 
 #[test]
@@ -231,18 +142,12 @@ fn any_order_of_calls_on_a_gpu_gives_every_request_what_the_cpu_gives_it_alone()
         let on_cpu =
             CpuBackend::new(CpuOptions { threads: 1, isa: None, pin_threads: false }, Box::new(Single))
                 .unwrap();
-        let mut reference = load_on(on_cpu, &files);
-        reference.allocate_kv_cache(1 + 128 / BLOCK_SIZE).unwrap();
-        let mut caller = Caller::new(seed, on_gpu, reference, &files);
-        for _ in 0..CALLS / 2 {
-            caller.one_call();
-            if caller.batches.is_empty() {
-                assert_eq!(caller.harness.blocks_used(), 0, "no batch, no blocks");
-            }
-        }
-        caller.harness.clear(None);
-        assert_eq!(caller.harness.blocks_used(), 0);
-        eprintln!("{} tokens compared, {} requests ended", caller.compared, caller.ended);
-        assert!(caller.compared > CALLS && caller.ended > CALLS / 100);
+        let mut model = load_on(on_cpu, &files);
+        model.allocate_kv_cache(1 + 128 / BLOCK_SIZE).unwrap();
+        let mut caller = Caller::new(seed, harness(on_gpu, &files), OnCpu { model, compared: 0 });
+        caller.run(CALLS / 2);
+        let compared = caller.reference.compared;
+        eprintln!("{compared} tokens compared, {} requests ended", caller.ended);
+        assert!(compared > CALLS);
     }
 }

@@ -5,6 +5,7 @@ use backend::sampling::SamplingParams;
 use super::testing::*;
 use super::*;
 
+mod caller;
 #[cfg(feature = "cuda")]
 mod devices;
 mod resume;

@@ -1,9 +1,10 @@
 //! Random orders of calls against one sequence at a time.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 
 use super::super::detokenizer::{Detokenizer, generated_text};
 use super::super::stopping::Stopping;
+use super::caller::{Caller, Reference};
 use super::*;
 
 /// The reference: everything a request is told, computed alone and straight ahead.
@@ -81,142 +82,35 @@ enum Mode {
     Asynchronous,
 }
 
-/// A caller that knows what every request must be told.
-struct Caller {
-    harness: Harness,
-    vocabulary: Vocabulary,
-    /// What is still to come, of requests that were started and neither ended nor cancelled.
-    to_come: BTreeMap<u64, VecDeque<Generation>>,
-    /// Requests of every cached batch, ended ones included, as the engine must know them.
-    batches: BTreeMap<u64, Vec<u64>>,
-    next_id: u64,
-    lots: Lots,
-    ended: usize,
-}
+/// Requests of all kinds, which must be told to the last bit what they are told alone.
+struct Alone(Vocabulary);
 
-impl Caller {
-    fn new(seed: u64, mode: Mode) -> Self {
-        let options = EngineOptions { run_ahead: mode != Mode::OnDemand, ..options() };
-        let harness = match mode {
-            Mode::Asynchronous => Harness::asynchronous(options, 400),
-            Mode::OnDemand | Mode::Ahead => Harness::new(options, 400),
-        };
-        Self {
-            harness,
-            vocabulary: byte_vocabulary(&["<end>"]),
-            to_come: BTreeMap::new(),
-            batches: BTreeMap::new(),
-            next_id: 0,
-            lots: Lots(seed),
-            ended: 0,
-        }
+impl Reference for Alone {
+    type ToCome = VecDeque<Generation>;
+
+    fn request(&mut self, id: u64, lots: &mut Lots) -> (NewRequest, Self::ToCome) {
+        let request = random_request(id, lots);
+        let to_come = alone(&request, &self.0);
+        (request, to_come)
     }
 
-    fn any_batch(&mut self) -> Option<u64> {
-        let count = self.batches.len();
-        (count > 0).then(|| *self.batches.keys().nth(self.lots.below(count)).unwrap())
-    }
-
-    fn one_step(&mut self) {
-        match self.lots.below(10) {
-            0 | 1 if self.to_come.len() < 24 => self.prefill(),
-            2 => self.cancel(),
-            3 if self.lots.once_in(8) => self.clear(),
-            _ => self.decode(),
+    fn compare(&mut self, to_come: &mut Self::ToCome, mut told: Generation) -> bool {
+        if let Some(prompt) = &mut told.prompt_tokens {
+            assert!(prompt.logprobs[0].is_nan());
+            prompt.logprobs[0] = 0.0;
         }
-    }
-
-    fn prefill(&mut self) {
-        let cached = if self.lots.once_in(3) { None } else { self.any_batch() };
-        let id = 1000 + self.next_id;
-        let count = 1 + self.lots.below(3);
-        let mut members = cached.map(|id| self.batches.remove(&id).unwrap()).unwrap_or_default();
-        let mut requests = Vec::new();
-        for _ in 0..count {
-            let request = random_request(self.next_id, &mut self.lots);
-            self.to_come.insert(request.id, alone(&request, &self.vocabulary));
-            members.push(request.id);
-            self.next_id += 1;
-            requests.push(request);
-        }
-        let step = self.harness.prefill(id, requests, cached).unwrap();
-        self.check(cached.unwrap_or(id), members, step);
-    }
-
-    fn decode(&mut self) {
-        let Some(first) = self.any_batch() else { return };
-        let mut ids = vec![first];
-        let others: Vec<u64> = self.batches.keys().copied().filter(|id| *id != first).collect();
-        ids.extend(others.into_iter().filter(|_| self.lots.once_in(3)));
-        let members = ids.iter().flat_map(|id| self.batches.remove(id).unwrap()).collect();
-        let step = self.harness.decode(&ids).unwrap();
-        self.check(first, members, step);
-    }
-
-    fn check(&mut self, id: u64, members: Vec<u64>, step: StepReply) {
-        for mut generation in step.generations {
-            if let Some(prompt) = &mut generation.prompt_tokens {
-                assert!(prompt.logprobs[0].is_nan());
-                prompt.logprobs[0] = 0.0;
-            }
-            let to_come = self.to_come.get_mut(&generation.request_id).expect("of a request that still runs");
-            assert_eq!(Some(generation), to_come.pop_front());
-        }
-        self.to_come.retain(|_, to_come| !to_come.is_empty());
-        let running: Vec<u64> = members.iter().copied().filter(|id| self.to_come.contains_key(id)).collect();
-        self.ended += members.len() - running.len();
-        let Some(batch) = step.batch else {
-            assert!(running.is_empty());
-            return;
-        };
-        assert_eq!((batch.id, &batch.request_ids), (id, &members));
-        self.batches.insert(id, members.clone());
-        if running.is_empty() {
-            panic!("a batch without running requests must not be kept");
-        } else if running.len() < members.len() && !self.lots.once_in(4) {
-            self.filter(id, running);
-        }
-    }
-
-    fn cancel(&mut self) {
-        let Some(id) = self.any_batch() else { return };
-        let members = self.batches[&id].clone();
-        let kept: Vec<u64> = members.iter().copied().filter(|_| !self.lots.once_in(4)).collect();
-        if kept.iter().any(|id| self.to_come.contains_key(id)) {
-            self.filter(id, kept);
-        }
-    }
-
-    fn filter(&mut self, id: u64, kept: Vec<u64>) {
-        let batch = self.harness.filter(id, &kept).unwrap();
-        assert_eq!(batch.request_ids, kept);
-        for dropped in self.batches.insert(id, kept.clone()).unwrap() {
-            if !kept.contains(&dropped) {
-                self.to_come.remove(&dropped);
-            }
-        }
-    }
-
-    fn clear(&mut self) {
-        let Some(id) = self.any_batch() else { return };
-        self.harness.clear(Some(id));
-        for dropped in self.batches.remove(&id).unwrap() {
-            self.to_come.remove(&dropped);
-        }
+        assert_eq!(Some(told), to_come.pop_front());
+        to_come.is_empty()
     }
 }
 
-fn run(seed: u64, mode: Mode, steps: usize) {
-    let mut caller = Caller::new(seed, mode);
-    for _ in 0..steps {
-        caller.one_step();
-        if caller.batches.is_empty() {
-            assert_eq!(caller.harness.blocks_used(), 0, "no batch, no blocks");
-        }
-    }
-    assert!(caller.ended > steps / 50, "only {} requests came to their end", caller.ended);
-    caller.harness.clear(None);
-    assert_eq!(caller.harness.blocks_used(), 0);
+fn run(seed: u64, mode: Mode, calls: usize) {
+    let options = EngineOptions { run_ahead: mode != Mode::OnDemand, ..options() };
+    let harness = match mode {
+        Mode::Asynchronous => Harness::asynchronous(options, 400),
+        Mode::OnDemand | Mode::Ahead => Harness::new(options, 400),
+    };
+    Caller::new(seed, harness, Alone(byte_vocabulary(&["<end>"]))).run(calls);
 }
 
 #[test]

@@ -75,6 +75,11 @@ const FALCON_TWO_NORMS: Table = &[
     ("ffn_up", "mlp.dense_h_to_4h"),
     ("ffn_down", "mlp.dense_4h_to_h"),
 ];
+const GLM4: Table = &[
+    ("post_attention_norm", "post_self_attn_layernorm"),
+    ("ffn_up", "mlp.gate_up_proj"),
+    ("post_ffw_norm", "post_mlp_layernorm"),
+];
 const GPT2: Table = &[
     ("attn_norm", "ln_1"),
     ("attn_qkv", "attn.c_attn"),
@@ -155,6 +160,7 @@ impl Names {
                 ],
                 if has_two_norms { FALCON_TWO_NORMS } else { BLOOM },
             ),
+            "glm4" => own(GLM4),
             "gpt2" => Self {
                 is_transposed: true,
                 ..transformer(
@@ -270,6 +276,9 @@ mod tests {
         assert_eq!(Names::of("gemma3", false).hugging_face(name), expected);
         let expected = "model.layers.1.post_attention_layernorm.weight";
         assert_eq!(Names::of("gemma", false).hugging_face(name), expected);
+        assert_eq!(Names::of("glm4", false).hugging_face(name), expected);
+        let after = Names::of("glm4", false).hugging_face("blk.1.post_attention_norm.weight");
+        assert_eq!(after, "model.layers.1.post_self_attn_layernorm.weight");
     }
 
     #[test]

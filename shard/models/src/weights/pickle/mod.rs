@@ -171,4 +171,4 @@ pub(super) fn quote(name: &str) -> String {
 }
 
 #[cfg(test)]
-pub(super) mod tests;
+mod tests;

@@ -1,55 +1,11 @@
 //! Pickles put together by hand: sound ones in small variations, and hostile ones.
 
+use super::opcodes as op;
 use super::*;
 use crate::testing::Noise;
-
-/// Instructions one after the other.
-#[derive(Clone, Default)]
-pub(in crate::weights) struct Code(pub(in crate::weights) Vec<u8>);
+use crate::weights::pytorch::writer::{Code, VIEW, View, one_tensor};
 
 impl Code {
-    pub(in crate::weights) fn new() -> Self {
-        Self(vec![op::PROTO, 2])
-    }
-
-    pub(in crate::weights) fn op(mut self, bytes: &[u8]) -> Self {
-        self.0.extend(bytes);
-        self
-    }
-
-    pub(in crate::weights) fn int(self, value: i64) -> Self {
-        self.op(&[op::LONG1, 8]).op(&value.to_le_bytes())
-    }
-
-    pub(in crate::weights) fn text(self, text: &str) -> Self {
-        self.op(&[op::BINUNICODE]).op(&(text.len() as u32).to_le_bytes()).op(text.as_bytes())
-    }
-
-    pub(in crate::weights) fn global(self, module: &str, name: &str) -> Self {
-        self.op(format!("c{module}\n{name}\n").as_bytes())
-    }
-
-    fn ints(self, values: &[i64]) -> Self {
-        values.iter().fold(self.op(b"("), |code, &value| code.int(value)).op(b"t")
-    }
-
-    fn storage(self, class: &str, key: &str, len: i64) -> Self {
-        self.op(b"(").text("storage").global("torch", class).text(key).text("cpu").int(len).op(b"tQ")
-    }
-
-    /// A call of `_rebuild_tensor_v2`.
-    pub(in crate::weights) fn tensor(self, view: &View<'_>) -> Self {
-        self.global("torch._utils", "_rebuild_tensor_v2")
-            .op(b"(")
-            .storage(view.class, view.key, view.len)
-            .int(view.offset)
-            .ints(view.shape)
-            .ints(view.strides)
-            .op(&[op::NEWFALSE])
-            .global("collections", "OrderedDict")
-            .op(b")RtR")
-    }
-
     fn parse(&self) -> Result<Pickle<'_>, PickleError> {
         Pickle::parse(&self.0)
     }
@@ -58,28 +14,6 @@ impl Code {
         let error = self.parse().map(|pickle| pickle.tensors().map(|_| ())).and_then(|tensors| tensors);
         error.unwrap_err().to_string()
     }
-}
-
-use super::opcodes as op;
-
-/// What a tensor is said to be.
-#[derive(Clone, Copy)]
-pub(in crate::weights) struct View<'a> {
-    pub(in crate::weights) class: &'a str,
-    pub(in crate::weights) key: &'a str,
-    pub(in crate::weights) len: i64,
-    pub(in crate::weights) offset: i64,
-    pub(in crate::weights) shape: &'a [i64],
-    pub(in crate::weights) strides: &'a [i64],
-}
-
-/// Six numbers as two rows.
-pub(in crate::weights) const VIEW: View<'static> =
-    View { class: "FloatStorage", key: "0", len: 6, offset: 0, shape: &[2, 3], strides: &[3, 1] };
-
-/// A dictionary with one tensor.
-pub(in crate::weights) fn one_tensor(name: &str, view: &View<'_>) -> Code {
-    Code::new().op(b"}(").text(name).tensor(view).op(b"u.")
 }
 
 #[test]

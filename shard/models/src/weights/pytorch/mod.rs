@@ -255,3 +255,5 @@ fn transposed(
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+pub(in crate::weights) mod writer;

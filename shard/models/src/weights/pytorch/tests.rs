@@ -2,27 +2,10 @@
 
 use super::*;
 use crate::testing::Noise;
-use crate::weights::pickle::tests::{Code, VIEW, View, one_tensor};
+use crate::weights::pytorch::writer::{Code, VIEW, View, archive, one_tensor};
 
 fn fixture(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../integration-tests/fixtures/pytorch").join(name)
-}
-
-/// A zip archive as torch lays it out, with entries stored.
-fn archive(entries: &[(&str, &[u8])]) -> Vec<u8> {
-    let (mut out, mut directory) = (Vec::new(), Vec::new());
-    for (name, data) in entries {
-        let (size, at) = ((data.len() as u32).to_le_bytes(), (out.len() as u32).to_le_bytes());
-        let name_len = (name.len() as u16).to_le_bytes();
-        out.extend(
-            [zip::LOCAL_HEADER, &[0; 14], &size, &size, &name_len, &[0; 2], name.as_bytes(), data].concat(),
-        );
-        let fixed = [b"PK\x01\x02".as_slice(), &[0; 16], &size, &size, &name_len, &[0; 12], &at].concat();
-        directory.extend([&fixed, name.as_bytes()].concat());
-    }
-    let count = (entries.len() as u16).to_le_bytes();
-    let (size, at) = ((directory.len() as u32).to_le_bytes(), (out.len() as u32).to_le_bytes());
-    [&out, &directory, b"PK\x05\x06\0\0\0\0".as_slice(), &count, &count, &size, &at, &[0; 2]].concat()
 }
 
 fn file_of(code: &Code, storage: &[u8]) -> Vec<u8> {
@@ -184,6 +167,12 @@ fn damaged_archives_are_refused() {
     }
     let twice = archive(&[("m/data.pkl", &pickle), ("m/data/0", &storage), ("m/data/0", &storage)]);
     assert!(error_of(&twice).contains("entry \"m/data/0\" is there twice"));
+    // The second storage's header becomes that of the first.
+    let mut shared = archive(&[("m/data.pkl", &pickle), ("m/data/0", &storage), ("m/data/1", &storage)]);
+    let at = shared.windows(4).rposition(|window| window == b"PK\x01\x02").unwrap();
+    let first = shared.windows(8).position(|window| window == b"m/data/0").unwrap() - 30;
+    shared[at + 42..at + 46].copy_from_slice(&(first as u32).to_le_bytes());
+    assert!(error_of(&shared).contains("entries \"m/data/0\" and \"m/data/1\" overlap"));
     let big = archive(&[("m/data.pkl", &pickle), ("m/data/0", &storage), ("m/byteorder", b"big")]);
     assert!(error_of(&big).contains("big-endian"));
     for other in [b"".as_slice(), b"GGUF", b"version https://git-lfs", b"\x80\x02}."] {

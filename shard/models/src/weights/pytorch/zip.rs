@@ -42,7 +42,18 @@ pub(super) fn entries(bytes: &[u8]) -> Result<HashMap<&str, Range<usize>>, Strin
             return Err(format!("entry {} is there twice", quote(entry.name)));
         }
     }
+    check_apart(&entries)?;
     Ok(entries)
+}
+
+/// Entries that share bytes: nothing writes them, and they make a small file look like a large one.
+fn check_apart(entries: &HashMap<&str, Range<usize>>) -> Result<(), String> {
+    let mut sorted: Vec<_> = entries.iter().filter(|(_, range)| !range.is_empty()).collect();
+    sorted.sort_by_key(|(name, range)| (range.start, range.end, **name));
+    match sorted.windows(2).find(|pair| pair[1].1.start < pair[0].1.end) {
+        Some(pair) => Err(format!("entries {} and {} overlap", quote(pair[0].0), quote(pair[1].0))),
+        None => Ok(()),
+    }
 }
 
 /// Number of entries and start of the central directory.
