@@ -24,7 +24,7 @@ const THREADS: u32 = 128 * (GROUPS as u32 + 1) + 32;
 /// Descriptions of weights that are kept.
 const MAX_MAPS: usize = 1 << 14;
 /// Fewer blocks than these leave memory idle.
-const ENOUGH_BLOCKS: usize = 96;
+const ENOUGH_BLOCKS: usize = 128;
 
 /// `Fp8Hopper` of fp8_hopper.cu.
 #[derive(Debug, Clone, Copy)]
@@ -221,8 +221,9 @@ mod tests {
             let shape = Fp8Hopper::shapes(rows, outputs)[0];
             (shape.tokens, shape.boxes, shape.cluster)
         };
-        assert_eq!(taken(17, 28_672), (32, 2, 1));
-        assert_eq!(taken(32, 6144), (32, 2, 4));
+        assert_eq!(taken(17, 57_344), (32, 2, 1));
+        assert_eq!(taken(17, 28_672), (32, 2, 2));
+        assert_eq!(taken(32, 6144), (32, 1, 4));
         assert_eq!(taken(1, 4096), (32, 1, 4));
         assert!(Fp8Hopper::shapes(33, 4096).is_empty() && Fp8Hopper::shapes(0, 4096).is_empty());
     }
