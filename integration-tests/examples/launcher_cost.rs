@@ -5,7 +5,8 @@
 //! ```
 //!
 //! Prints one JSON object: resident memory and the share of one core over the idle time; from the kill of a shard or of the
-//! router to the line that says that the launcher recovers; from the kill of an idle router to `/health` 200.
+//! router to the line that says that the launcher recovers; from the kill of an idle shard or router to the answer of a
+//! request that is sent again until it has one.
 
 use std::io::Write;
 use std::time::{Duration, Instant};
@@ -59,14 +60,14 @@ fn main() -> Result<()> {
             "launcher_resident_kib": resident_kib,
             "launcher_core_percent_idle": share * 100.0,
             "decision_ms": of(&decisions),
-            "idle_shard_back_ms": of(&shards),
-            "idle_router_back_ms": of(&routers),
+            "answered_after_shard_ms": of(&shards),
+            "answered_after_router_ms": of(&routers),
         })
     )?;
     Ok(())
 }
 
-/// Milliseconds from the kill until the launcher recovers, and until it serves.
+/// Milliseconds from the kill until the launcher recovers, and until a request is answered.
 fn kill_one(server: &Server, name: &str) -> Result<(f64, f64)> {
     let recoveries = || server.log().matches("Serving -> Recovering").count();
     let returns = || server.log().matches("Recovering -> Serving").count();
@@ -76,7 +77,8 @@ fn kill_one(server: &Server, name: &str) -> Result<(f64, f64)> {
     process_tree::send(victim, Signal::SIGKILL);
     wait(|| recoveries() > begun)?;
     let decided = began.elapsed();
-    wait(|| http::get(server.port(), "/health").is_ok_and(|answer| answer.status == 200))?;
+    let request = json!({"inputs": "a", "parameters": {"max_new_tokens": 1}});
+    wait(|| http::post(server.port(), "/generate", &request).is_ok_and(|answer| answer.status == 200))?;
     let back = began.elapsed();
     wait(|| returns() > ended)?;
     Ok((decided.as_secs_f64() * 1e3, back.as_secs_f64() * 1e3))

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "a test's helpers fail the test by panicking, as the test does")]
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use integration_tests::golden::fixture;
 use integration_tests::{Server, http, process_tree};
@@ -90,4 +90,23 @@ fn two_servers_of_one_model_run_side_by_side() {
         let answer = http::post(server.port(), "/generate", &json!({"inputs": "a"})).unwrap();
         assert_eq!(answer.status, 200, "{}", answer.body);
     }
+}
+
+/// Of the launcher alone, with two shards and a router that have nothing to do.
+#[test]
+fn an_idle_launcher_takes_less_than_15_mib_and_a_thousandth_of_a_core() {
+    let server = Server::of(fixture("tiny-llama")).args(["--num-shard", "2"]).start().unwrap();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    // What the start left to do may take a moment.
+    loop {
+        let (began, before) = (Instant::now(), process_tree::cpu_seconds(server.pid()));
+        std::thread::sleep(Duration::from_secs(2));
+        let share = (process_tree::cpu_seconds(server.pid()) - before) / began.elapsed().as_secs_f64();
+        if share < 0.001 {
+            break;
+        }
+        assert!(Instant::now() < deadline, "{:.3} % of a core for nothing", share * 100.0);
+    }
+    let resident = process_tree::resident_kib(server.pid());
+    assert!((1..15 << 10).contains(&resident), "{resident} KiB");
 }

@@ -150,6 +150,11 @@ fn a_killed_router_is_back_and_the_shards_have_dropped_its_batches() {
     let answers = try_all(server.port(), &requests, || {
         process_tree::send(server.children("router")[0], Signal::SIGKILL);
     });
+    // Whoever asks again is answered as soon as the new one listens.
+    let next = json!({"inputs": "a", "parameters": {"max_new_tokens": 3}});
+    wait_for("an answer", &server, || {
+        http::post(server.port(), "/generate", &next).is_ok_and(|answer| answer.status == 200)
+    });
     let is_lost = |answer: &Result<Answer, AskError>| matches!(answer, Err(AskError::Connection(_)));
     assert!(answers.iter().any(is_lost), "its connections die with it: {answers:?}");
     assert!(answers.iter().all(|answer| is_lost(answer) || answer.is_ok()), "{answers:?}");

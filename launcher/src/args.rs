@@ -320,7 +320,8 @@ pub struct LimitArgs {
     #[arg(long, env)]
     pub max_batch_prefill_tokens: Option<u32>,
 
-    /// Most tokens of all running requests together. Default: what fits in memory, measured by the shards.
+    /// Most tokens of all running requests together, for shards that do not measure what fits in memory. Quartet's do: their
+    /// number wins, as with TGI, and a line of the log says so; `--cuda-memory-fraction` changes it.
     #[arg(long, env)]
     pub max_batch_total_tokens: Option<u32>,
 

@@ -38,6 +38,15 @@ impl Invocation {
         self.env.push((name, value.into()));
     }
 
+    fn set_model_places(&mut self, hub: &hub::HubArgs) {
+        if let Some(cache) = &hub.huggingface_hub_cache {
+            self.set("HUGGINGFACE_HUB_CACHE", cache);
+        }
+        if let Some(directory) = &hub.weights_cache_override {
+            self.set("WEIGHTS_CACHE_OVERRIDE", directory);
+        }
+    }
+
     fn set_if_some(&mut self, name: &'static str, value: &Option<impl ToString>) {
         if let Some(value) = value {
             self.set(name, value.to_string());
@@ -161,12 +170,7 @@ impl ShardSpec {
         if features.enable_prefill_logprobs {
             command.set("REQUEST_LOGPROBS", "1");
         }
-        if let Some(cache) = &hub.huggingface_hub_cache {
-            command.set("HUGGINGFACE_HUB_CACHE", cache);
-        }
-        if let Some(directory) = &hub.weights_cache_override {
-            command.set("WEIGHTS_CACHE_OVERRIDE", directory);
-        }
+        command.set_model_places(hub);
         if let Some(sizes) = &devices.cuda_graphs {
             // A zero among others says nothing; alone it says "none".
             let sizes: Vec<_> = sizes.iter().filter(|&&size| size > 0).map(usize::to_string).collect();
@@ -205,8 +209,10 @@ impl RouterSpec {
         let mut command = Invocation::default();
         self.add_required(&mut command, uds_prefix);
         self.add_optional(&mut command);
-        let hub_token = &self.args.hub.hf_api_token;
-        command.set_if_some("HF_TOKEN", &hub_token.as_ref().map(hub::Secret::reveal));
+        let hub = &self.args.hub;
+        command.set_if_some("HF_TOKEN", &hub.hf_api_token.as_ref().map(hub::Secret::reveal));
+        // Upstream's router fetches its own copy of the tokenizer; ours reads the files that the shards read.
+        command.set_model_places(hub);
         command.set_if_some("COMPUTE_TYPE", &self.args.hidden.compute_type);
         // What the supervisor mends by itself must not make somebody else restart all of it.
         let liveness_timeout = self.args.recovery.stall_timeout.saturating_mul(2);

@@ -28,7 +28,7 @@ pub enum LauncherError {
     WebserverCannotStart,
 }
 
-/// An error together with its reason in one line.
+/// An error together with its reason in one line; several mistakes in a line each.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Failure {
     /// The kind, for scripts.
@@ -63,7 +63,7 @@ impl Failure {
             return Self::new(error.clone(), error.to_string());
         }
         let reasons: Vec<String> = mistakes.iter().map(ToString::to_string).collect();
-        Self::argument(reasons.join("; "))
+        Self::new(LauncherError::ArgumentValidation(reasons.join("; ")), reasons.join("\n"))
     }
 
     /// What standard error shows last, in upstream's shape.
@@ -112,6 +112,8 @@ mod tests {
             LauncherError::NotEnoughCUDADevices("no device".to_owned()),
             LauncherError::ArgumentValidation("bad".to_owned()),
         ];
-        assert_eq!(Failure::all(mistakes), Failure::argument("no device; bad"));
+        let failure = Failure::all(mistakes);
+        assert_eq!(failure.reason, "no device\nbad");
+        assert_eq!(failure.stderr_line(), "Error: ArgumentValidation(\"no device; bad\")");
     }
 }

@@ -45,6 +45,18 @@ pub struct Gpu {
     pub processes: Vec<GpuProcess>,
     /// Its slices, where it is cut into some (MIG).
     pub slices: Vec<GpuSlice>,
+    /// GPUs of this machine that it cannot exchange memory with directly, as far as the driver tells.
+    pub unreachable: Vec<Unreachable>,
+}
+
+/// A GPU whose memory another one cannot read or write itself.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Unreachable {
+    /// `GPU-` and its UUID.
+    pub uuid: String,
+    /// What the driver gives as the reason.
+    pub why: String,
 }
 
 /// A process that holds memory of a GPU.

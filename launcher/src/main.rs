@@ -20,7 +20,7 @@ use process::{ExitCode, Program, init_logging, max_level};
 fn main() -> std::process::ExitCode {
     let ledger = StartupLedger::new(Instant::now());
     let words: Vec<_> = std::env::args_os().collect();
-    let args = command_line::parse(&words).unwrap_or_else(|error| error.exit());
+    let args = command_line::parse(&words).unwrap_or_else(|refusal| refusal.exit());
     match args.command {
         Some(Command::Plan(plan)) => return show_plan(*plan),
         Some(Command::Status(args)) => return show_status(&args),
@@ -47,7 +47,9 @@ fn exit(outcome: Result<(), Failure>) -> std::process::ExitCode {
     match outcome {
         Ok(()) => ExitCode::Ok.into(),
         Err(failure) => {
-            tracing::error!("{}", failure.reason);
+            for line in failure.reason.lines() {
+                tracing::error!("{line}");
+            }
             eprintln!("{}\n{}", failure.reason, failure.stderr_line());
             failure.exit_code().into()
         }

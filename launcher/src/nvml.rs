@@ -2,11 +2,12 @@
 
 use std::path::Path;
 
+use nvml_wrapper::enum_wrappers::device::{P2pCapabilitiesIndex, P2pStatus};
 use nvml_wrapper::enums::device::UsedGpuMemory;
 use nvml_wrapper::struct_wrappers::device::ProcessInfo;
 use nvml_wrapper::{Device, Nvml};
 
-use crate::machine::{Gpu, GpuProcess, GpuSlice};
+use crate::machine::{Gpu, GpuProcess, GpuSlice, Unreachable};
 
 /// What the library tells; nothing where it is missing or does not answer.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -29,16 +30,16 @@ pub fn read() -> Found {
         }
     };
     let count = nvml.device_count().unwrap_or(0);
-    let devices = (0..count).filter_map(|index| nvml.device_by_index(index).ok());
+    let devices: Vec<Device<'_>> = (0..count).filter_map(|index| nvml.device_by_index(index).ok()).collect();
     Found {
         driver: nvml.sys_driver_version().ok(),
         cuda_version: nvml.sys_cuda_driver_version().ok().and_then(|version| version.try_into().ok()),
-        gpus: devices.filter_map(|device| gpu(&device)).collect(),
+        gpus: devices.iter().filter_map(|device| gpu(device, &devices)).collect(),
     }
 }
 
-/// One device; none where it does not even tell its name.
-fn gpu(device: &Device<'_>) -> Option<Gpu> {
+/// One of `devices`; none where it does not even tell its name.
+fn gpu(device: &Device<'_>, devices: &[Device<'_>]) -> Option<Gpu> {
     let memory = device.memory_info().ok();
     Some(Gpu {
         uuid: device.uuid().ok()?,
@@ -47,7 +48,32 @@ fn gpu(device: &Device<'_>) -> Option<Gpu> {
         free_bytes: memory.as_ref().map_or(0, |memory| memory.free),
         processes: device.running_compute_processes().unwrap_or_default().iter().map(process).collect(),
         slices: slices(device),
+        unreachable: devices.iter().filter_map(|other| unreachable(device, other)).collect(),
     })
+}
+
+/// `other`, if the driver says that `device` cannot exchange memory with it. A driver that does not tell says nothing.
+fn unreachable(device: &Device<'_>, other: &Device<'_>) -> Option<Unreachable> {
+    let uuid = other.uuid().ok()?;
+    if device.uuid().ok()? == uuid {
+        return None;
+    }
+    let ways = [P2pCapabilitiesIndex::Read, P2pCapabilitiesIndex::Write];
+    let mut answers = ways.into_iter().filter_map(|way| device.p2p_status(other, way).ok());
+    let why = answers.find_map(obstacle)?.to_owned();
+    Some(Unreachable { uuid, why })
+}
+
+/// What stands between two devices.
+fn obstacle(status: P2pStatus) -> Option<&'static str> {
+    match status {
+        P2pStatus::Ok | P2pStatus::Unknown => None,
+        P2pStatus::ChipsetNotSupported => Some("the chipset does not allow it"),
+        P2pStatus::GpuNotSupported => Some("this kind of GPU does not do it"),
+        P2pStatus::IohTopologyNotSupported => Some("they are behind different I/O hubs"),
+        P2pStatus::DisabledByRegkey => Some("the driver is configured not to"),
+        P2pStatus::NotSupported => Some("it is not supported"),
+    }
 }
 
 fn process(process: &ProcessInfo) -> GpuProcess {
@@ -99,6 +125,20 @@ mod tests {
         let found = read();
         assert!(found.gpus.is_empty() || found.driver.is_some());
         assert!(found.gpus.iter().all(|gpu| gpu.uuid.starts_with("GPU-") && !gpu.name.is_empty()));
+    }
+
+    #[test]
+    fn only_what_the_driver_denies_is_an_obstacle() {
+        assert_eq!([P2pStatus::Ok, P2pStatus::Unknown].map(obstacle), [None, None]);
+        for status in [
+            P2pStatus::ChipsetNotSupported,
+            P2pStatus::GpuNotSupported,
+            P2pStatus::IohTopologyNotSupported,
+            P2pStatus::DisabledByRegkey,
+            P2pStatus::NotSupported,
+        ] {
+            assert!(obstacle(status).is_some(), "{status:?}");
+        }
     }
 
     #[test]

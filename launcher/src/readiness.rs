@@ -102,10 +102,57 @@ pub async fn router_healthy(bind: SocketAddr) {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use proto::control::shard_control_server::{ShardControl, ShardControlServer};
+    use proto::control::{HandshakeRequest, HandshakeResponse, StatusRequest, StatusResponse};
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    use tokio::net::TcpListener;
+    use tokio::net::{TcpListener, UnixListener};
+    use tokio_stream::wrappers::UnixListenerStream;
+    use tonic::{Request, Response, Status};
 
     use super::*;
+
+    /// Shards that sit on the socket one after the other: their instance and rank. The last one stays.
+    #[derive(Clone)]
+    struct Shards(Arc<Mutex<Vec<(&'static str, u32)>>>);
+
+    #[tonic::async_trait]
+    impl ShardControl for Shards {
+        async fn handshake(
+            &self,
+            _: Request<HandshakeRequest>,
+        ) -> Result<Response<HandshakeResponse>, Status> {
+            let mut shards = self.0.lock().unwrap();
+            let (instance_id, rank) = if shards.len() > 1 { shards.remove(0) } else { shards[0] };
+            let instance_id = instance_id.to_owned();
+            Ok(Response::new(HandshakeResponse { instance_id, rank, ..Default::default() }))
+        }
+
+        async fn status(&self, _: Request<StatusRequest>) -> Result<Response<StatusResponse>, Status> {
+            Ok(Response::new(StatusResponse::default()))
+        }
+    }
+
+    #[tokio::test]
+    async fn a_shard_is_ready_when_it_is_this_starts_and_this_rank() {
+        let dir = tempfile::tempdir().unwrap();
+        let socket = dir.path().join("s-1");
+        // A file is no answer.
+        std::fs::write(&socket, "").unwrap();
+        let ready = tokio::spawn(shard_ready(socket.clone(), "this".to_owned(), 1, SystemTime::now()));
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        assert!(!ready.is_finished());
+        std::fs::remove_file(&socket).unwrap();
+        let shards = Shards(Arc::new(Mutex::new(vec![("", 1), ("earlier", 1), ("this", 0), ("this", 1)])));
+        let listener = UnixListenerStream::new(UnixListener::bind(socket).unwrap());
+        let service = ShardControlServer::new(shards.clone());
+        let server = tonic::transport::Server::builder().add_service(service);
+        let serving = tokio::spawn(server.serve_with_incoming(listener));
+        ready.await.unwrap();
+        assert_eq!(shards.0.lock().unwrap().as_slice(), [("this", 1)], "the others were not taken for it");
+        serving.abort();
+    }
 
     #[tokio::test]
     async fn router_is_healthy_at_its_first_200() {

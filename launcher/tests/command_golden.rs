@@ -236,6 +236,12 @@ fn router_with_everything() {
          --trust-remote-code --json-output --otlp-service-name svc --cors-allow-origin http://a --cors-allow-origin \
          http://b --api-key key"
     );
-    let expected = [("COMPUTE_TYPE", "1-cpu"), ("HF_TOKEN", "token"), ("QUARTET_LIVENESS_TIMEOUT", "120")];
+    let expected = [
+        ("COMPUTE_TYPE", "1-cpu"),
+        ("HF_TOKEN", "token"),
+        ("HUGGINGFACE_HUB_CACHE", "/cache"),
+        ("QUARTET_LIVENESS_TIMEOUT", "120"),
+        ("WEIGHTS_CACHE_OVERRIDE", "/weights"),
+    ];
     assert_eq!(environment(&router), BTreeMap::from(expected));
 }

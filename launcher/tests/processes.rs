@@ -9,7 +9,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, getpgid};
 
 /// Longer than anything here takes, even on a busy machine.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -187,6 +187,16 @@ fn serves_then_drains_router_first_and_exits_0() {
         assert!(ended.stdout.contains(phase), "no {phase}:\n{}", ended.stdout);
     }
     assert!(!dir.join("s-0").exists() && !dir.join("s.lock").exists());
+}
+
+#[test]
+fn children_lead_groups_of_their_own_so_that_ctrl_c_is_for_the_launcher_alone() {
+    let service = Service::start(&["--num-shard", "2"], &[]);
+    service.wait_until_serving();
+    for child in ["shard-0", "shard-1", "router"] {
+        let pid = service.pid_of(child);
+        assert_eq!(getpgid(Some(pid)), Ok(pid), "{child}");
+    }
 }
 
 #[test]
@@ -371,7 +381,13 @@ fn a_second_signal_ends_everything_now() {
     service.wait_for("first signal", |service| service.read("stdout").contains("SIGTERM received"));
     let start = Instant::now();
     service.signal(Signal::SIGHUP);
-    assert_eq!(service.ended().code, Some(0));
+    let ended = service.ended();
+    assert_eq!(ended.code, Some(0));
+    for text in
+        ["SIGTERM received: what runs has 90 s to finish", "SIGHUP received again: everything ends now"]
+    {
+        assert!(ended.stdout.contains(text), "no {text}:\n{}", ended.stdout);
+    }
     assert!(start.elapsed() < Duration::from_secs(2));
 }
 
@@ -453,7 +469,10 @@ fn what_cannot_work_is_said_before_anything_starts() {
         "{text}"
     );
     let text = refused(&["--port", &free, "--validation-workers", "0", "--speculate", "2"], dir.path(), 1);
-    assert!(text.contains("`validation_workers` must be > 0") && text.contains("--speculate 2"), "{text}");
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines.len(), 3, "one for each mistake and upstream's: {text}");
+    assert!(lines[0].starts_with("`validation_workers` must be > 0"), "{text}");
+    assert!(lines[1].starts_with("--speculate 2"), "{text}");
     let text = refused(&["--port", &free, "--device", "cuda"], dir.path(), 1);
     assert!(text.contains("--device cuda") && text.contains("--device cpu"), "{text}");
     let text = refused(&["--port", &free, "--sharded", "true"], dir.path(), 1);
@@ -509,6 +528,13 @@ fn variables_are_read_as_upstream_reads_them_and_wrong_ones_are_named() {
         assert_eq!(code, Some(2), "{name}={value}: {stderr}");
         assert!(stderr.contains(&format!("environment variable {name}\n")), "{name}={value}: {stderr}");
     }
+    let (code, _, stderr) = run(&["--dtype", "int3"], &[("NUM_SHARD", "two"), ("PORT", "x")]);
+    assert_eq!(code, Some(2));
+    for named in ["environment variable NUM_SHARD", "environment variable PORT", "'int3' for '--dtype"] {
+        assert!(stderr.contains(named), "no {named}:\n{stderr}");
+    }
+    let (code, _, stderr) = run(&["plan", "--no-such-flag"], &[("NUM_SHARD", "two")]);
+    assert_eq!((code, stderr.matches("error: ").count()), (Some(2), 2), "{stderr}");
     // The command line wins over the environment, which is then not even looked at.
     let (code, stdout, _) = run(&["--port", "0"], &[("PORT", "tcp://"), ("TRUST_REMOTE_CODE", "true")]);
     assert_eq!(code, Some(1), "{stdout}");

@@ -40,7 +40,7 @@ pub struct Args {
     #[arg(default_value = "4096", long, env)]
     pub max_batch_prefill_tokens: u32,
 
-    /// Most tokens of all running requests; default: what the shards have memory for
+    /// Most tokens of all running requests, for shards that do not measure it; the number that shards measure wins
     #[arg(long, env)]
     pub max_batch_total_tokens: Option<u32>,
 

@@ -111,9 +111,9 @@ impl RouterConfig {
         Ok(Self {
             address: SocketAddr::new(ip, args.port),
             master_shard_uds_path: args.master_shard_uds_path.into(),
-            model: ModelRef { model_id: args.tokenizer_name, revision: args.revision },
+            model: ModelRef { model_id: args.tokenizer_name, revision: given(args.revision) },
             hub: args.hub.options(),
-            tokenizer_config_path: args.tokenizer_config_path.map(PathBuf::from),
+            tokenizer_config_path: given(args.tokenizer_config_path).map(PathBuf::from),
             server,
             max_concurrent_requests: args.max_concurrent_requests,
             max_best_of: args.max_best_of,
@@ -224,6 +224,22 @@ fn parse_hostname(hostname: &str, notes: &mut Vec<String>) -> IpAddr {
     }
 }
 
+impl BatchingConfig {
+    /// What is to be said about `--max-batch-total-tokens` when the shards have measured the number themselves.
+    pub fn overruled(&self, warmup: &WarmupResponse) -> Option<String> {
+        let (given, measured) = (self.max_batch_total_tokens?, warmup.max_supported_total_tokens?);
+        Some(format!(
+            "--max-batch-total-tokens {given} is not used: the shards have measured room for {measured} tokens; \
+             --cuda-memory-fraction changes that"
+        ))
+    }
+}
+
+/// A text that is set to nothing counts as not set.
+fn given(text: Option<String>) -> Option<String> {
+    text.filter(|text| !text.trim().is_empty())
+}
+
 impl Limits {
     /// Compares the flags with what the shards answered.
     ///
@@ -328,6 +344,26 @@ mod tests {
         assert_eq!(about(&[], "--max-image-fetch-size"), 0);
         assert_eq!(about(&["--disable-grammar-support"], "--disable-grammar-support"), 1);
         assert_eq!(about(&[], "--disable-grammar-support"), 0);
+        assert_eq!(about(&["--usage-stats", "no-stack"], "--usage-stats"), 1);
+        assert_eq!(about(&["--usage-stats", "off"], "--usage-stats"), 0);
+    }
+
+    #[test]
+    fn texts_that_are_empty_count_as_not_set() {
+        let config = config(&["--revision", "", "--tokenizer-config-path", " "]).unwrap();
+        assert_eq!((config.model.revision, config.tokenizer_config_path), (None, None));
+    }
+
+    #[test]
+    fn a_token_budget_that_the_shards_overrule_is_said() {
+        let given = BatchingConfig { max_batch_total_tokens: Some(5000), ..flags() };
+        let said = given.overruled(&warmup(Some(2048), 9, 10)).unwrap();
+        assert!(said.contains("--max-batch-total-tokens 5000") && said.contains("2048"), "{said}");
+        assert_eq!(given.overruled(&warmup(None, 9, 10)), None);
+        assert_eq!(flags().overruled(&warmup(Some(2048), 9, 10)), None);
+        let shards = ShardInfo { requires_padding: true, block_size: 1, ..Default::default() };
+        let limits = Limits::settle(&given, &shards, &warmup(None, 1000, 2000)).unwrap();
+        assert_eq!(limits.max_batch_total_tokens, 5000);
     }
 
     fn config(arguments: &[&str]) -> Result<RouterConfig, Vec<String>> {

@@ -72,6 +72,7 @@ pub fn findings(facts: &Facts, machine: &Machine, devices: &Devices, plan: &Laun
     found.extend(cache(facts).map(error));
     found.extend(sockets(plan).map(error));
     found.extend(holders(devices, plan).into_iter().map(warning));
+    found.extend(apart(devices, plan).map(warning));
     found.extend(open_files(facts, plan).map(warning));
     found.extend(threads(facts, plan).map(warning));
     found.extend((plan.shard.device == Device::Cpu && facts.lacks_vectors).then(|| {
@@ -138,6 +139,29 @@ fn holders(devices: &Devices, plan: &LaunchPlan) -> Vec<String> {
         .collect()
 }
 
+/// GPUs of ranks that cannot exchange memory directly, all pairs in one line.
+fn apart(devices: &Devices, plan: &LaunchPlan) -> Option<String> {
+    let chosen: Vec<_> = devices.visible.iter().take(plan.shard.num_shard).collect();
+    let mut pairs = Vec::new();
+    for (index, device) in chosen.iter().enumerate() {
+        let Some(gpu) = &device.gpu else { continue };
+        for other in &chosen[index + 1..] {
+            let found = gpu
+                .unreachable
+                .iter()
+                .find(|peer| other.gpu.as_ref().is_some_and(|other| other.uuid == peer.uuid));
+            pairs.extend(found.map(|peer| format!("{} and {} ({})", device.id, other.id, peer.why)));
+        }
+    }
+    (!pairs.is_empty()).then(|| {
+        format!(
+            "GPUs that cannot exchange memory directly: {}; their ranks exchange results through the host's memory, which \
+             is slower; choose GPUs that can with CUDA_VISIBLE_DEVICES (`nvidia-smi topo -p2p r` shows which)",
+            pairs.join(", ")
+        )
+    })
+}
+
 fn open_files(facts: &Facts, plan: &LaunchPlan) -> Option<String> {
     let (limit, requests) = (facts.open_files?, plan.max_concurrent_requests);
     let needed = u64::try_from(requests).ok()?.saturating_add(OTHER_FILES);
@@ -201,7 +225,7 @@ mod tests {
 
     use super::*;
     use crate::args::Args;
-    use crate::machine::GpuProcess;
+    use crate::machine::{GpuProcess, Unreachable};
     use crate::plan::plan;
 
     fn facts() -> Facts {
@@ -269,6 +293,22 @@ mod tests {
         );
         assert_eq!(judged(&facts(), &machine(), &["--sharded", "true"]).len(), 2, "one for each rank's");
         assert_eq!(judged(&facts(), &machine(), &["--device", "cpu"]), [], "they are not used");
+    }
+
+    #[test]
+    fn ranks_whose_gpus_are_apart_are_named_in_pairs() {
+        let mut machine = machine();
+        machine.gpus.push(Gpu { uuid: "GPU-2".to_owned(), ..machine.gpus[0].clone() });
+        machine.gpus.iter_mut().for_each(|gpu| gpu.processes.clear());
+        let cannot = |uuid: &str| Unreachable { uuid: uuid.to_owned(), why: "no way".to_owned() };
+        machine.gpus[0].unreachable = vec![cannot("GPU-2")];
+        machine.gpus[2].unreachable = vec![cannot("GPU-0"), cannot("GPU-1")];
+        machine.gpus[1].unreachable = vec![cannot("GPU-2")];
+        let found = judged(&facts(), &machine, &["--num-shard", "3"]);
+        let parts = ["GPU-0 and GPU-2 (no way), GPU-1 and GPU-2 (no way);", "CUDA_VISIBLE_DEVICES"];
+        assert_one(&found, Severity::Warning, &parts);
+        assert_eq!(judged(&facts(), &machine, &["--num-shard", "2"]), [], "these two can");
+        assert_eq!(judged(&facts(), &machine, &["--device", "cpu", "--num-shard", "3"]), []);
     }
 
     #[test]

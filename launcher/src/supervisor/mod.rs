@@ -93,7 +93,7 @@ pub async fn supervise(launch: Launch) -> Result<(), Failure> {
             // A child's end outranks what it may have reported before.
             biased;
             signal = signals.next() => {
-                tracing::info!("{signal} received");
+                tracing::info!("{signal} received{}", supervisor.what_a_stop_means(state.phase));
                 Event::Stop(signal)
             }
             Some(exit) = exited.recv() => supervisor.note_exit(exit),
@@ -478,6 +478,18 @@ impl Supervisor {
         if let Some(handle) = self.children.get(&child) {
             tracing::info!("Terminating {child}");
             handle.terminate(grace);
+        }
+    }
+
+    /// For whoever has just asked for it and may be waiting at a terminal.
+    fn what_a_stop_means(&self, phase: Phase) -> String {
+        match phase {
+            Phase::Warming | Phase::Serving | Phase::Recovering => format!(
+                ": what runs has {} s to finish (--graceful-termination-timeout); a second signal ends it now",
+                self.graceful_timeout().as_secs()
+            ),
+            Phase::Draining => " again: everything ends now".to_owned(),
+            Phase::Downloading | Phase::Starting | Phase::Exited => String::new(),
         }
     }
 

@@ -120,7 +120,7 @@ async fn shard(settings: Settings, arguments: &[String]) {
             eprintln!("the cause");
             std::process::exit(13);
         }
-        "has-a-child" => leave_an_orphan(&settings.fake_dir),
+        "has-a-child" => leave_orphans(&settings.fake_dir),
         "never-ready" => ended_by_signal(&settings, &name, false).await,
         _ => {}
     }
@@ -139,9 +139,11 @@ async fn shard(settings: Settings, arguments: &[String]) {
     }
 }
 
-/// Starts a process that loses its parent at once and stays in this one's group.
-fn leave_an_orphan(dir: &Path) {
-    let command = format!("sleep 1000 & echo -n $! > '{}'", dir.join("orphan.pid").display());
+/// Starts two processes that lose their parent at once and stay in this one's group; the second one ends soon.
+fn leave_orphans(dir: &Path) {
+    let pid_file = |name: &str| dir.join(format!("{name}.pid")).display().to_string();
+    let (orphan, brief) = (pid_file("orphan"), pid_file("brief"));
+    let command = format!("sleep 1000 & echo -n $! > '{orphan}'; sleep 0.01 & echo -n $! > '{brief}'");
     let status = std::process::Command::new("/bin/sh").args(["-c", &command]).stdout(Stdio::null()).status();
     assert!(status.unwrap().success());
 }

@@ -73,4 +73,28 @@ mod tests {
         write("config.json", r#"{"vocab_size": 8}"#);
         assert!(load().is_ok_and(|parts| parts.template.is_err()));
     }
+
+    #[test]
+    fn a_given_tokenizer_config_replaces_the_models() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
+        write("model.safetensors", "");
+        write("config.json", r#"{"vocab_size": 2}"#);
+        write(
+            "tokenizer.json",
+            r#"{"version":"1.0","truncation":null,"padding":null,"added_tokens":[],"normalizer":null,
+            "pre_tokenizer":null,"post_processor":null,"decoder":null,
+            "model":{"type":"WordLevel","vocab":{"a":0,"b":1},"unk_token":"a"}}"#,
+        );
+        write("tokenizer_config.json", r#"{"chat_template": "the model's own"}"#);
+        write("other.json", r#"{"chat_template": "the given one"}"#);
+        let model = ModelRef::new(dir.path().display().to_string());
+        let rendered = |path: Option<&Path>| {
+            let template = load(&model, &HubOptions::default(), path).unwrap().template.unwrap();
+            template.render(&[]).unwrap()
+        };
+        assert_eq!(rendered(None), "the model's own");
+        assert_eq!(rendered(Some(&dir.path().join("other.json"))), "the given one");
+        assert!(load(&model, &HubOptions::default(), Some(Path::new("/nowhere.json"))).is_err());
+    }
 }

@@ -34,6 +34,9 @@ pub async fn connect_and_warm_up(
     let info = client.info().await.map_err(failed("asking the shards what they are"))?;
     let answer = client.warmup(warmup_request(&flags)).await.map_err(failed("warming up the shards"))?;
     let limits = Limits::settle(&flags, &info, &answer).map_err(RouterError::Configuration)?;
+    if let Some(overruled) = flags.overruled(&answer) {
+        tracing::warn!("{overruled}");
+    }
     if info.support_chunking {
         tracing::debug!(
             "prompts are computed in pieces: waiting_served_ratio and max_waiting_tokens are not used"

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a helper that panics fails its test, which is what it is for")]
 
 mod auth;
+mod batching;
 mod cancel;
 mod failures;
 mod generate;
