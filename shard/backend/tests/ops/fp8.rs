@@ -52,6 +52,7 @@ fn reference(x: &[f32], weight: &[f32], bias: Option<&[f32]>, inputs: usize) -> 
 }
 
 /// Rows rounded to E4M3 with a scale each, and what they stand for.
+#[cfg(feature = "cuda")]
 fn rounded_rows(values: &[f32], width: usize) -> Vec<f32> {
     let row = |row: &[f32]| {
         let largest = row.iter().fold(0.0_f32, |largest, x| largest.max(x.abs()));
