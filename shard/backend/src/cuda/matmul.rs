@@ -11,6 +11,7 @@ use super::fp8_matmul::{Fp8Kernel, Fp8Matmuls};
 use super::gemv::Gemvs;
 use super::launch::Queue;
 use super::library::Library;
+use super::linear::NextWeight;
 use super::module::Module;
 use super::shared_split::REGISTER_ROWS;
 use super::{CudaBackend, CudaBuffer, CudaLinear, CudaOptions, CudaVector, DeviceFacts};
@@ -116,6 +117,11 @@ impl Matmuls {
         }
         let kernel = self.choose(task(x, (weight, bias), out));
         self.multiply((queue, workspace), kernel, (x, weight, bias), out)
+    }
+
+    /// Whether a result of as many rows is rounded to eight bits before it is multiplied with this weight.
+    pub(super) fn rounds(&self, rows: usize, next: &NextWeight, dtype: DType) -> bool {
+        !self.library.is_deterministic() && self.fp8.rounds(rows, next, dtype)
     }
 
     /// `out = activation(gate) * up` with gate and up the halves of `x weight^T (+ bias)`, where that is one launch; false: it is

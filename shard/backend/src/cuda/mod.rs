@@ -17,6 +17,7 @@ mod elementwise;
 mod embedding;
 mod experts;
 mod few_rows;
+mod fp8_hopper;
 mod fp8_linear;
 mod fp8_matmul;
 mod fp8_skinny;
@@ -123,6 +124,8 @@ pub struct CudaBackend {
     step: StepInputs,
     /// Of operations that need room in between; contents are undefined between operations.
     workspace: DeviceMemory,
+    /// What the result of the next operation is for.
+    next_weight: Cell<Option<linear::NextWeight>>,
     graphs: Graphs,
     /// Addresses that graphs hold have changed.
     has_stale_graphs: Cell<bool>,
@@ -187,6 +190,7 @@ impl CudaBackend {
             uploader: RefCell::new(None),
             communicator,
             workspace: DeviceMemory::zeroed(&context, WORKSPACE_BYTES, "the workspace")?,
+            next_weight: Cell::new(None),
             graphs: Graphs::default(),
             has_stale_graphs: Cell::new(false),
             norms: norm::Norms::load(&context)?,
