@@ -10,6 +10,7 @@
 mod attention;
 mod buffer;
 mod ceilings;
+mod cluster_gemm;
 mod cublaslt;
 mod driver;
 mod elementwise;
@@ -35,7 +36,6 @@ mod operations;
 mod rope;
 mod sampling;
 mod shared_split;
-mod skinny;
 mod step;
 mod step_clock;
 mod tensor_map;
@@ -48,6 +48,7 @@ use cudarc::driver::sys::CUdevice_attribute as Attribute;
 
 pub use buffer::CudaBuffer;
 pub use ceilings::Ceilings;
+pub use cluster_gemm::ClusterPlan;
 pub use experts::CudaExperts;
 pub use fp8_matmul::Fp8Kernel;
 pub use kv_cache::CudaKvCache;
