@@ -101,7 +101,6 @@ fn what_cannot_be_honoured_is_refused_with_its_name() {
         &["--lora-adapters", "a/b"],
         &["--watermark-gamma", "0.5"],
         &["--watermark-delta", "2.0"],
-        &["--otlp-endpoint", "http://localhost:4317"],
         &["--ngrok", "--ngrok-authtoken", "t", "--ngrok-edge", "e"],
     ] {
         let text = refusal(words);

@@ -70,7 +70,11 @@ pub struct ServeArgs {
     #[arg(long)]
     pub trust_remote_code: bool,
 
-    /// Accepted; spans are not exported
+    /// OpenTelemetry collector (OTLP over gRPC) to send spans to, such as http://localhost:4317
+    #[arg(long)]
+    pub otlp_endpoint: Option<String>,
+
+    /// Name of this service in traces
     #[arg(long, default_value = "text-generation-inference.server")]
     pub otlp_service_name: String,
 
@@ -217,10 +221,6 @@ pub struct RefusedArgs {
     /// Type of the KV cache
     #[arg(long)]
     pub kv_cache_dtype: Option<String>,
-
-    /// Where to send traces
-    #[arg(long)]
-    pub otlp_endpoint: Option<String>,
 
     /// Adapters to load.
     #[arg(long, env = "LORA_ADAPTERS", hide = true)]

@@ -6,7 +6,9 @@ use std::str::FromStr;
 use backend::DType;
 use hub::{HubOptions, ModelRef, RopeKind, RopeOverride};
 
-use crate::args::{DownloadArgs, RefusedArgs, RopeArgs, ServeArgs};
+use process::{OtlpEndpoint, TraceSettings};
+
+use crate::args::{Command, DownloadArgs, RefusedArgs, RopeArgs, ServeArgs};
 
 /// What a shard is to run on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -102,6 +104,9 @@ pub fn serve_settings(args: &ServeArgs, num_cores: usize) -> Result<ServeSetting
         }
         dtype
     });
+    if let Some(Err(mistake)) = otlp_endpoint(args) {
+        mistakes.add(mistake);
+    }
     let rope_scaling = rope_scaling(&args.rope, &mut mistakes);
     let device = device(args.quartet.device.as_deref(), &mut mistakes);
     let cuda_graphs = cuda_graphs(args.limits.cuda_graphs.as_deref(), &mut mistakes);
@@ -147,6 +152,19 @@ pub fn serve_settings(args: &ServeArgs, num_cores: usize) -> Result<ServeSetting
         max_input_tokens: args.max_input_tokens,
         max_total_tokens,
     })
+}
+
+/// Where a shard that serves sends its spans; nowhere when the address is a mistake, which [`serve_settings`] tells.
+pub fn trace_settings(command: &Command) -> Option<TraceSettings> {
+    let Command::Serve(args) = command else { return None };
+    let endpoint = otlp_endpoint(args)?.ok()?;
+    let instance = args.group.rank.as_ref().map(|rank| format!("rank-{rank}"));
+    Some(TraceSettings { endpoint, service_name: args.otlp_service_name.clone(), instance })
+}
+
+/// An empty address counts as none.
+fn otlp_endpoint(args: &ServeArgs) -> Option<Result<OtlpEndpoint, String>> {
+    args.otlp_endpoint.as_deref().filter(|text| !text.is_empty()).map(OtlpEndpoint::parse)
 }
 
 /// Reads the options of `download-weights`.
@@ -237,7 +255,6 @@ fn refusals(args: &RefusedArgs) -> Vec<String> {
     refuse("--speculate", args.speculate.filter(|&n| n > 0).map(|n| n.to_string()), "leave it out");
     let kv_cache_dtype = given(&args.kv_cache_dtype).filter(|dtype| dtype != "auto");
     refuse("--kv-cache-dtype", kv_cache_dtype, "leave it out to take the type that suits the weights");
-    refuse("--otlp-endpoint", given(&args.otlp_endpoint), "leave it out, traces are not exported");
     refuse("LORA_ADAPTERS", given(&args.lora_adapters), "unset it and merge the adapter into the weights");
     refusals
 }
@@ -406,14 +423,27 @@ mod tests {
             "--sharded",
             "--kv-cache-dtype",
             "fp8_e5m2",
-            "--otlp-endpoint",
-            "http://x",
             "--lora-adapters",
             "a=b",
         ])
         .unwrap_err();
-        assert_eq!(mistakes.len(), 4, "{mistakes:#?}");
+        assert_eq!(mistakes.len(), 3, "{mistakes:#?}");
         assert!(mistakes.iter().all(|mistake| !mistake.contains('\n')));
+    }
+
+    #[test]
+    fn spans_go_where_they_are_asked_to() {
+        let command = |words: &[&str]| {
+            let words = [&["shard", "serve", "m", "--otlp-service-name", "s", "--rank", "1"], words].concat();
+            Args::try_parse_from(words).unwrap().command
+        };
+        assert_eq!(trace_settings(&command(&[])), None);
+        assert_eq!(trace_settings(&command(&["--otlp-endpoint", ""])), None);
+        let settings = trace_settings(&command(&["--otlp-endpoint", "http://collector:4317"])).unwrap();
+        assert_eq!(settings.service_name, "s");
+        assert_eq!(settings.instance.as_deref(), Some("rank-1"));
+        let mistakes = parse(&["m", "--otlp-endpoint", "ftp://x"]).unwrap_err();
+        assert!(mistakes[0].starts_with("--otlp-endpoint is `ftp://x`, expected"), "{mistakes:?}");
     }
 
     #[test]

@@ -8,6 +8,7 @@ mod service;
 mod socket;
 #[cfg(test)]
 mod tests;
+mod trace;
 
 use std::time::Duration;
 
@@ -24,6 +25,7 @@ use crate::error::ShardError;
 
 use control::Control;
 use service::GenerationService;
+use trace::TraceCalls;
 
 pub use control::Identity;
 pub use convert::{new_batch, warmup_request};
@@ -65,6 +67,7 @@ async fn serve(socket: BoundSocket, engine: Engine, identity: Identity) -> Resul
     let generation = GenerationService::new(handle.clone(), identity.urls());
     let reflection = reflection()?;
     let server = Server::builder()
+        .layer(TraceCalls)
         .add_service(reflection)
         .add_service(
             TextGenerationServiceServer::new(generation).max_decoding_message_size(MAX_MESSAGE_BYTES),
