@@ -126,6 +126,7 @@ fn values_out_of_range_are_refused_with_their_flag() {
         &["--rope-factor", "0.5"],
         &["--rope-factor", "NaN"],
         &["--num-shard", "10"],
+        &["--otlp-endpoint", "ftp://collector"],
     ] {
         let text = refusal(words);
         assert!(text.contains(words[0]) && text.contains("expected"), "{text}");

@@ -174,14 +174,15 @@ impl Drop for TraceExport {
 /// Puts `span` below the caller's, where the caller's headers (W3C trace context) tell of one. `header`: the value of the
 /// header with that lower-case name. To be called before the span is first entered.
 pub fn continue_trace<'a>(span: &Span, header: impl Fn(&str) -> Option<&'a str>) {
-    let context = global::get_text_map_propagator(|propagator| propagator.extract(&Headers(header)));
+    let headers = Headers(&header);
+    let context = global::get_text_map_propagator(|propagator| propagator.extract(&headers));
     // An error says that nobody exports this span.
     let _ = span.set_parent(context);
 }
 
-struct Headers<F>(F);
+struct Headers<'f, 'a>(&'f dyn Fn(&str) -> Option<&'a str>);
 
-impl<'a, F: Fn(&str) -> Option<&'a str>> Extractor for Headers<F> {
+impl Extractor for Headers<'_, '_> {
     fn get(&self, key: &str) -> Option<&str> {
         (self.0)(key)
     }
@@ -271,8 +272,17 @@ mod tests {
 
     #[test]
     fn what_is_no_address_is_told_in_one_line() {
-        for text in ["", " ", "grpc://x:1", "http://", "http://:4317", "http://x:99999", "http://x:", "unix:///run/x", "a b"]
-        {
+        for text in [
+            "",
+            " ",
+            "grpc://x:1",
+            "http://",
+            "http://:4317",
+            "http://x:99999",
+            "http://x:",
+            "unix:///run/x",
+            "a b",
+        ] {
             let mistake = OtlpEndpoint::parse(text).expect_err(text);
             assert!(mistake.starts_with(&format!("--otlp-endpoint is `{text}`, expected")), "{mistake}");
             assert!(!mistake.contains('\n'));

@@ -47,8 +47,11 @@ impl ShardClient {
         })?;
         Ok(Self {
             closed,
-            generation: TextGenerationServiceClient::with_interceptor(channel.clone(), tell_trace as TellTrace)
-                .max_decoding_message_size(MAX_MESSAGE_BYTES),
+            generation: TextGenerationServiceClient::with_interceptor(
+                channel.clone(),
+                tell_trace as TellTrace,
+            )
+            .max_decoding_message_size(MAX_MESSAGE_BYTES),
             control: ShardControlClient::new(channel),
         })
     }

@@ -418,15 +418,8 @@ mod tests {
 
     #[test]
     fn what_cannot_be_done_is_refused_in_one_line_each() {
-        let mistakes = parse(&[
-            "m",
-            "--sharded",
-            "--kv-cache-dtype",
-            "fp8_e5m2",
-            "--lora-adapters",
-            "a=b",
-        ])
-        .unwrap_err();
+        let mistakes =
+            parse(&["m", "--sharded", "--kv-cache-dtype", "fp8_e5m2", "--lora-adapters", "a=b"]).unwrap_err();
         assert_eq!(mistakes.len(), 3, "{mistakes:#?}");
         assert!(mistakes.iter().all(|mistake| !mistake.contains('\n')));
     }
