@@ -20,7 +20,7 @@ fn keys(object: &Value) -> Vec<&str> {
 #[test]
 fn a_request_leaves_a_json_line_that_tells_where_its_time_went() {
     let server = Server::of(fixture("tiny-llama")).args(["--json-output"]).start().unwrap();
-    let parameters = json!({"max_new_tokens": 3, "do_sample": true, "seed": 7, "best_of": 2});
+    let parameters = json!({"max_new_tokens": 3, "do_sample": true, "best_of": 2});
     let body = json!({"inputs": "Hello", "parameters": parameters});
     assert_eq!(http::post(server.port(), "/generate", &body).unwrap().status, 200);
     let body = json!({"inputs": "Hello", "parameters": {"max_new_tokens": 3}});
@@ -61,7 +61,7 @@ fn a_request_leaves_a_json_line_that_tells_where_its_time_went() {
         "{parameters}"
     );
     assert!(parameters.ends_with("grammar: None, adapter_id: None }"), "{parameters}");
-    assert_eq!(successes[0]["span"]["seed"], "Some(7)");
+    assert!(successes[0]["span"]["seed"].as_str().unwrap().starts_with("Some("), "{log}");
     assert_eq!(successes[1]["span"]["seed"], "None");
     let nested: Vec<&Value> =
         successes[3]["spans"].as_array().unwrap().iter().map(|span| &span["name"]).collect();

@@ -119,8 +119,10 @@ fn a_collector_that_is_away_or_hangs_costs_one_line_and_no_time() {
     let away = format!("http://127.0.0.1:{}", free_port());
     for endpoint in [away, hanging] {
         let server = traced(&endpoint).start().unwrap();
-        // Both programs have something to deliver, twice, and cannot.
-        let (complaint, end) = ("takes no spans, they are dropped", Instant::now() + Duration::from_secs(60));
+        // Router and shard have something to deliver, again and again, and cannot.
+        let complaint =
+            format!("the OTLP collector at {endpoint} takes no spans, they are dropped until it does: ");
+        let (complaint, end) = (complaint.as_str(), Instant::now() + Duration::from_secs(60));
         while server.log().matches(complaint).count() < 2 {
             assert!(Instant::now() < end, "{}", server.log());
             generate(&server, &[]);
@@ -135,7 +137,6 @@ fn a_collector_that_is_away_or_hangs_costs_one_line_and_no_time() {
         // Two times 0.75 s; a delivery that is not cut short takes 5.
         assert!(took < Duration::from_secs(5), "{took:?}: {}", exit.log);
         assert_eq!(exit.log.matches(complaint).count(), 2, "one line a program: {}", exit.log);
-        assert_eq!(exit.log.matches(&endpoint).count(), exit.log.matches(complaint).count(), "{}", exit.log);
     }
 }
 
@@ -144,5 +145,5 @@ fn an_address_that_is_none_is_told_before_anything_starts() {
     let exit = traced("ftp://collector").run_to_exit().unwrap();
     assert!(!exit.status.success());
     assert!(exit.log.contains("--otlp-endpoint is `ftp://collector`, expected the address"), "{}", exit.log);
-    assert!(!exit.log.contains("shard"), "{}", exit.log);
+    assert!(!exit.log.contains("Starting"), "{}", exit.log);
 }

@@ -79,7 +79,7 @@ impl OtlpEndpoint {
 
 impl fmt::Display for OtlpEndpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(&self.0, f)
+        f.write_str(self.0.to_string().trim_end_matches('/'))
     }
 }
 
@@ -220,13 +220,25 @@ impl CollectorClient {
         let was_failing = self.is_failing.swap(has_failed, Ordering::Relaxed);
         match outcome {
             Err(error) if !was_failing => tracing::warn!(
-                "the OTLP collector at {} takes no spans, they are dropped until it does: {error}",
-                self.endpoint
+                "the OTLP collector at {} takes no spans, they are dropped until it does: {}",
+                self.endpoint,
+                reason(error)
             ),
             Ok(()) if was_failing => {
                 tracing::info!("the OTLP collector at {} takes spans again", self.endpoint);
             }
             _ => {}
+        }
+    }
+}
+
+/// The innermost cause, or the collector's status: the exporter writes the layers above it in front.
+fn reason(error: &OTelSdkError) -> String {
+    match error {
+        OTelSdkError::Timeout(patience) => format!("no answer within {} s", patience.as_secs()),
+        other => {
+            let text = other.to_string();
+            text.rsplit(": ").next().unwrap_or_default().to_owned()
         }
     }
 }
@@ -264,10 +276,17 @@ mod tests {
     #[test]
     fn addresses_are_read_as_they_are_written() {
         let read = |text: &str| OtlpEndpoint::parse(text).unwrap().to_string();
-        assert_eq!(read("http://collector:4317"), "http://collector:4317/");
-        assert_eq!(read("https://otel.example.org"), "https://otel.example.org/");
-        assert_eq!(read("localhost:4317"), "http://localhost:4317/");
-        assert_eq!(read("http://[::1]:4317/"), "http://[::1]:4317/");
+        assert_eq!(read("http://collector:4317"), "http://collector:4317");
+        assert_eq!(read("https://otel.example.org"), "https://otel.example.org");
+        assert_eq!(read("localhost:4317"), "http://localhost:4317");
+        assert_eq!(read("http://[::1]:4317/"), "http://[::1]:4317");
+    }
+
+    #[test]
+    fn a_failure_is_told_by_its_cause() {
+        let text = "TonicTracesClient export failed with gRPC code: Unavailable: transport error: Connection refused";
+        assert_eq!(reason(&OTelSdkError::InternalFailure(text.to_owned())), "Connection refused");
+        assert_eq!(reason(&OTelSdkError::Timeout(EXPORT_TIMEOUT)), "no answer within 5 s");
     }
 
     #[test]
