@@ -7,12 +7,12 @@
 
 import ctypes
 import json
-import statistics
 import sys
-import time
 
 import llama_cpp as lib
 import numpy as np
+
+from peer_session import measure
 
 QUIET = lib.llama_log_callback(lambda level, text, data: None)
 
@@ -49,38 +49,13 @@ class Session:
         return int(np.ctypeslib.as_array(logits, shape=(self.vocab,)).argmax())
 
 
-def tokens_per_second(work, count):
-    start = time.perf_counter()
-    work()
-    return count / (time.perf_counter() - start)
-
-
-def measure(path, threads, prompt, steps, prefill):
-    session = Session(path, threads)
-    ids = np.random.default_rng(0).integers(1000, 20000, max(prompt, prefill)).tolist()
-    decode_rates, prefill_rates = [], []
-    for _ in range(4):  # the first round warms up
-        session.start()
-        prefill_rates.append(tokens_per_second(lambda: session.feed(ids[:prefill]), prefill))
-        session.start()
-        token = session.feed(ids[:prompt])
-
-        def decode():
-            nonlocal token
-            for _ in range(steps):
-                token = session.feed([token])
-
-        decode_rates.append(tokens_per_second(decode, steps))
-    print(json.dumps({"decode": statistics.median(decode_rates[1:]), "prefill": statistics.median(prefill_rates[1:])}))
-
-
 def main():
     lib.llama_log_set(QUIET, ctypes.c_void_p(0))
     match sys.argv[1:]:
         case ["convert", kind, source, target] if kind in FILE_TYPES:
             convert(kind, source, target)
-        case ["time", path, *numbers] if len(numbers) == 4:
-            measure(path, *map(int, numbers))
+        case ["time", path, threads, *numbers] if len(numbers) == 3:
+            print(json.dumps(measure(Session(path, int(threads)), *map(int, numbers))))
         case _:
             sys.exit(__doc__)
 

@@ -7,12 +7,12 @@ bfloat16, sdpa attention, a dynamic cache, logits of the last position only.
 """
 
 import json
-import statistics
 import sys
-import time
 
 import torch
 from transformers import AutoModelForCausalLM
+
+from peer_session import measure
 
 
 class Session:
@@ -34,37 +34,13 @@ class Session:
         return int(output.logits[0, -1].argmax())
 
 
-def tokens_per_second(work, count):
-    start = time.perf_counter()
-    work()
-    return count / (time.perf_counter() - start)
-
-
 @torch.inference_mode()
-def measure(directory, threads, prompt, steps, prefill):
-    torch.set_num_threads(threads)
-    session = Session(directory)
-    ids = torch.randint(1000, 20000, (max(prompt, prefill),), generator=torch.Generator().manual_seed(0)).tolist()
-    decode_rates, prefill_rates = [], []
-    for _ in range(4):  # the first round warms up
-        session.start()
-        prefill_rates.append(tokens_per_second(lambda: session.feed(ids[:prefill]), prefill))
-        session.start()
-        token = session.feed(ids[:prompt])
-
-        def decode():
-            nonlocal token
-            for _ in range(steps):
-                token = session.feed([token])
-
-        decode_rates.append(tokens_per_second(decode, steps))
-    return {"decode": statistics.median(decode_rates[1:]), "prefill": statistics.median(prefill_rates[1:])}
-
-
 def main():
     if len(sys.argv) != 6:
         sys.exit(__doc__)
-    print(json.dumps(measure(sys.argv[1], *map(int, sys.argv[2:]))))
+    threads, *numbers = map(int, sys.argv[2:])
+    torch.set_num_threads(threads)
+    print(json.dumps(measure(Session(sys.argv[1]), *numbers)))
 
 
 if __name__ == "__main__":

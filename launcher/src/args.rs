@@ -191,7 +191,8 @@ pub struct ModelArgs {
     #[arg(long, env)]
     pub revision: Option<String>,
 
-    /// Quantization of the weights. Default: what the model's `config.json` says. Not available yet.
+    /// Quantization of the weights. Default: what the model's `config.json` says. Available are `fp8`, which also rounds plain
+    /// weights on a GPU, and `compressed-tensors` of 8-bit floats.
     #[arg(long, env, value_enum)]
     pub quantize: Option<Quantize>,
 
@@ -203,7 +204,7 @@ pub struct ModelArgs {
     #[arg(long, env, value_enum)]
     pub dtype: Option<Dtype>,
 
-    /// Precision of the KV cache. Default: the same as `--dtype`. Not available yet.
+    /// Precision of the KV cache. Default: the same as `--dtype`. The 8-bit types need a GPU.
     #[arg(long, env, value_enum)]
     pub kv_cache_dtype: Option<KvCacheDtype>,
 

@@ -128,7 +128,9 @@ impl ShardSpec {
         if self.num_shard > 1 {
             command.flag("--sharded");
         }
+        command.option_if_some("--quantize", &model.quantize.map(spelled));
         command.option_if_some("--dtype", &model.dtype.map(|dtype: Dtype| spelled(dtype)));
+        command.option_if_some("--kv-cache-dtype", &model.kv_cache_dtype.map(spelled));
         command.option_if_some("--revision", &model.revision);
         command.option_if_some("--otlp-endpoint", &self.args.serving.otlp_endpoint);
         command.option("--otlp-service-name", &self.args.serving.otlp_service_name);

@@ -206,7 +206,9 @@ fn not_available(args: &Args) -> Vec<String> {
     let mut found = Vec::new();
     let mut refuse =
         |option: String, remedy: &str| found.push(format!("{option} is not available yet; {remedy}"));
-    if let Some(quantize) = model.quantize {
+    if let Some(quantize) =
+        model.quantize.filter(|quantize| !matches!(quantize, Quantize::Fp8 | Quantize::CompressedTensors))
+    {
         refuse(
             format!("--quantize {}", spelled(quantize)),
             "leave it out, or serve a GGUF file for smaller weights",
@@ -214,12 +216,6 @@ fn not_available(args: &Args) -> Vec<String> {
     }
     if let Some(tokens) = model.speculate.filter(|&tokens| tokens > 0) {
         refuse(format!("--speculate {tokens}"), "leave it out or set it to 0");
-    }
-    if let Some(dtype) = model.kv_cache_dtype {
-        refuse(
-            format!("--kv-cache-dtype {}", spelled(dtype)),
-            "leave it out: the cache then has the model's precision",
-        );
     }
     if features.lora_adapters.as_deref().is_some_and(|adapters| !adapters.trim().is_empty()) {
         refuse("--lora-adapters".to_owned(), "leave it out, or serve a model that has the adapter merged in");

@@ -166,6 +166,19 @@ fn rotary_scaling_travels_in_the_environment() {
 }
 
 #[test]
+fn precisions_travel_on_the_command_line() {
+    for (words, expected) in [
+        (&["--quantize", "fp8"][..], "--quantize fp8"),
+        (&["--quantize", "compressed-tensors"], "--quantize compressed-tensors"),
+        (&["--kv-cache-dtype", "fp8_e4m3fn"], "--kv-cache-dtype fp8_e4m3fn"),
+        (&["--kv-cache-dtype", "fp8_e5m2"], "--kv-cache-dtype fp8_e5m2"),
+    ] {
+        let args = shard(&[NOTHING, words].concat(), 0).args.join(" ");
+        assert!(args.contains(&format!(" {expected} ")), "{args}");
+    }
+}
+
+#[test]
 fn shard_with_everything() {
     let shard = shard(EVERYTHING, 1);
     assert_eq!(

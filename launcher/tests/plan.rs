@@ -96,8 +96,8 @@ fn mistakes_in_what_is_not_available_are_told_too() {
 fn what_cannot_be_honoured_is_refused_with_its_name() {
     for words in [
         &["--quantize", "bitsandbytes-nf4"][..],
+        &["--quantize", "gptq"],
         &["--speculate", "2"],
-        &["--kv-cache-dtype", "fp8_e5m2"],
         &["--lora-adapters", "a/b"],
         &["--watermark-gamma", "0.5"],
         &["--watermark-delta", "2.0"],

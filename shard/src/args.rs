@@ -62,6 +62,15 @@ pub struct ServeArgs {
     #[arg(long)]
     pub dtype: Option<String>,
 
+    /// Form of the weights: fp8 (those of the model, or rounded while they are loaded) or compressed-tensors (those of the model);
+    /// what the model's configuration says when not given
+    #[arg(long)]
+    pub quantize: Option<String>,
+
+    /// Type of the KV cache: fp8_e4m3fn or fp8_e5m2 on a GPU; what suits the weights when not given
+    #[arg(long)]
+    pub kv_cache_dtype: Option<String>,
+
     /// Longest prompt, when the router does not say
     #[arg(long)]
     pub max_input_tokens: Option<usize>,
@@ -210,17 +219,9 @@ pub struct RopeArgs {
 /// What is not supported: refused rather than ignored.
 #[derive(ClapArgs, Debug, Clone, Default)]
 pub struct RefusedArgs {
-    /// Quantization of the weights
-    #[arg(long)]
-    pub quantize: Option<String>,
-
     /// Number of speculated tokens
     #[arg(long)]
     pub speculate: Option<usize>,
-
-    /// Type of the KV cache
-    #[arg(long)]
-    pub kv_cache_dtype: Option<String>,
 
     /// Adapters to load.
     #[arg(long, env = "LORA_ADAPTERS", hide = true)]

@@ -118,9 +118,11 @@ fn missing_for_cuda(_ordinal: usize) -> Option<BackendError> {
     Some(BackendError::Device { operation: "CUDA".to_owned(), reason: "not part of this build".to_owned() })
 }
 
-fn load_options(settings: &ServeSettings) -> LoadOptions {
+pub(crate) fn load_options(settings: &ServeSettings) -> LoadOptions {
     LoadOptions {
         dtype: settings.dtype,
+        quantize: settings.quantize,
+        kv_dtype: settings.kv_dtype,
         block_size: BLOCK_SIZE,
         threads: settings.threads,
         rope_scaling: settings.rope_scaling,

@@ -40,8 +40,7 @@ pub fn describe(settings: &ServeSettings, room: &Room) -> Result<Value, ShardErr
     let files = hub::locate(&settings.model, &settings.hub)?;
     let kind = if settings.device == DeviceKind::Cuda { DeviceKind::Cuda } else { DeviceKind::Cpu };
     let rules = rules(kind);
-    let asked = (settings.dtype, settings.rope_scaling.as_ref());
-    let footprint = models::footprint(&files, asked, settings.world_size, &rules)?;
+    let footprint = models::footprint(&files, &device::load_options(settings), settings.world_size, &rules)?;
     let tokenizer_config = files.tokenizer_config()?;
     let model_max_length = tokenizer_config.model_max_length.and_then(|length| usize::try_from(length).ok());
     let options = startup::engine_options(settings, model_max_length);
@@ -118,6 +117,7 @@ fn rules(kind: DeviceKind) -> DeviceRules {
             default_dtype: |stored| stored,
             default_kv_dtype: |dtype| if dtype == DType::F32 { DType::F32 } else { DType::F16 },
             keeps_quantized: true,
+            keeps_fp8: false,
             max_step_tokens: 512,
             max_rows_sampled: models::LoadOptions::default().max_rows_sampled,
             block_size: device::BLOCK_SIZE,
@@ -127,6 +127,7 @@ fn rules(kind: DeviceKind) -> DeviceRules {
         default_dtype: |stored| if stored == DType::F32 { DType::F16 } else { stored },
         default_kv_dtype: |dtype| dtype,
         keeps_quantized: false,
+        keeps_fp8: true,
         max_step_tokens: device::cuda_step_tokens(),
         max_rows_sampled: device::CUDA_ROWS_SAMPLED,
         block_size: device::BLOCK_SIZE,
@@ -152,6 +153,7 @@ mod tests {
             assert_eq!((rules.default_kv_dtype)(dtype), backend.default_kv_dtype(dtype));
         }
         assert_eq!(rules.keeps_quantized, backend.keeps_quantized());
+        assert_eq!(rules.keeps_fp8, backend.keeps_fp8());
         assert_eq!(rules.max_step_tokens, backend.max_step_tokens());
     }
 }

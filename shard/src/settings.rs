@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 use std::str::FromStr;
 
-use backend::DType;
+use backend::{DType, KvDType};
 use hub::{HubOptions, ModelRef, RopeKind, RopeOverride};
+use models::Quantize;
 
 use process::{OtlpEndpoint, TraceSettings};
 
@@ -36,6 +37,10 @@ pub struct ServeSettings {
     pub world_size: usize,
     /// Type of the weights; `None`: what suits the device.
     pub dtype: Option<DType>,
+    /// Form of the weights; `None`: as the model's files have them.
+    pub quantize: Option<Quantize>,
+    /// Type of the KV cache; `None`: what suits the weights.
+    pub kv_dtype: Option<KvDType>,
     /// Rotary scaling in place of the model's own.
     pub rope_scaling: Option<RopeOverride>,
     /// What to run on.
@@ -107,6 +112,8 @@ pub fn serve_settings(args: &ServeArgs, num_cores: usize) -> Result<ServeSetting
     if let Some(Err(mistake)) = otlp_endpoint(args) {
         mistakes.add(mistake);
     }
+    let quantize = quantize(args.quantize.as_deref(), &mut mistakes);
+    let kv_dtype = kv_dtype(args.kv_cache_dtype.as_deref(), &mut mistakes);
     let rope_scaling = rope_scaling(&args.rope, &mut mistakes);
     let device = device(args.quartet.device.as_deref(), &mut mistakes);
     let cuda_graphs = cuda_graphs(args.limits.cuda_graphs.as_deref(), &mut mistakes);
@@ -139,6 +146,8 @@ pub fn serve_settings(args: &ServeArgs, num_cores: usize) -> Result<ServeSetting
         rank,
         world_size,
         dtype,
+        quantize,
+        kv_dtype,
         rope_scaling,
         device,
         cuda_ordinal,
@@ -200,6 +209,31 @@ impl Mistakes {
     }
 }
 
+/// The form of the weights that is asked for.
+fn quantize(name: Option<&str>, mistakes: &mut Mistakes) -> Option<Quantize> {
+    let name = name.filter(|name| !name.is_empty())?;
+    let quantize = Quantize::from_name(name);
+    if quantize.is_none() {
+        mistakes.add(format!(
+            "--quantize {name} is not supported, expected fp8 or compressed-tensors: leave it out to run the weights as they are \
+             stored"
+        ));
+    }
+    quantize
+}
+
+/// The type of the KV cache that is asked for.
+fn kv_dtype(name: Option<&str>, mistakes: &mut Mistakes) -> Option<KvDType> {
+    let name = name.filter(|name| !name.is_empty() && *name != "auto")?;
+    let dtype = KvDType::from_fp8_name(name);
+    if dtype.is_none() {
+        mistakes.add(format!(
+            "--kv-cache-dtype is {name}, expected fp8_e4m3fn or fp8_e5m2: leave it out to take the type that suits the weights"
+        ));
+    }
+    dtype
+}
+
 /// The rotary scaling that is asked for; an empty variable counts as unset.
 fn rope_scaling(args: &RopeArgs, mistakes: &mut Mistakes) -> Option<RopeOverride> {
     let name = args.rope_scaling.as_deref().filter(|name| !name.is_empty());
@@ -251,10 +285,7 @@ fn refusals(args: &RefusedArgs) -> Vec<String> {
             refusals.push(format!("{name} {value} is not supported: {remedy}"));
         }
     };
-    refuse("--quantize", given(&args.quantize), "leave it out to run the weights as they are stored");
     refuse("--speculate", args.speculate.filter(|&n| n > 0).map(|n| n.to_string()), "leave it out");
-    let kv_cache_dtype = given(&args.kv_cache_dtype).filter(|dtype| dtype != "auto");
-    refuse("--kv-cache-dtype", kv_cache_dtype, "leave it out to take the type that suits the weights");
     refuse("LORA_ADAPTERS", given(&args.lora_adapters), "unset it and merge the adapter into the weights");
     refusals
 }
@@ -266,6 +297,7 @@ fn is_true(value: &str) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use backend::Fp8Format;
     use clap::Parser;
 
     use super::*;
@@ -374,11 +406,11 @@ mod tests {
         ])
         .unwrap_err();
         let expected = [
-            "--quantize gptq",
             "--speculate 2",
             "WORLD_SIZE is \"two\"",
             "RANK is 2",
             "--dtype is int8",
+            "--quantize gptq is not supported, expected fp8",
             "--device is tpu",
             "CUDA_GRAPHS has \"two\"",
             "--threads (QUARTET_THREADS) is 0",
@@ -419,7 +451,7 @@ mod tests {
     #[test]
     fn what_cannot_be_done_is_refused_in_one_line_each() {
         let mistakes =
-            parse(&["m", "--sharded", "--kv-cache-dtype", "fp8_e5m2", "--lora-adapters", "a=b"]).unwrap_err();
+            parse(&["m", "--sharded", "--kv-cache-dtype", "int8", "--lora-adapters", "a=b"]).unwrap_err();
         assert_eq!(mistakes.len(), 3, "{mistakes:#?}");
         assert!(mistakes.iter().all(|mistake| !mistake.contains('\n')));
     }
@@ -437,6 +469,17 @@ mod tests {
         assert_eq!(settings.instance.as_deref(), Some("rank-1"));
         let mistakes = parse(&["m", "--otlp-endpoint", "ftp://x"]).unwrap_err();
         assert!(mistakes[0].starts_with("--otlp-endpoint is `ftp://x`, expected"), "{mistakes:?}");
+    }
+
+    #[test]
+    fn precisions_are_read_as_upstreams_launcher_passes_them() {
+        let settings = parse(&["m", "--quantize", "fp8", "--kv-cache-dtype", "fp8_e5m2"]).unwrap();
+        assert_eq!(settings.quantize, Some(Quantize::Fp8));
+        assert_eq!(settings.kv_dtype, Some(KvDType::Fp8(Fp8Format::E5M2)));
+        let settings = parse(&["m", "--quantize", "compressed-tensors", "--kv-cache-dtype", "auto"]).unwrap();
+        assert_eq!((settings.quantize, settings.kv_dtype), (Some(Quantize::CompressedTensors), None));
+        let settings = parse(&["m", "--quantize", "", "--kv-cache-dtype", ""]).unwrap();
+        assert_eq!((settings.quantize, settings.kv_dtype), (None, None));
     }
 
     #[test]

@@ -103,10 +103,12 @@ fn join_ranks(settings: &ServeSettings, files: &ModelFiles) -> Result<Box<dyn Co
         return Ok(Box::new(Single));
     }
     let fingerprint = format!(
-        "quartet {} model {} dtype {} rope {}",
+        "quartet {} model {} dtype {} quantize {} kv {} rope {}",
         env!("CARGO_PKG_VERSION"),
         files.fingerprint()?,
         settings.dtype.map_or("auto", backend::DType::name),
+        settings.quantize.map_or("auto", models::Quantize::name),
+        settings.kv_dtype.map_or("auto", backend::KvDType::name),
         settings.rope_scaling.map_or_else(
             || "as in the model".to_owned(),
             |rope| format!("{} {}", rope.kind.name(), rope.factor)

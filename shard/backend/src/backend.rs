@@ -4,7 +4,9 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 use crate::sampling::{Sampled, SamplingRow};
-use crate::{BackendError, DType, HostMatrix, KvLayout, QuantizedMatrix, Routing, StepInput};
+use crate::{
+    BackendError, DType, Fp8Matrix, HostMatrix, KvDType, KvLayout, QuantizedMatrix, Routing, StepInput,
+};
 
 /// What a backend runs on.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -231,9 +233,23 @@ pub trait Backend: Send + Sized + 'static {
     fn default_dtype(&self, stored: DType) -> DType;
     /// The element type of the KV cache of a model with weights of `dtype` when nobody asks for another.
     fn default_kv_dtype(&self, dtype: DType) -> DType;
+    /// Whether the KV cache can have elements of `dtype`.
+    ///
+    /// # Errors
+    /// It cannot: one line.
+    fn check_kv_dtype(&self, dtype: KvDType) -> Result<(), BackendError>;
     /// Whether weights that are stored quantized are run so when nobody asks for a type; else they become
     /// [`Backend::default_dtype`].
     fn keeps_quantized(&self) -> bool;
+    /// Whether [`Backend::fp8_linear`] keeps weights in eight bits, so that [`Backend::quantized_to_fp8`] makes a model smaller.
+    fn keeps_fp8(&self) -> bool {
+        false
+    }
+    /// The type that weights stored as fp8 are multiplied in when nobody asks for one, in a model whose other weights are of
+    /// `dtype`: of the activations where they stay in eight bits, else one that holds number times scale.
+    fn fp8_dtype(&self, _dtype: DType) -> DType {
+        DType::F32
+    }
     /// The number of sequences a step of one token each has to have: `num_seqs` or more, where the device has prepared steps
     /// of some sizes only. The executor fills up with sequences whose results nobody reads.
     fn padded_batch(&self, num_seqs: usize) -> usize {
@@ -256,6 +272,24 @@ pub trait Backend: Send + Sized + 'static {
     /// Packs the quantized matrices `parts`, stacked along their rows (outputs), without loss. All have the same number of columns;
     /// group sizes are powers of two from 16.
     fn quantized_linear(&self, parts: &[QuantizedMatrix]) -> Result<Self::Linear, BackendError>;
+    /// Packs the fp8 matrices `parts`, stacked along their rows (outputs), to be multiplied with activations of `dtype`. All have
+    /// the same number of columns. Where the backend does not keep eight bits they are dequantized to `dtype`.
+    fn fp8_linear(&self, parts: &[Fp8Matrix<'_>], dtype: DType) -> Result<Self::Linear, BackendError> {
+        let dequantized: Vec<HostMatrix<'_>> = parts.iter().map(Fp8Matrix::dequantized).collect();
+        self.linear(&dequantized, dtype)
+    }
+    /// Packs the matrices `parts`, stacked along their rows (outputs), rounded to E4M3 with a scale for each row, the row's largest
+    /// magnitude over 448, to be multiplied with activations of `dtype`. Only where [`Backend::keeps_fp8`].
+    fn quantized_to_fp8(
+        &self,
+        _parts: &[HostMatrix<'_>],
+        _dtype: DType,
+    ) -> Result<Self::Linear, BackendError> {
+        Err(BackendError::Device {
+            operation: "quantizing a weight to fp8".to_owned(),
+            reason: "this device does not keep weights in eight bits".to_owned(),
+        })
+    }
     /// Makes a small parameter.
     fn vector(&self, values: Vec<f32>) -> Result<Self::Vector, BackendError>;
     /// Makes a rotary embedding.

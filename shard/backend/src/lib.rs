@@ -12,6 +12,7 @@ pub mod cpu;
 pub mod cuda;
 mod dtype;
 mod error;
+mod fp8;
 mod host_matrix;
 mod kv_layout;
 mod quantized_matrix;
@@ -26,8 +27,9 @@ pub use backend::{
 };
 pub use dtype::DType;
 pub use error::BackendError;
+pub use fp8::{Fp8Format, Fp8Matrix};
 pub use host_matrix::HostMatrix;
-pub use kv_layout::KvLayout;
+pub use kv_layout::{KvDType, KvLayout};
 pub use quantized_matrix::QuantizedMatrix;
 pub use routing::{ExpertGroups, GroupRank, RouterScores, Routing, WeightNormalization};
 pub use step_input::StepInput;

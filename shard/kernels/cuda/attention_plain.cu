@@ -2,6 +2,7 @@
 //
 // A block has one query of one head. Threads take keys for the scores, then columns for the sum of values.
 #include "attention.cuh"
+#include "fp8.cuh"
 
 constexpr int THREADS = 128;
 // Columns of a thread.
@@ -90,5 +91,10 @@ template <typename T, typename C> __device__ __forceinline__ void attend(const A
         attention_plain_##T##_##C(const __grid_constant__ Attention attention, const int* token_seqs) {         \
         attend<T, C>(attention, token_seqs);                                                                    \
     }
-#define ATTENTION_PLAIN_EACH_CACHE(T) ATTENTION_PLAIN(T, f32) ATTENTION_PLAIN(T, bf16) ATTENTION_PLAIN(T, f16)
+#define ATTENTION_PLAIN_EACH_CACHE(T) \
+    ATTENTION_PLAIN(T, f32)           \
+    ATTENTION_PLAIN(T, bf16)          \
+    ATTENTION_PLAIN(T, f16)           \
+    ATTENTION_PLAIN(T, e4m3)          \
+    ATTENTION_PLAIN(T, e5m2)
 FOR_EACH_TYPE(ATTENTION_PLAIN_EACH_CACHE)

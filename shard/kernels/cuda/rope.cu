@@ -2,7 +2,7 @@
 //
 // A block has one token and some of its heads. The token's cosines and sines are computed once a block, in f32 as the models
 // were trained: an exact angle would differ from theirs at large positions.
-#include "common.cuh"
+#include "fp8.cuh"
 
 constexpr int MAX_PAIRS = 256;
 
@@ -156,5 +156,6 @@ __device__ __forceinline__ void rope_store(T* qkv, C* keys, C* values, const int
         rope_store<T, C>(qkv, keys, values, position_ids, slot_mapping, token_seqs, prompt_lens, frequencies, heads,   \
                          is_wide);                                                                                     \
     }
-#define ROPE_STORE_EACH_CACHE(T) ROPE_STORE(T, f32) ROPE_STORE(T, bf16) ROPE_STORE(T, f16)
+#define ROPE_STORE_EACH_CACHE(T) \
+    ROPE_STORE(T, f32) ROPE_STORE(T, bf16) ROPE_STORE(T, f16) ROPE_STORE(T, e4m3) ROPE_STORE(T, e5m2)
 FOR_EACH_TYPE(ROPE_STORE_EACH_CACHE)

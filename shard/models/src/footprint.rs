@@ -5,16 +5,20 @@
 
 use std::ops::Range;
 
-use backend::DType;
-use hub::{ModelFiles, RopeOverride};
+use backend::{DType, KvDType};
+use hub::ModelFiles;
 
 use crate::families::spec_with;
+use crate::load::LoadOptions;
+use crate::quantization::{Quantize, stored_as};
 use crate::spec::{
     AttentionSpec, DecoderSpec, ExpertsSpec, GatedSpec, LatentAttentionSpec, LinearSpec, LmHeadSpec,
     MixerSpec, MlpSpec, QkNormScope, ResidualSpec,
 };
 use crate::tensor_parallel::{split_heads, split_tiles};
-use crate::weights::{self, WeightSource, check_tensors, prevailing_dtype, with_names_of};
+use crate::weights::{
+    self, WeightSource, check_cache_scales, check_tensors, prevailing_dtype, with_names_of,
+};
 use crate::{ModelError, ModelInfo};
 
 /// What a device makes of weights: see the methods of [`backend::Backend`] of the same names.
@@ -26,6 +30,8 @@ pub struct DeviceRules {
     pub default_kv_dtype: fn(DType) -> DType,
     /// Quantized blocks are run as they are.
     pub keeps_quantized: bool,
+    /// Weights of eight bits stay so; else they become float32 when nobody asks for a type.
+    pub keeps_fp8: bool,
     /// Tokens of a step.
     pub max_step_tokens: usize,
     /// Rows whose logits exist at a time.
@@ -40,7 +46,7 @@ pub struct Footprint {
     /// Type of the weights that are not kept quantized.
     pub dtype: DType,
     /// Type of the KV cache.
-    pub kv_dtype: DType,
+    pub kv_dtype: KvDType,
     /// Whether most weights stay quantized.
     pub is_quantized: bool,
     /// Layers.
@@ -97,28 +103,34 @@ impl Footprint {
     }
 }
 
-/// Reads configuration and headers; no weight is read.
+/// Reads configuration and headers; no weight is read. Of `asked` the types and the rope count.
 ///
 /// # Errors
 /// As [`load`](crate::load): the files contradict themselves or are of a kind that is not run, or there are more ranks than
 /// something can be split into.
 pub fn footprint(
     files: &ModelFiles,
-    (dtype, rope): (Option<DType>, Option<&RopeOverride>),
+    asked: &LoadOptions,
     world_size: usize,
     rules: &DeviceRules,
 ) -> Result<Footprint, ModelError> {
-    let spec = spec_with(&files.config()?, rope)?;
-    let source = with_names_of(&spec, weights::open(files, 1)?);
+    let config = files.config()?;
+    let spec = spec_with(&config, asked.rope_scaling.as_ref())?;
+    let fp8 = stored_as(&config, asked.quantize)?;
+    let source = with_names_of(&spec, weights::open(files, 1, fp8)?);
     check_tensors(&spec, source.as_ref())?;
-    let asked = dtype;
-    let dtype = asked.unwrap_or_else(|| (rules.default_dtype)(prevailing_dtype(&spec, source.as_ref())));
-    let kv_dtype = (rules.default_kv_dtype)(dtype);
-    let keeps_quantized = asked.is_none() && rules.keeps_quantized;
+    check_cache_scales(source.as_ref(), asked.kv_dtype)?;
+    let dtype =
+        asked.dtype.unwrap_or_else(|| (rules.default_dtype)(prevailing_dtype(&spec, source.as_ref())));
+    let kv_dtype = asked.kv_dtype.unwrap_or_else(|| (rules.default_kv_dtype)(dtype).into());
+    let fp8_bytes = if rules.keeps_fp8 { 1 } else { asked.dtype.unwrap_or(DType::F32).size_bytes() };
+    let quantizes = rules.keeps_fp8 && fp8.is_none() && asked.quantize == Some(Quantize::Fp8);
+    let keeps_quantized = asked.dtype.is_none() && rules.keeps_quantized;
     let mut is_quantized = false;
     let mut ranks = Vec::with_capacity(world_size);
     for rank in 0..world_size {
-        let part = Part { rank, world_size, dtype, keeps_quantized, source: source.as_ref() };
+        let kept = Kept { quantized: keeps_quantized, fp8_bytes, quantizes };
+        let part = Part { rank, world_size, dtype, kept, source: source.as_ref() };
         let mut count = Count::default();
         count.model(&part, &spec)?;
         is_quantized |= count.quantized_bytes > count.bytes / 2;
@@ -139,7 +151,7 @@ fn rank_footprint(
     spec: &DecoderSpec,
     part: &Part<'_>,
     count: &Count,
-    (rules, kv_dtype): (&DeviceRules, DType),
+    (rules, kv_dtype): (&DeviceRules, KvDType),
 ) -> Result<RankFootprint, ModelError> {
     let vocabulary = part.vocabulary(spec)?;
     let is_parallel = spec.layers.iter().any(|layer| matches!(layer.residual, ResidualSpec::Parallel { .. }));
@@ -181,12 +193,23 @@ fn rank_footprint(
     })
 }
 
+/// How weights are kept that are not of the model's type.
+#[derive(Clone, Copy)]
+struct Kept {
+    /// Quantized blocks as they are.
+    quantized: bool,
+    /// Bytes of an element that is stored in eight bits.
+    fp8_bytes: usize,
+    /// Others are rounded to eight bits, all but tables.
+    quantizes: bool,
+}
+
 /// Whose part of what is counted.
 struct Part<'a> {
     rank: usize,
     world_size: usize,
     dtype: DType,
-    keeps_quantized: bool,
+    kept: Kept,
     source: &'a dyn WeightSource,
 }
 
@@ -229,12 +252,12 @@ impl Count {
     fn model(&mut self, part: &Part<'_>, spec: &DecoderSpec) -> Result<(), ModelError> {
         let hidden = spec.hidden_size;
         let rows = part.vocabulary(spec)?.len();
-        self.linear(part, &LinearSpec::table(&spec.embedding.tokens), [rows, hidden]);
+        self.table(part, &LinearSpec::table(&spec.embedding.tokens), [rows, hidden]);
         if let Some(positions) = &spec.embedding.positions {
-            self.linear(part, &LinearSpec::table(&positions.weight), [positions.rows, hidden]);
+            self.table(part, &LinearSpec::table(&positions.weight), [positions.rows, hidden]);
         }
         if let LmHeadSpec::Own(linear) = &spec.lm_head {
-            self.linear(part, linear, [rows, hidden]);
+            self.table(part, linear, [rows, hidden]);
         }
         for layer in &spec.layers {
             match &layer.mixer {
@@ -352,11 +375,27 @@ impl Count {
         Ok(())
     }
 
-    /// A projection, in quantized blocks with a scale and an offset of 32 bits for each group where it is kept so.
-    fn linear(&mut self, part: &Part<'_>, linear: &LinearSpec, [rows, columns]: [usize; 2]) {
+    /// A projection; one of eight bits has a scale a row.
+    fn linear(&mut self, part: &Part<'_>, linear: &LinearSpec, shape: [usize; 2]) {
+        if !part.kept.quantizes && !part.source.is_fp8(&linear.weight) {
+            return self.table(part, linear, shape);
+        }
+        let [rows, columns] = shape;
+        let elements = rows.saturating_mul(columns).saturating_mul(part.kept.fp8_bytes);
+        let scales = if part.kept.fp8_bytes == 1 { rows * size_of::<f32>() } else { 0 };
+        let bytes = elements.saturating_add(scales);
+        if part.kept.fp8_bytes == 1 {
+            self.quantized_bytes = self.quantized_bytes.saturating_add(bytes);
+        }
+        let bias = if linear.bias.is_some() { rows * size_of::<f32>() } else { 0 };
+        self.bytes = self.bytes.saturating_add(bytes + bias);
+    }
+
+    /// A matrix, in quantized blocks with a scale and an offset of 32 bits for each group where it is kept so.
+    fn table(&mut self, part: &Part<'_>, linear: &LinearSpec, [rows, columns]: [usize; 2]) {
         let elements = rows.saturating_mul(columns);
         let quantized = part.source.meta(&linear.weight).and_then(|meta| meta.quantized);
-        let bytes = match quantized.filter(|_| part.keeps_quantized) {
+        let bytes = match quantized.filter(|_| part.kept.quantized) {
             Some(quantized) => {
                 let groups = elements / quantized.group_size.max(1);
                 let bytes = elements.saturating_mul(quantized.bits as usize) / 8

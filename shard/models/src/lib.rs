@@ -12,6 +12,7 @@ mod families;
 mod footprint;
 mod layers;
 mod load;
+mod quantization;
 pub mod spec;
 pub mod tensor_parallel;
 #[cfg(test)]
@@ -24,3 +25,4 @@ pub use error::ModelError;
 pub use families::decoder_spec;
 pub use footprint::{DeviceRules, Footprint, RankFootprint, footprint};
 pub use load::{LoadOptions, load};
+pub use quantization::Quantize;

@@ -2,14 +2,19 @@
 
 use std::time::Instant;
 
-use backend::{AttentionShape, Backend, BackendError, DType, KvLayout};
+use backend::{AttentionShape, Backend, BackendError, DType, KvDType, KvLayout};
 use hub::{ModelFiles, RopeOverride};
 
 use crate::decoder::{Decoder, Layer, Mixer};
 use crate::families::spec_with;
-use crate::layers::{Attention, Embedding, LatentAttention, LmHead, Loader, Mlp, Norm, Residual, Stream};
+use crate::layers::{
+    Attention, Embedding, Fp8Use, LatentAttention, LmHead, Loader, Mlp, Norm, Residual, Stream,
+};
+use crate::quantization::{Quantize, stored_as};
 use crate::spec::{DecoderSpec, ExpectedTensor, LayerSpec, MixerSpec, ResidualSpec};
-use crate::weights::{self, WeightSource, check_tensors, prevailing_dtype, with_names_of};
+use crate::weights::{
+    self, WeightSource, check_cache_scales, check_tensors, prevailing_dtype, with_names_of,
+};
 use crate::{ModelError, ModelInfo};
 
 /// How a model is to be loaded.
@@ -18,7 +23,7 @@ pub struct LoadOptions {
     /// Type of the weights; none: what the backend makes of the stored one, and quantized ones stay as they are.
     pub dtype: Option<DType>,
     /// Type of the KV cache; none: what the backend makes of the weights' type.
-    pub kv_dtype: Option<DType>,
+    pub kv_dtype: Option<KvDType>,
     /// Tokens of a KV block.
     pub block_size: usize,
     /// Rows whose logits exist at a time; more are computed in several rounds.
@@ -27,6 +32,8 @@ pub struct LoadOptions {
     pub threads: usize,
     /// In place of the configuration's rotary scaling.
     pub rope_scaling: Option<RopeOverride>,
+    /// How the weights are to be quantized; none: as the files have them.
+    pub quantize: Option<Quantize>,
 }
 
 impl Default for LoadOptions {
@@ -39,6 +46,7 @@ impl Default for LoadOptions {
             max_rows_sampled: 64,
             threads: 1,
             rope_scaling: None,
+            quantize: None,
         }
     }
 }
@@ -54,10 +62,19 @@ pub fn load<B: Backend>(
     options: &LoadOptions,
 ) -> Result<Decoder<B>, ModelError> {
     let begin = Instant::now();
-    let spec = spec_with(&files.config()?, options.rope_scaling.as_ref())?;
-    let source = with_names_of(&spec, weights::open(files, options.threads)?);
+    let config = files.config()?;
+    let spec = spec_with(&config, options.rope_scaling.as_ref())?;
+    let fp8 = stored_as(&config, options.quantize)?;
+    let source = with_names_of(&spec, weights::open(files, options.threads, fp8)?);
     check_tensors(&spec, source.as_ref())?;
-    let decoder = assemble(backend, &spec, source.as_ref(), options)?;
+    check_cache_scales(source.as_ref(), options.kv_dtype)?;
+    let quantizes = fp8.is_none() && options.quantize == Some(Quantize::Fp8);
+    if quantizes && !backend.keeps_fp8() {
+        return Err(ModelError::Unusable(vec![
+            "--quantize fp8 rounds weights for a GPU, and this is the CPU: leave it out, or use --device cuda".to_owned(),
+        ]));
+    }
+    let decoder = assemble(backend, &spec, (source.as_ref(), quantizes), options)?;
     tracing::debug!(elapsed_ms = begin.elapsed().as_millis(), "weights loaded");
     Ok(decoder)
 }
@@ -66,19 +83,24 @@ pub fn load<B: Backend>(
 pub(crate) fn assemble<B: Backend>(
     backend: B,
     spec: &DecoderSpec,
-    source: &dyn WeightSource,
+    (source, quantizes): (&dyn WeightSource, bool),
     options: &LoadOptions,
 ) -> Result<Decoder<B>, ModelError> {
     let dtype = options.dtype.unwrap_or_else(|| backend.default_dtype(prevailing_dtype(spec, source)));
     let (_, world_size) = backend.rank_and_world();
     let keeps_quantized = options.dtype.is_none() && backend.keeps_quantized();
+    if let Some(dtype) = options.kv_dtype {
+        backend.check_kv_dtype(dtype)?;
+    }
+    let fp8 = Fp8Use { dtype: options.dtype.unwrap_or_else(|| backend.fp8_dtype(dtype)), quantizes };
+    let fp8_bytes = if backend.keeps_fp8() { 1 } else { fp8.dtype.size_bytes() };
     check_memory(
-        weight_bytes(spec, source, (dtype, keeps_quantized)) / world_size,
+        weight_bytes(spec, source, (dtype, keeps_quantized), (fp8_bytes, quantizes)) / world_size,
         backend.memory()?.available_bytes,
     )?;
     let max_step_tokens = backend.max_step_tokens().max(1);
     let max_rows_sampled = options.max_rows_sampled.max(1);
-    let mut loader = Loader::new(&backend, source, (dtype, keeps_quantized), max_step_tokens);
+    let mut loader = Loader::new(&backend, source, (dtype, keeps_quantized, fp8), max_step_tokens);
 
     let embedding = Embedding::load(&mut loader, spec)?;
     let layers = load_layers(&mut loader, spec)?;
@@ -127,15 +149,20 @@ pub(crate) fn assemble<B: Backend>(
 }
 
 /// What the tensors of the model take once they are packed: in `dtype`, or those that stay quantized with a scale and an offset
-/// of 32 bits for each group. Files may hold more, of any size.
+/// of 32 bits for each group, or those of eight bits with `fp8_bytes` an element. Files may hold more, of any size.
 fn weight_bytes(
     spec: &DecoderSpec,
     source: &dyn WeightSource,
     (dtype, keeps_quantized): (DType, bool),
+    (fp8_bytes, quantizes): (usize, bool),
 ) -> usize {
     let product = |sum: usize, size: &usize| sum.saturating_mul(*size);
+    let is_table = |shape: &[usize]| shape.first() == Some(&spec.vocab_size);
     let bytes = |tensor: &ExpectedTensor| {
         let elements = tensor.shape.iter().fold(1, product);
+        if source.is_fp8(&tensor.name) || (quantizes && tensor.shape.len() > 1 && !is_table(&tensor.shape)) {
+            return elements.saturating_mul(fp8_bytes);
+        }
         match source.meta(&tensor.name).and_then(|meta| meta.quantized).filter(|_| keeps_quantized) {
             Some(quantized) => {
                 let values = elements.saturating_mul(quantized.bits as usize) / 8;
@@ -201,7 +228,7 @@ fn kv_layout<B: Backend>(
         num_kv_heads: first.0,
         head_dim: first.1,
         block_size: options.block_size,
-        dtype: options.kv_dtype.unwrap_or_else(|| backend.default_kv_dtype(dtype)),
+        dtype: options.kv_dtype.unwrap_or_else(|| backend.default_kv_dtype(dtype).into()),
     })
 }
 

@@ -78,7 +78,8 @@ fn one(
     };
     let bytes = batch * context * num_kv_heads * head_dim * 4;
     let num_layers = (ROTATED_BYTES / bytes + 1).clamp(2, 64);
-    let layout = KvLayout { num_layers, num_kv_heads, head_dim, block_size: BLOCK_SIZE, dtype: DType::BF16 };
+    let layout =
+        KvLayout { num_layers, num_kv_heads, head_dim, block_size: BLOCK_SIZE, dtype: DType::BF16.into() };
     let blocks = batch * context.div_ceil(BLOCK_SIZE) + 1;
     let mut cache = backend.kv_cache(layout, blocks)?;
     let mut random = Random(4);

@@ -1,10 +1,11 @@
 //! How fast the CUDA kernels are, one JSON object a line.
 //!
-//! `cargo run --release -p backend --features cuda --example cuda_kernels -- [attention] [norm] [matmul] [experts] [sampling]`; without names: all.
+//! `cargo run --release -p backend --features cuda --example cuda_kernels -- [attention] [norm] [matmul] [fp8] [experts] [sampling]`; without names: all.
 //! Operations are recorded and replayed as in a decode step; every figure is a median.
 
 mod attention;
 mod experts;
+mod fp8;
 mod matmul;
 mod measure;
 mod norm;
@@ -19,10 +20,11 @@ use backend::cuda::CudaBackend;
 use measure::Figure;
 
 type Measure = fn(&mut CudaBackend) -> Result<Vec<Figure>, BackendError>;
-const ALL: [(&str, Measure); 5] = [
+const ALL: [(&str, Measure); 6] = [
     ("attention", attention::measure),
     ("norm", norm::measure),
     ("matmul", matmul::measure),
+    ("fp8", fp8::measure),
     ("experts", experts::measure),
     ("sampling", sampling::measure),
 ];
@@ -30,7 +32,9 @@ const ALL: [(&str, Measure); 5] = [
 fn main() -> Result<(), Box<dyn Error>> {
     let wanted: Vec<String> = std::env::args().skip(1).collect();
     if let Some(unknown) = wanted.iter().find(|name| ALL.iter().all(|(known, _)| known != name)) {
-        return Err(format!("{unknown}: expected some of attention, norm, matmul, experts, sampling").into());
+        return Err(
+            format!("{unknown}: expected some of attention, norm, matmul, fp8, experts, sampling").into()
+        );
     }
     let mut backend = measure::backend()?;
     let mut out = std::io::stdout().lock();

@@ -74,6 +74,7 @@ fn name(kernel: MatmulKernel) -> String {
         MatmulKernel::Library => "library".to_owned(),
         MatmulKernel::Gemv => "gemv".to_owned(),
         MatmulKernel::FewRows => "few_rows".to_owned(),
+        MatmulKernel::Fp8(_) => crate::fp8::name(kernel),
         MatmulKernel::Skinny { tokens, groups } => format!("skinny {tokens}/{groups}"),
     }
 }

@@ -79,7 +79,8 @@ pub(crate) fn microseconds_of_step(
     mut operation: impl FnMut(&mut CudaBackend, usize) -> Result<(), BackendError>,
 ) -> Result<f64, BackendError> {
     // A new cache makes the backend forget what it has recorded.
-    let layout = KvLayout { num_layers: 1, num_kv_heads: 1, head_dim: 64, block_size: 16, dtype: DType::F16 };
+    let layout =
+        KvLayout { num_layers: 1, num_kv_heads: 1, head_dim: 64, block_size: 16, dtype: DType::F16.into() };
     let _cache = backend.kv_cache(layout, 1)?;
     let mut mark = backend.buffer(step.num_tokens(), 1, DType::F32)?;
     backend.begin_step(step)?;

@@ -124,7 +124,13 @@ impl Model {
         let inv_freq = (0..32u8).map(|i| 10_000f32.powf(-f32::from(i) / 32.0)).collect();
         let rope =
             backend.rope(RopeFrequencies { inv_freq, scale: 1.0, style: RopeStyle::Half, beyond: None })?;
-        let layout = KvLayout { num_layers: LAYERS, num_kv_heads: 3, head_dim: 64, block_size: 16, dtype };
+        let layout = KvLayout {
+            num_layers: LAYERS,
+            num_kv_heads: 3,
+            head_dim: 64,
+            block_size: 16,
+            dtype: dtype.into(),
+        };
         let cache = backend.kv_cache(layout, BLOCKS)?;
         let buffer = |width| backend.buffer(MAX_TOKENS, width, DType::F32);
         let buffers = Buffers {

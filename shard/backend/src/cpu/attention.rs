@@ -110,7 +110,7 @@ impl AttentionPlan {
         let next = AtomicUsize::new(0);
         let (work, merges) = (&self.work, &self.merges);
         let (barrier, count) = (threads.barrier(), threads.count());
-        let typed = kernels.typed(cache.layout().dtype);
+        let typed = kernels.typed(cache.dtype());
         let config = AttentionConfig { head_dim, scale: shape.scale, soft_cap: shape.soft_cap };
         threads.run(&|index| {
             let mut rows = [QueryRow { query: 0, out: 0, first_key: 0, end_key: 0, slope: 0.0 }; 24];

@@ -6,13 +6,29 @@
 
 use super::kernels::{KeysValues, LANES};
 use super::memory::Memory;
-use crate::{BackendError, DType, KvLayout};
+use crate::{BackendError, DType, KvDType, KvLayout};
+
+/// The type of a cache's elements.
+///
+/// # Errors
+/// They are of eight bits, which the CPU has no kernels for.
+pub(super) fn plain_dtype(dtype: KvDType) -> Result<DType, BackendError> {
+    match dtype {
+        KvDType::Plain(dtype) => Ok(dtype),
+        KvDType::Fp8(_) => Err(BackendError::Device {
+            operation: format!("--kv-cache-dtype {dtype}"),
+            reason: "the CPU keeps keys and values in 16 or 32 bits: leave it out, or use --device cuda"
+                .to_owned(),
+        }),
+    }
+}
 
 /// Keys and values of all layers, touched as they are written.
 #[derive(Debug)]
 pub struct CpuKvCache {
     memory: Memory,
     layout: KvLayout,
+    dtype: DType,
     num_blocks: usize,
 }
 
@@ -27,7 +43,8 @@ impl CpuKvCache {
                 ),
             });
         }
-        let mut cache = CpuKvCache { memory: Memory::zeroed(0, "the KV cache")?, layout, num_blocks };
+        let (memory, dtype) = (Memory::zeroed(0, "the KV cache")?, plain_dtype(layout.dtype)?);
+        let mut cache = CpuKvCache { memory, layout, dtype, num_blocks };
         let bytes = cache.layer_bytes().checked_mul(layout.num_layers).unwrap_or(usize::MAX / 2);
         cache.memory = Memory::zeroed(
             bytes,
@@ -39,6 +56,11 @@ impl CpuKvCache {
     /// Its shape.
     pub fn layout(&self) -> &KvLayout {
         &self.layout
+    }
+
+    /// Type of its elements.
+    pub(super) fn dtype(&self) -> DType {
+        self.dtype
     }
 
     /// Number of blocks.
@@ -96,6 +118,7 @@ impl CpuKvCache {
         KvWriter {
             start,
             layout: self.layout,
+            dtype: self.dtype,
             key_elements: self.key_elements(),
             head_elements: self.head_elements(),
             block_elements: self.block_elements(),
@@ -108,6 +131,7 @@ impl CpuKvCache {
 pub(super) struct KvWriter {
     start: *mut u8,
     layout: KvLayout,
+    dtype: DType,
     key_elements: usize,
     head_elements: usize,
     block_elements: usize,
@@ -130,7 +154,7 @@ impl KvWriter {
         let at = (first_key, first_value);
         // SAFETY: the indices are those of the layout, of which the memory was made.
         unsafe {
-            match self.layout.dtype {
+            match self.dtype {
                 DType::F32 => scatter(self.start.cast::<f32>(), at, (key, value), |x| x),
                 DType::F16 => scatter(self.start.cast(), at, (key, value), half::f16::from_f32),
                 DType::BF16 => scatter(self.start.cast(), at, (key, value), half::bf16::from_f32),

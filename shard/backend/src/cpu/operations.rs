@@ -2,6 +2,7 @@
 
 use std::ops::Range;
 
+use super::kv_cache::plain_dtype;
 use super::norm::RowNorm;
 use super::packed_linear::Storage;
 use super::plain_linear::PlainLinear;
@@ -15,8 +16,8 @@ use super::{
 use crate::sampling::{Sampled, SamplingRow};
 use crate::step_check::CacheUse;
 use crate::{
-    Activation, AttentionShape, Backend, BackendError, DType, DeviceInfo, HeadColumns, HostMatrix, KvLayout,
-    MemoryInfo, QuantizedMatrix, RopeFrequencies, Routing, SplitNorm, StepInput,
+    Activation, AttentionShape, Backend, BackendError, DType, DeviceInfo, HeadColumns, HostMatrix, KvDType,
+    KvLayout, MemoryInfo, QuantizedMatrix, RopeFrequencies, Routing, SplitNorm, StepInput,
 };
 
 impl Backend for CpuBackend {
@@ -55,6 +56,10 @@ impl Backend for CpuBackend {
     fn default_kv_dtype(&self, dtype: DType) -> DType {
         // float16 keeps three bits more than bfloat16, and keys and values are far from its limits.
         if dtype == DType::F32 { DType::F32 } else { DType::F16 }
+    }
+
+    fn check_kv_dtype(&self, dtype: KvDType) -> Result<(), BackendError> {
+        plain_dtype(dtype).map(|_| ())
     }
 
     fn buffer(&self, max_rows: usize, width: usize, _dtype: DType) -> Result<CpuBuffer, BackendError> {

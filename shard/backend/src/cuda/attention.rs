@@ -10,12 +10,12 @@ use cudarc::driver::sys::CUdevice_attribute as Attribute;
 use super::driver::{Context, DeviceMemory, DevicePtr};
 use super::kv_cache::PAGE_KEYS;
 use super::launch::{Argument, Launch, Queue, args};
-use super::module::{ALL_TYPES, ByTypes, Function, Module};
+use super::module::{ByCache, Function, Module, cache_suffix};
 use super::rope::check_shape;
 use super::shared_split;
 use super::step::{QUERY_TILE, StepInputs};
 use super::{CudaBuffer, CudaKvCache, DeviceFacts};
-use crate::{AttentionShape, BackendError, DType};
+use crate::{AttentionShape, BackendError, DType, Fp8Format, KvDType};
 
 /// Query heads of a KV head that the decode kernel computes together, and rows of a part it leaves.
 const FEW_HEADS: usize = 8;
@@ -79,14 +79,27 @@ impl Argument for Parts {}
 /// A kernel for bf16 and for f16.
 type Both = [Function; 2];
 
+/// A kernel for a cache of the activations' type, of E4M3 and of E5M2.
+type Forms = [Both; 3];
+
+/// Which of [`Forms`] a cache of `dtype` takes; none: tensor cores do not take it beside `activations`.
+fn form(activations: DType, cache: KvDType) -> Option<usize> {
+    match cache {
+        _ if activations == DType::F32 => None,
+        KvDType::Plain(dtype) => (dtype == activations).then_some(0),
+        KvDType::Fp8(Fp8Format::E4M3) => Some(1),
+        KvDType::Fp8(Fp8Format::E5M2) => Some(2),
+    }
+}
+
 /// The instantiations for heads of at most `dim` elements.
 struct Size {
     dim: usize,
     /// For at most [`FEW_HEADS`] query heads of a KV head at a time, and for [`MOST_HEADS`] where registers allow it; each with
     /// the blocks that a multiprocessor runs at a time.
-    decode: (Both, usize),
-    decode_many: Option<(Both, usize)>,
-    prefill: Both,
+    decode: (Forms, usize),
+    decode_many: Option<(Forms, usize)>,
+    prefill: Forms,
     /// Keys of a tile of the prefill kernel.
     prefill_keys: usize,
 }
@@ -114,6 +127,8 @@ struct HopperSize {
 #[derive(Debug, Clone, Copy)]
 struct DecodePlan {
     function: Function,
+    /// Which of [`Forms`].
+    form: usize,
     blocks: usize,
     shared: usize,
     stages: usize,
@@ -124,7 +139,7 @@ pub(super) struct Attentions {
     sizes: Vec<Size>,
     /// Empty where the device is another.
     hopper: Vec<HopperSize>,
-    plain: ByTypes,
+    plain: ByCache,
     num_sms: usize,
     /// Bytes of shared memory of a block, and of all blocks of a multiprocessor.
     block_shared: usize,
@@ -140,18 +155,27 @@ const fn row_bytes(dim: usize) -> usize {
 }
 
 /// Shared memory of a block of the decode kernel for `seqs` sequences and `heads` heads at a time, and the pages a warp has
-/// room for: as many as let `room` bytes be enough. None: not even two fit.
-fn decode_shared(dim: usize, heads: usize, seqs: usize, room: usize) -> Option<(usize, usize)> {
-    let stage = DECODE_WARPS * 2 * PAGE_KEYS * row_bytes(dim);
+/// room for: as many as let `room` bytes be enough. Of a cache of eight bits (`widens`) they lie there as they are, beside one in the
+/// activations' type. None: not even two fit.
+fn decode_shared(
+    dim: usize,
+    widens: bool,
+    (heads, seqs): (usize, usize),
+    room: usize,
+) -> Option<(usize, usize)> {
+    let wide = DECODE_WARPS * 2 * PAGE_KEYS * row_bytes(dim);
+    let stage = if widens { DECODE_WARPS * 2 * PAGE_KEYS * dim } else { wide };
     let sums = DECODE_WARPS * heads * (dim + 4) * size_of::<f32>();
-    let fixed = sums + (2 * seqs + 1) * size_of::<i32>();
+    let fixed = sums + (2 * seqs + 1) * size_of::<i32>() + if widens { wide } else { 0 };
     let stages = (room.checked_sub(fixed)? / stage).min(MOST_STAGES);
     (stages >= 2).then_some((fixed + stages * stage, stages))
 }
 
 /// Shared memory of a block of the prefill kernel.
-const fn prefill_shared(dim: usize, keys: usize) -> usize {
-    4 * keys * row_bytes(dim) + if dim > 128 { QUERY_TILE * row_bytes(dim) } else { 0 }
+const fn prefill_shared(dim: usize, keys: usize, widens: bool) -> usize {
+    let tile = keys * row_bytes(dim);
+    let tiles = if widens { 4 * keys * dim + 2 * tile } else { 4 * tile };
+    tiles + if dim > 128 { QUERY_TILE * row_bytes(dim) } else { 0 }
 }
 
 impl Attentions {
@@ -170,7 +194,28 @@ impl Attentions {
             }
             Ok::<_, BackendError>(functions)
         };
-        let decode_of = |dim: usize, heads: usize| both(&decode, &format!("attention_decode_{dim}_{heads}"));
+        let decode_fp8 = Module::load(context, "attention_decode_fp8")?;
+        let prefill_fp8 = Module::load(context, "attention_prefill_fp8")?;
+        let forms = |plain: &Module, fp8: &Module, name: &str| -> Result<Forms, BackendError> {
+            let of = |module: &Module, cache: [KvDType; 2]| {
+                let functions = [
+                    module.function(&format!("{name}_bf16_{}", cache_suffix(cache[0])))?,
+                    module.function(&format!("{name}_f16_{}", cache_suffix(cache[1])))?,
+                ];
+                for function in functions {
+                    function.allow_shared_memory((block_shared - RESERVED_SHARED) as u32)?;
+                }
+                Ok::<_, BackendError>(functions)
+            };
+            Ok([
+                of(plain, [KvDType::Plain(DType::BF16), KvDType::Plain(DType::F16)])?,
+                of(fp8, [KvDType::Fp8(Fp8Format::E4M3); 2])?,
+                of(fp8, [KvDType::Fp8(Fp8Format::E5M2); 2])?,
+            ])
+        };
+        let decode_of = |dim: usize, heads: usize| {
+            forms(&decode, &decode_fp8, &format!("attention_decode_{dim}_{heads}"))
+        };
         let mut sizes = Vec::new();
         for (dim, blocks, many_blocks, prefill_keys) in SIZES {
             let many = many_blocks.map(|blocks| Ok((decode_of(dim, MOST_HEADS)?, blocks)));
@@ -178,7 +223,7 @@ impl Attentions {
                 dim,
                 decode: (decode_of(dim, FEW_HEADS)?, blocks),
                 decode_many: many.transpose()?,
-                prefill: both(&prefill, &format!("attention_prefill_{dim}"))?,
+                prefill: forms(&prefill, &prefill_fp8, &format!("attention_prefill_{dim}"))?,
                 prefill_keys,
             });
         }
@@ -198,7 +243,7 @@ impl Attentions {
         Ok(Self {
             sizes,
             hopper,
-            plain: Module::load(context, "attention_plain")?.by_types("attention_plain", &ALL_TYPES)?,
+            plain: Module::load(context, "attention_plain")?.by_cache("attention_plain")?,
             num_sms: facts.num_sms,
             block_shared,
             sm_shared,
@@ -263,10 +308,10 @@ impl Attentions {
             return queue.launch(&launch, args![attention, step.prefill_tiles(), tiles, *pages]);
         }
         let launch = Launch {
-            function: size.prefill[which],
+            function: size.prefill[plan.form][which],
             grid,
             block: PREFILL_THREADS,
-            shared_bytes: prefill_shared(size.dim, size.prefill_keys) as u32,
+            shared_bytes: prefill_shared(size.dim, size.prefill_keys, plan.form > 0) as u32,
         };
         queue.launch(&launch, args![attention, step.prefill_tiles(), tiles])
     }
@@ -276,16 +321,18 @@ impl Attentions {
     fn size_for(
         &self,
         head_dim: usize,
-        (activations, cache): (DType, DType),
+        (activations, cache): (DType, KvDType),
         (group, seqs): (usize, usize),
         which: usize,
     ) -> Option<(&Size, DecodePlan)> {
-        if activations != cache || activations == DType::F32 || !head_dim.is_multiple_of(8) {
+        let form = form(activations, cache)?;
+        // What lies in a piece of 16 bytes.
+        if !head_dim.is_multiple_of(if form > 0 { 16 } else { 8 }) {
             return None;
         }
         let size = self.sizes.iter().find(|size| head_dim <= size.dim)?;
         let most = self.block_shared - RESERVED_SHARED;
-        if prefill_shared(size.dim, size.prefill_keys) > most {
+        if prefill_shared(size.dim, size.prefill_keys, form > 0) > most {
             return None;
         }
         let (kernel, most_blocks, heads) = match size.decode_many {
@@ -295,14 +342,14 @@ impl Attentions {
         let blocks_in = |bytes: usize| {
             (1..=most_blocks).rev().find_map(|blocks| {
                 let share = (bytes / blocks).saturating_sub(RESERVED_SHARED).min(most);
-                Some((blocks, decode_shared(size.dim, heads, seqs, share)?))
+                Some((blocks, decode_shared(size.dim, form > 0, (heads, seqs), share)?))
             })
         };
         // Large heads take all there is.
         let preferred = shared_split::attention_bytes(seqs, self.sm_shared);
         let (blocks, (shared, stages)) = blocks_in(preferred).or_else(|| blocks_in(self.sm_shared))?;
-        let function = kernel[which];
-        Some((size, DecodePlan { function, blocks: blocks * self.num_sms, shared, stages }))
+        let function = kernel[form][which];
+        Some((size, DecodePlan { function, form, blocks: blocks * self.num_sms, shared, stages }))
     }
 
     /// Where the decode kernel leaves parts of heads.
@@ -327,7 +374,7 @@ impl Attentions {
         queue: &Queue,
         step: &StepInputs,
         attention: &Attention,
-        (activations, cache): (DType, DType),
+        (activations, cache): (DType, KvDType),
     ) -> Result<(), BackendError> {
         if attention.head_dim as usize > MOST_PLAIN_DIM {
             return Err(BackendError::Device {
@@ -339,7 +386,7 @@ impl Attentions {
             });
         }
         let launch = Launch {
-            function: self.plain.of(activations, cache)?,
+            function: self.plain.of(activations, cache),
             grid: [step.facts().num_tokens as u32, attention.num_heads as u32, 1],
             block: PLAIN_THREADS,
             shared_bytes: 0,
@@ -393,10 +440,12 @@ mod tests {
     fn a_ring_takes_the_room_there_is() {
         // An H100's multiprocessor has 228 KiB, a third of it for each of three blocks.
         let third = 228 * 1024 / 3 - RESERVED_SHARED;
-        let (bytes, stages) = decode_shared(128, 4, 128, third).unwrap();
+        let (bytes, stages) = decode_shared(128, false, (4, 128), third).unwrap();
         assert_eq!(stages, 2);
         assert!(bytes <= third);
-        assert_eq!(decode_shared(128, 4, 128, 60 * 1024), None);
-        assert_eq!(decode_shared(256, 1, 1, 227 * 1024).unwrap().1, 3);
+        assert_eq!(decode_shared(128, false, (4, 128), 60 * 1024), None);
+        assert_eq!(decode_shared(256, false, (1, 1), 227 * 1024).unwrap().1, 3);
+        assert_eq!(decode_shared(128, true, (4, 128), third).unwrap().1, 2);
+        assert_eq!(decode_shared(256, true, (1, 1), 227 * 1024).unwrap().1, 4);
     }
 }

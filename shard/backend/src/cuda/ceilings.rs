@@ -4,6 +4,7 @@ use std::ptr;
 
 use cudarc::driver::sys;
 
+use super::cublaslt::{Operands, Product};
 use super::driver::{DeviceMemory, check};
 use super::launch::{Launch, args};
 use super::module::Module;
@@ -17,6 +18,8 @@ pub struct Ceilings {
     pub read_bytes_per_second: f64,
     /// A bf16 product of three 8192 x 8192 matrices through cuBLASLt, 2 FLOPs for each multiplication and addition.
     pub bf16_flops: f64,
+    /// The same of E4M3 matrices with a scale a row into bf16; none: the device or the library does not multiply them.
+    pub fp8_flops: Option<f64>,
 }
 
 /// Bytes that are read: forty times the L2 cache.
@@ -80,7 +83,7 @@ impl Drop for Timer {
 }
 
 impl CudaBackend {
-    /// Measures both; takes some GiB of memory for a moment.
+    /// Measures all; takes some GiB of memory for a moment.
     ///
     /// # Errors
     /// The device's.
@@ -90,6 +93,7 @@ impl CudaBackend {
         Ok(Ceilings {
             read_bytes_per_second: self.measure_reading(&module)?,
             bf16_flops: self.measure_multiplying(&module)?,
+            fp8_flops: self.measure_multiplying_fp8(&module)?,
         })
     }
 
@@ -139,6 +143,49 @@ impl CudaBackend {
         let seconds = Timer::new()?
             .median(stream, || (0..10).try_for_each(|_| self.matmul(&x, &weight, None, &mut out)))?;
         Ok(10.0 * 2.0 * (SIZE as f64).powi(3) / seconds)
+    }
+
+    fn measure_multiplying_fp8(&mut self, module: &Module) -> Result<Option<f64>, BackendError> {
+        if !self.matmuls.fp8.has_library() {
+            return Ok(None);
+        }
+        let (mut x, out) = (self.square()?, self.square()?);
+        self.fill(module, x.memory())?;
+        x.resize(SIZE);
+        let [(weight, weight_scales), (rounded, scales)] = [self.eight_bits(&x)?, self.eight_bits(&x)?];
+        let operands = Operands {
+            x: rounded.ptr(),
+            weight: weight.ptr(),
+            bias: 0,
+            out: out.ptr(),
+            scales: [weight_scales.ptr(), scales.ptr()],
+        };
+        let product = Product {
+            rows: SIZE,
+            outputs: SIZE,
+            inputs: SIZE,
+            weight_stride: SIZE,
+            dtype: DType::BF16,
+            out_dtype: DType::BF16,
+            out_stride: SIZE,
+            is_fp8: true,
+            has_bias: false,
+        };
+        let (stream, workspace, library) =
+            (self.queue.stream(), self.workspace.ptr(), self.matmuls.library.blaslt());
+        let seconds = Timer::new()?.median(stream.raw(), || {
+            (0..10).try_for_each(|_| library.multiply(stream, workspace, product, operands))
+        })?;
+        Ok(Some(10.0 * 2.0 * (SIZE as f64).powi(3) / seconds))
+    }
+
+    /// A square rounded to eight bits, and its rows' scales.
+    fn eight_bits(&self, x: &CudaBuffer) -> Result<(DeviceMemory, DeviceMemory), BackendError> {
+        let bytes = DeviceMemory::new(&self.context, SIZE * SIZE, "measuring")?;
+        let scales = DeviceMemory::new(&self.context, SIZE * 4, "measuring")?;
+        let to = (bytes.ptr(), scales.ptr());
+        self.matmuls.fp8.rounding.quantize(&self.queue, (x.ptr(), DType::BF16), [SIZE, SIZE], to)?;
+        Ok((bytes, scales))
     }
 
     fn square(&self) -> Result<CudaBuffer, BackendError> {

@@ -30,10 +30,14 @@ pub(super) struct Product {
     pub(super) inputs: usize,
     /// Elements from one row of the weight to the next.
     pub(super) weight_stride: usize,
-    /// Of weight and activations.
+    /// Of weight and activations, unless they are of eight bits.
     pub(super) dtype: DType,
     /// Of the result, and of a bias.
     pub(super) out_dtype: DType,
+    /// Elements from one row of the result to the next.
+    pub(super) out_stride: usize,
+    /// Weight and activations are E4M3 with a scale for each row of either.
+    pub(super) is_fp8: bool,
     /// A bias of each output is added before the result is rounded.
     pub(super) has_bias: bool,
 }
@@ -46,6 +50,8 @@ pub(super) struct Operands {
     /// Zero: none.
     pub(super) bias: DevicePtr,
     pub(super) out: DevicePtr,
+    /// Of the rows of weight and activations where they are of eight bits, f32.
+    pub(super) scales: [DevicePtr; 2],
 }
 
 /// The library's handle and what it has planned.
@@ -84,6 +90,24 @@ fn data_type(dtype: DType) -> lt::cudaDataType {
     }
 }
 
+/// Sets an attribute of a product, whose type is the caller's to know.
+fn describe<T>(
+    product: lt::cublasLtMatmulDesc_t,
+    attribute: Description,
+    value: &T,
+) -> Result<(), BackendError> {
+    // SAFETY: the library copies as many bytes, and refuses another size than the attribute's.
+    check("describing a product", unsafe {
+        lt::cublasLtMatmulDescSetAttribute(product, attribute, ptr::from_ref(value).cast(), size_of::<T>())
+    })
+}
+
+impl Product {
+    fn in_type(&self) -> lt::cudaDataType {
+        if self.is_fp8 { lt::cudaDataType::CUDA_R_8F_E4M3 } else { data_type(self.dtype) }
+    }
+}
+
 /// Sets what plans have to keep to.
 ///
 /// # Safety
@@ -103,19 +127,6 @@ unsafe fn set<T>(
         )
     };
     check("planning", status)
-}
-
-/// Says more about a product. The library refuses a value of another size than the attribute's.
-fn describe<T>(
-    product: lt::cublasLtMatmulDesc_t,
-    attribute: Description,
-    value: &T,
-) -> Result<(), BackendError> {
-    // SAFETY: the library copies as many bytes.
-    let status = unsafe {
-        lt::cublasLtMatmulDescSetAttribute(product, attribute, ptr::from_ref(value).cast(), size_of::<T>())
-    };
-    check("describing a product", status)
 }
 
 impl CublasLt {
@@ -154,13 +165,11 @@ impl CublasLt {
             if self.plans.len() >= MAX_PLANS {
                 self.plans.clear();
             }
-            let plan = Plan::new(self.handle, product, operands.bias)?;
+            let plan = Plan::new(self.handle, product, operands)?;
             self.plans.insert(product, plan);
         }
         let plan = &self.plans[&product];
-        if product.has_bias {
-            plan.set_bias(operands.bias)?;
-        }
+        plan.set_addresses(product, operands)?;
         plan.launch(self.handle, (stream, workspace), operands)
     }
 }
@@ -176,15 +185,16 @@ impl Drop for CublasLt {
 impl Plan {
     /// Row-major matrices are the library's column-major ones transposed: `out^T = weight x^T`, with the weight's rows as its
     /// columns.
-    fn new(handle: lt::cublasLtHandle_t, product: Product, bias: DevicePtr) -> Result<Self, BackendError> {
-        let Product { rows, outputs, inputs, weight_stride, dtype, out_dtype, has_bias } = product;
-        let layout = |dtype, rows: usize, cols: usize, stride: usize| {
+    fn new(handle: lt::cublasLtHandle_t, product: Product, operands: Operands) -> Result<Self, BackendError> {
+        let Product { rows, outputs, inputs, weight_stride, .. } = product;
+        let (in_type, out_type) = (product.in_type(), data_type(product.out_dtype));
+        let layout = |data_type, rows: usize, cols: usize, stride: usize| {
             let mut layout = ptr::null_mut();
             // SAFETY: a place for a handle.
             let status = unsafe {
                 lt::cublasLtMatrixLayoutCreate(
                     &raw mut layout,
-                    data_type(dtype),
+                    data_type,
                     rows as u64,
                     cols as u64,
                     stride as i64,
@@ -203,19 +213,22 @@ impl Plan {
         })?;
         // CUBLAS_OP_T, which the bindings of this library lack.
         describe(description, Description::CUBLASLT_MATMUL_DESC_TRANSA, &1_i32)?;
-        if has_bias {
+        if product.is_fp8 {
+            let rows = lt::cublasLtMatmulMatrixScale_t::CUBLASLT_MATMUL_MATRIX_SCALE_OUTER_VEC_32F as i32;
+            describe(description, Description::CUBLASLT_MATMUL_DESC_A_SCALE_MODE, &rows)?;
+            describe(description, Description::CUBLASLT_MATMUL_DESC_B_SCALE_MODE, &rows)?;
+        }
+        if product.has_bias {
             let added = lt::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS as u32;
             describe(description, Description::CUBLASLT_MATMUL_DESC_EPILOGUE, &added)?;
         }
-        let weight = layout(dtype, inputs, outputs, weight_stride)?;
-        let x = layout(dtype, inputs, rows, inputs)?;
-        let out = layout(out_dtype, outputs, rows, outputs)?;
+        let weight = layout(in_type, inputs, outputs, weight_stride)?;
+        let x = layout(in_type, inputs, rows, inputs)?;
+        let out = layout(out_type, outputs, rows, product.out_stride)?;
         // SAFETY: plain data that `choose` fills.
         let algorithm = unsafe { mem::zeroed() };
         let mut plan = Self { product: description, weight, x, out, algorithm };
-        if has_bias {
-            plan.set_bias(bias)?;
-        }
+        plan.set_addresses(product, operands)?;
         plan.choose(handle).map_err(|error| BackendError::Device {
             operation: format!("planning {product:?}"),
             reason: error.to_string(),
@@ -223,9 +236,17 @@ impl Plan {
         Ok(plan)
     }
 
-    /// Where the bias is.
-    fn set_bias(&self, bias: DevicePtr) -> Result<(), BackendError> {
-        describe(self.product, Description::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias)
+    /// Where the bias, and the scales of weight and activations, are.
+    fn set_addresses(&self, product: Product, operands: Operands) -> Result<(), BackendError> {
+        if product.has_bias {
+            describe(self.product, Description::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &operands.bias)?;
+        }
+        if product.is_fp8 {
+            let [weight, x] = operands.scales;
+            describe(self.product, Description::CUBLASLT_MATMUL_DESC_A_SCALE_POINTER, &weight)?;
+            describe(self.product, Description::CUBLASLT_MATMUL_DESC_B_SCALE_POINTER, &x)?;
+        }
+        Ok(())
     }
 
     /// Launches it.

@@ -7,7 +7,7 @@ use cudarc::driver::sys;
 use super::driver::{Context, DeviceMemory, DevicePtr};
 use super::launch::Argument;
 use super::tensor_map::Boxes;
-use crate::{BackendError, DType, KvLayout};
+use crate::{BackendError, DType, KvDType, KvLayout};
 
 /// Keys of a head that the kernels take to lie in one run.
 pub(super) const PAGE_KEYS: usize = 16;
@@ -52,12 +52,13 @@ impl CudaKvCache {
         let bytes = layout.block_bytes().saturating_mul(num_blocks);
         let memory = DeviceMemory::zeroed(context, bytes, "the KV cache")?;
         let mut cache = Self { memory, layout, num_blocks, pages: Vec::new() };
-        if context.compute_capability()? == (9, 0) && cache.has_boxes() {
+        let is_hopper = context.compute_capability()? == (9, 0);
+        if let Some(dtype) = cache.box_dtype().filter(|_| is_hopper) {
             cache.pages = (0..layout.num_layers)
                 .map(|layer| {
                     Ok(Pages {
-                        keys: cache.tensor_map(cache.keys(layer))?,
-                        values: cache.tensor_map(cache.values(layer))?,
+                        keys: cache.tensor_map(dtype, cache.keys(layer))?,
+                        values: cache.tensor_map(dtype, cache.values(layer))?,
                     })
                 })
                 .collect::<Result<_, BackendError>>()?;
@@ -70,22 +71,26 @@ impl CudaKvCache {
         self.num_blocks * self.layout.num_kv_heads * self.layout.block_size
     }
 
-    /// Whether tensor copies can read it: their coordinates are `i32`.
-    fn has_boxes(&self) -> bool {
-        self.layout.dtype != DType::F32
-            && self.layout.head_dim.is_multiple_of(BOX_COLUMNS)
-            && (1..=i32::MAX as usize).contains(&self.rows())
+    /// Its elements' type where tensor copies can read it for the kernels: their coordinates are `i32`, and elements of eight bits
+    /// would have to be widened.
+    fn box_dtype(&self) -> Option<DType> {
+        let fits = self.layout.head_dim.is_multiple_of(BOX_COLUMNS)
+            && (1..=i32::MAX as usize).contains(&self.rows());
+        match self.layout.dtype {
+            KvDType::Plain(dtype @ (DType::BF16 | DType::F16)) if fits => Some(dtype),
+            _ => None,
+        }
     }
 
     /// `[rows, head_dim]` at `address` in boxes of one page and [`BOX_COLUMNS`], whose chunks of 16 bytes are exchanged.
-    fn tensor_map(&self, address: DevicePtr) -> Result<sys::CUtensorMap, BackendError> {
+    fn tensor_map(&self, dtype: DType, address: DevicePtr) -> Result<sys::CUtensorMap, BackendError> {
         let Self { layout, .. } = self;
         let boxes = Boxes {
             address,
-            dtype: layout.dtype,
+            dtype,
             rows: self.rows(),
             columns: layout.head_dim,
-            row_bytes: layout.head_dim * layout.dtype.size_bytes(),
+            row_bytes: layout.head_dim * dtype.size_bytes(),
             box_size: [PAGE_KEYS, BOX_COLUMNS],
         };
         boxes.map()

@@ -53,6 +53,11 @@ impl Library {
         })
     }
 
+    /// NVIDIA's library by itself.
+    pub(super) fn blaslt(&mut self) -> &mut CublasLt {
+        &mut self.blaslt
+    }
+
     /// Whether every product is to be computed by [`Library::multiply`].
     pub(super) fn is_deterministic(&self) -> bool {
         self.is_deterministic
@@ -90,6 +95,8 @@ impl Library {
             weight_stride: weight.row_stride,
             dtype: weight.dtype,
             out_dtype,
+            out_stride: weight.out_features,
+            is_fp8: false,
             has_bias: bias.is_some(),
         };
         let bias = exact.unwrap_or(bias.map_or(0, CudaVector::ptr));
@@ -123,7 +130,7 @@ impl Library {
             }
             let to = if is_rounded || is_short { room_for_results } else { part.out };
             let rows = if self.is_deterministic { PIECE } else { part.rows };
-            let operands = Operands { x: from, weight: weight.ptr(), bias, out: to };
+            let operands = Operands { x: from, weight: weight.ptr(), bias, out: to, scales: [0; 2] };
             self.blaslt.multiply(queue.stream(), workspace.ptr(), Product { rows, ..product }, operands)?;
             if to != part.out {
                 let types = (out_dtype, out.dtype());

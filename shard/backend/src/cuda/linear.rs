@@ -14,6 +14,9 @@ const ROW_ALIGNMENT: usize = 16;
 /// A linear layer's weight `[out_features, in_features]`, row-major.
 pub struct CudaLinear {
     memory: DeviceMemory,
+    /// Of weights of eight bits, `[out_features]` f32: what each row is to be multiplied with.
+    scales: Option<DeviceMemory>,
+    /// Its elements', or of the activations that weights of eight bits are multiplied with.
     pub(super) dtype: DType,
     pub(super) out_features: usize,
     pub(super) in_features: usize,
@@ -39,7 +42,33 @@ impl CudaLinear {
             to += (part.rows * row_bytes) as DevicePtr;
         }
         let row_stride = row_bytes / dtype.size_bytes();
-        Ok(Self { memory, dtype, out_features, in_features, row_stride })
+        Ok(Self { memory, scales: None, dtype, out_features, in_features, row_stride })
+    }
+
+    /// Room for weights of eight bits with a scale a row.
+    pub(super) fn of_eight_bits(
+        context: &Arc<Context>,
+        [out_features, in_features]: [usize; 2],
+        dtype: DType,
+    ) -> Result<Self, BackendError> {
+        let row_stride = in_features.next_multiple_of(ROW_ALIGNMENT);
+        let memory = DeviceMemory::new(context, out_features * row_stride, "a weight")?;
+        let scales = DeviceMemory::new(context, out_features * size_of::<f32>(), "scales of a weight")?;
+        Ok(Self { memory, scales: Some(scales), dtype, out_features, in_features, row_stride })
+    }
+
+    /// Room for a plain weight of the same shape.
+    pub(super) fn plain_like(context: &Arc<Context>, weight: &Self) -> Result<Self, BackendError> {
+        let (dtype, in_features) = (weight.dtype, weight.in_features);
+        let row_bytes = (in_features * dtype.size_bytes()).next_multiple_of(ROW_ALIGNMENT);
+        let memory = DeviceMemory::new(context, weight.out_features * row_bytes, "a weight")?;
+        let row_stride = row_bytes / dtype.size_bytes();
+        Ok(Self { memory, scales: None, dtype, out_features: weight.out_features, in_features, row_stride })
+    }
+
+    /// Address of the rows' scales; none: the weights are plain.
+    pub(super) fn scales(&self) -> Option<DevicePtr> {
+        self.scales.as_ref().map(DeviceMemory::ptr)
     }
 
     /// Its memory.
@@ -54,7 +83,7 @@ impl CudaLinear {
 
     /// Bytes it takes.
     pub(super) fn bytes(&self) -> usize {
-        self.memory.bytes()
+        self.memory.bytes() + self.scales.as_ref().map_or(0, DeviceMemory::bytes)
     }
 }
 

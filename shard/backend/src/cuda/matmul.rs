@@ -5,6 +5,7 @@ use std::sync::Arc;
 use super::driver::{Context, DeviceMemory, DevicePtr};
 use super::elementwise::activation_number;
 use super::few_rows::FewRows;
+use super::fp8_matmul::{Fp8Kernel, Fp8Matmuls};
 use super::gemv::Gemvs;
 use super::launch::Queue;
 use super::library::Library;
@@ -39,6 +40,8 @@ pub enum MatmulKernel {
         /// Warpgroups a block, each of which takes 64 rows of the weights.
         groups: usize,
     },
+    /// With weights of eight bits.
+    Fp8(Fp8Kernel),
 }
 
 /// A product whose weights and activations have the same type.
@@ -68,6 +71,7 @@ pub(super) struct Matmuls {
     skinny: Option<Skinny>,
     gemvs: Gemvs,
     few_rows: FewRows,
+    pub(super) fp8: Fp8Matmuls,
 }
 
 impl Matmuls {
@@ -83,6 +87,7 @@ impl Matmuls {
             skinny: Skinny::load(context, facts)?,
             gemvs: Gemvs::load(context)?,
             few_rows: FewRows::load(context)?,
+            fp8: Fp8Matmuls::load(context, facts)?,
         })
     }
 
@@ -106,6 +111,11 @@ impl Matmuls {
         out.resize(x.rows());
         if queue.is_dry() || x.rows() == 0 {
             return Ok(());
+        }
+        if weight.scales().is_some() {
+            let kernel = self.fp8.choose(task(x, (weight, bias), out), x.dtype(), workspace);
+            let tools = (queue, workspace, self.library.blaslt());
+            return self.fp8.multiply(tools, kernel, (x, weight, bias), out);
         }
         if x.dtype() != weight.dtype || self.library.is_deterministic() {
             return self.library.multiply(queue, workspace, x, (weight, bias), out);
@@ -137,6 +147,9 @@ impl Matmuls {
             return Ok(false);
         }
         let activation = activation_number(activation);
+        if weight.scales().is_some() {
+            return self.fp8.multiply_gated((queue, workspace), x, (weight, bias), activation, out);
+        }
         if x.rows() > GEMV_ROWS && x.dtype() == weight.dtype && out.dtype() == weight.dtype {
             let task = task(x, (weight, bias), out);
             return self.gated_by_tensor_cores((queue, workspace), task, activation);
@@ -203,6 +216,10 @@ impl Matmuls {
     ) -> Result<(), BackendError> {
         let task = task(x, (weight, bias), out);
         match (kernel, &mut self.skinny) {
+            (MatmulKernel::Fp8(kernel), _) => {
+                let tools = (queue, workspace, self.library.blaslt());
+                self.fp8.multiply(tools, kernel, (x, weight, bias), out)
+            }
             (MatmulKernel::Skinny { tokens, groups }, Some(skinny)) => {
                 let shape =
                     Skinny::shapes(task.rows).find(|shape| shape.tokens == tokens && shape.groups == groups);
@@ -215,7 +232,7 @@ impl Matmuls {
     }
 }
 
-fn task<'a>(
+pub(super) fn task<'a>(
     x: &CudaBuffer,
     (weight, bias): (&'a CudaLinear, Option<&CudaVector>),
     out: &CudaBuffer,
@@ -238,6 +255,14 @@ impl CudaBackend {
     /// The kernels that can compute `x weight^T` into `out`, to compare them: what [`crate::Backend::matmul`] takes comes
     /// first.
     pub fn matmul_kernels(&self, x: &CudaBuffer, weight: &CudaLinear, out: &CudaBuffer) -> Vec<MatmulKernel> {
+        if weight.scales().is_some() {
+            let fp8 = &self.matmuls.fp8;
+            let task = task(x, (weight, None), out);
+            let chosen = fp8.choose(task, x.dtype(), &self.workspace);
+            let mut kernels = fp8.kernels(task, x.dtype(), &self.workspace);
+            kernels.sort_by_key(|&kernel| kernel != chosen);
+            return kernels.into_iter().map(MatmulKernel::Fp8).collect();
+        }
         if x.dtype() != weight.dtype {
             return Vec::new();
         }

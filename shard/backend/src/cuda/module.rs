@@ -1,5 +1,6 @@
 //! Kernels of the embedded images.
 
+use std::collections::HashMap;
 use std::ffi::{CString, c_char};
 use std::ptr;
 use std::sync::Arc;
@@ -7,7 +8,7 @@ use std::sync::Arc;
 use cudarc::driver::sys;
 
 use super::driver::{Context, check, failed};
-use crate::{BackendError, DType};
+use crate::{BackendError, DType, Fp8Format, KvDType};
 
 /// One image on the device. Modules live as long as the context.
 pub(crate) struct Module {
@@ -86,6 +87,19 @@ impl Module {
         })
     }
 
+    /// The instantiations `{name}_{a}_{c}` for every type of activations and every type of the KV cache.
+    pub(super) fn by_cache(&self, name: &str) -> Result<ByCache, BackendError> {
+        let activations = [DType::F32, DType::BF16, DType::F16];
+        let caches = activations.map(KvDType::Plain).into_iter();
+        let caches = caches.chain([Fp8Format::E4M3, Fp8Format::E5M2].map(KvDType::Fp8));
+        let pairs = caches.flat_map(|cache| activations.map(|dtype| (dtype, cache)));
+        let function = |(dtype, cache): (DType, KvDType)| {
+            let name = format!("{name}_{}_{}", suffix(dtype), cache_suffix(cache));
+            Ok(((dtype, cache), self.function(&name)?))
+        };
+        Ok(ByCache(pairs.map(function).collect::<Result<_, BackendError>>()?))
+    }
+
     /// The instantiations `{name}_{f32,bf16,f16}`, by element type.
     pub(super) fn by_type(&self, name: &str) -> Result<ByType, BackendError> {
         Ok(ByType {
@@ -132,6 +146,26 @@ impl ByTypes {
                 "there is no kernel for {a} and {b}; expected one type, or float32 for one of them"
             ),
         })
+    }
+}
+
+/// A kernel for every type of activations and of the KV cache.
+#[derive(Debug)]
+pub(crate) struct ByCache(HashMap<(DType, KvDType), Function>);
+
+impl ByCache {
+    /// The one for activations of `dtype` and a cache of `cache`.
+    pub(super) fn of(&self, dtype: DType, cache: KvDType) -> Function {
+        self.0[&(dtype, cache)]
+    }
+}
+
+/// What kernels of a cache's element type are called after.
+pub(super) fn cache_suffix(dtype: KvDType) -> &'static str {
+    match dtype {
+        KvDType::Plain(dtype) => suffix(dtype),
+        KvDType::Fp8(Fp8Format::E4M3) => "e4m3",
+        KvDType::Fp8(Fp8Format::E5M2) => "e5m2",
     }
 }
 

@@ -9,8 +9,8 @@ use super::shared_split;
 use super::{CudaBackend, CudaBuffer, CudaExperts, CudaKvCache, CudaLinear, CudaRope, CudaVector};
 use crate::sampling::{Sampled, SamplingRow};
 use crate::{
-    Activation, AttentionShape, Backend, BackendError, DType, DeviceInfo, HeadColumns, HostMatrix, KvLayout,
-    MemoryInfo, QuantizedMatrix, RopeFrequencies, Routing, SplitNorm, StepInput, StepPart,
+    Activation, AttentionShape, Backend, BackendError, DType, DeviceInfo, Fp8Matrix, HeadColumns, HostMatrix,
+    KvDType, KvLayout, MemoryInfo, QuantizedMatrix, RopeFrequencies, Routing, SplitNorm, StepInput, StepPart,
 };
 
 impl Backend for CudaBackend {
@@ -42,6 +42,10 @@ impl Backend for CudaBackend {
 
     fn default_kv_dtype(&self, dtype: DType) -> DType {
         dtype
+    }
+
+    fn check_kv_dtype(&self, _dtype: KvDType) -> Result<(), BackendError> {
+        Ok(())
     }
 
     fn keeps_quantized(&self) -> bool {
@@ -79,6 +83,7 @@ impl Backend for CudaBackend {
         activation: Activation,
     ) -> Result<CudaExperts, BackendError> {
         self.context.make_current()?;
+        let projections = self.plain_projections(projections)?;
         let experts = self
             .with_uploader(|uploader| CudaExperts::new(&self.context, uploader, projections, activation))?;
         self.has_stale_graphs.set(true);
@@ -92,6 +97,38 @@ impl Backend for CudaBackend {
             operation: format!("packing a weight of {bits} bits"),
             reason: "the CUDA backend runs plain weights, expected it dequantized".to_owned(),
         })
+    }
+
+    fn keeps_fp8(&self) -> bool {
+        true
+    }
+
+    fn fp8_dtype(&self, dtype: DType) -> DType {
+        self.default_dtype(dtype)
+    }
+
+    fn fp8_linear(&self, parts: &[Fp8Matrix<'_>], dtype: DType) -> Result<CudaLinear, BackendError> {
+        if dtype == DType::F32 || !parts.iter().all(Fp8Matrix::has_row_scales) {
+            super::fp8_linear::say_once(dtype);
+            let dequantized: Vec<HostMatrix<'_>> = parts.iter().map(Fp8Matrix::dequantized).collect();
+            return self.linear(&dequantized, dtype);
+        }
+        self.check_fp8()?;
+        self.with_uploader(|uploader| CudaLinear::from_fp8(&self.context, uploader, parts, dtype))
+    }
+
+    fn quantized_to_fp8(&self, parts: &[HostMatrix<'_>], dtype: DType) -> Result<CudaLinear, BackendError> {
+        if dtype == DType::F32 {
+            return Err(BackendError::Device {
+                operation: "quantizing a weight to fp8".to_owned(),
+                reason:
+                    "its activations are float32, expected float16 or bfloat16: leave out --dtype float32"
+                        .to_owned(),
+            });
+        }
+        self.check_fp8()?;
+        let quantizer = &self.matmuls.fp8.rounding;
+        self.with_uploader(|uploader| quantizer.quantized(&self.context, uploader, parts, dtype))
     }
 
     fn vector(&self, values: Vec<f32>) -> Result<CudaVector, BackendError> {
@@ -439,6 +476,35 @@ impl Backend for CudaBackend {
 }
 
 impl CudaBackend {
+    /// Refuses weights of eight bits where results must not depend on the number of rows.
+    fn check_fp8(&self) -> Result<(), BackendError> {
+        if !self.options.is_deterministic {
+            return Ok(());
+        }
+        Err(BackendError::Device {
+            operation: "--deterministic".to_owned(),
+            reason: "the weights are of eight bits (fp8), whose products depend on what is computed beside them: leave out \
+                     --deterministic, or serve weights of 16 bits without --quantize fp8"
+                .to_owned(),
+        })
+    }
+
+    /// Projections of experts, whose kernels take plain weights: those of eight bits are dequantized.
+    fn plain_projections(
+        &self,
+        projections: Vec<(CudaLinear, CudaLinear)>,
+    ) -> Result<Vec<(CudaLinear, CudaLinear)>, BackendError> {
+        let plain = |weight: CudaLinear| {
+            if weight.scales().is_none() {
+                return Ok(weight);
+            }
+            super::fp8_linear::say_once(weight.dtype);
+            let rounding = &self.matmuls.fp8.rounding;
+            self.with_uploader(|uploader| rounding.dequantized(&self.context, uploader, &weight))
+        };
+        projections.into_iter().map(|(gate_up, down)| Ok((plain(gate_up)?, plain(down)?))).collect()
+    }
+
     /// Puts values into the rows a buffer has.
     fn write(&self, buffer: &CudaBuffer, values: &[f32]) -> Result<(), BackendError> {
         let mut bytes = vec![0; buffer.used_bytes()];

@@ -6,7 +6,7 @@ use cudarc::driver::sys::CUdevice_attribute as Attribute;
 
 use super::driver::{Context, DeviceMemory, DevicePtr};
 use super::launch::{Argument, Launch, Queue, args};
-use super::module::{ALL_TYPES, ByTypes, Module};
+use super::module::{ByCache, Module};
 use super::step::StepInputs;
 use super::upload::Uploader;
 use super::{CudaBuffer, CudaKvCache};
@@ -105,7 +105,7 @@ impl CudaRope {
 
 /// Kernels.
 pub(super) struct Ropes {
-    rope_store: ByTypes,
+    rope_store: ByCache,
     num_sms: usize,
 }
 
@@ -115,7 +115,7 @@ impl Ropes {
         let module = Module::load(context, "rope")?;
         let num_sms = context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
         Ok(Self {
-            rope_store: module.by_types("rope_store", &ALL_TYPES)?,
+            rope_store: module.by_cache("rope_store")?,
             num_sms: usize::try_from(num_sms).unwrap_or(1),
         })
     }
@@ -145,7 +145,7 @@ impl Ropes {
             block_size: layout.block_size as i32,
         };
         let launch = Launch {
-            function: self.rope_store.of(qkv.dtype(), layout.dtype)?,
+            function: self.rope_store.of(qkv.dtype(), layout.dtype),
             grid: [tokens as u32, groups as u32, 1],
             block: THREADS,
             shared_bytes: 0,

@@ -4,6 +4,7 @@
 //! (and convert) pieces into page-locked buffers while the copy engine empties the others.
 
 use std::cell::RefCell;
+use std::ops::Range;
 use std::ptr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -59,20 +60,28 @@ impl Uploader {
         dtype: DType,
         (to, row_bytes): (DevicePtr, usize),
     ) -> Result<(), BackendError> {
+        self.rows(0..matrix.rows, &|row, out| convert_row(matrix, row, dtype, out), (to, row_bytes))
+    }
+
+    /// Writes what `fill` makes of each of `rows` to `to` and on, a row every `row_bytes`. Done when [`Uploader::finish`] returns.
+    pub(super) fn rows(
+        &self,
+        rows: Range<usize>,
+        fill: &(dyn Fn(usize, &mut [u8]) + Sync),
+        (to, row_bytes): (DevicePtr, usize),
+    ) -> Result<(), BackendError> {
         let rows_a_piece = (PIECE / row_bytes.max(1)).max(1);
-        for first in (0..matrix.rows).step_by(rows_a_piece) {
-            let rows = rows_a_piece.min(matrix.rows - first);
-            let to = to + (first * row_bytes) as DevicePtr;
-            self.piece(
-                to,
-                rows * row_bytes,
-                &|index, out| {
-                    convert_row(matrix, first + index, dtype, out);
-                },
-                row_bytes,
-            )?;
+        for first in rows.clone().step_by(rows_a_piece) {
+            let count = rows_a_piece.min(rows.end - first);
+            let to = to + ((first - rows.start) * row_bytes) as DevicePtr;
+            self.piece(to, count * row_bytes, &|index, out| fill(first + index, out), row_bytes)?;
         }
         Ok(())
+    }
+
+    /// The stream of the copies, for kernels that work on what has arrived.
+    pub(super) fn stream(&self) -> &Stream {
+        &self.stream
     }
 
     /// Writes bytes as they are.
@@ -157,7 +166,7 @@ fn fill_rows(target: &mut [u8], row_bytes: usize, threads: usize, fill: &(dyn Fn
 }
 
 /// One row as `dtype`; what is past its end stays as it is.
-fn convert_row(matrix: &HostMatrix<'_>, row: usize, dtype: DType, out: &mut [u8]) {
+pub(super) fn convert_row(matrix: &HostMatrix<'_>, row: usize, dtype: DType, out: &mut [u8]) {
     let size = matrix.dtype.size_bytes();
     if matrix.dtype == dtype {
         let start = row * matrix.row_stride * size;

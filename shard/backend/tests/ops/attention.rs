@@ -1,8 +1,10 @@
 //! Attention through the paged cache: whole prompts, chunks of prompts and decoding sequences in one step.
 
-use backend::{Alibi, AttentionShape, Backend, BackendError, DType, KvLayout, StepInput};
+use backend::{Alibi, AttentionShape, Backend, BackendError, DType, Fp8Format, KvDType, KvLayout, StepInput};
 
-use crate::cases::{Random, best_cpu, on_every_backend, rounded, upload, upload_as};
+use crate::cases::{
+    Random, activations_beside, best_cpu, cached, on_every_backend, rounded, upload, upload_as,
+};
 use crate::tolerances::{self, assert_close};
 
 const BLOCK_SIZE: usize = 16;
@@ -49,11 +51,11 @@ fn step_of(parts: &[(&Sequence, usize, usize)]) -> StepInput {
     step
 }
 
-fn reference(sequence: &Sequence, token: usize, shape: &AttentionShape, dtype: DType) -> Vec<f64> {
+fn reference(sequence: &Sequence, token: usize, shape: &AttentionShape, dtype: KvDType) -> Vec<f64> {
     let width = shape.qkv_width();
     let dim = shape.head_dim;
     let vector = |token: usize, head: usize| &sequence.qkv[token * width + head * dim..][..dim];
-    let stored = |x: f32| f64::from(crate::cases::rounded(x, dtype));
+    let stored = |x: f32| f64::from(cached(x, dtype));
     let mut out = Vec::new();
     let first = shape.window.map_or(0, |window| (token + 1).saturating_sub(window));
     for head in 0..shape.num_heads {
@@ -103,17 +105,20 @@ fn check<B: Backend>(
     cache: &mut B::KvCache,
     parts: &[(&Sequence, usize, usize)],
     shape: &AttentionShape,
-    (activations, dtype): (DType, DType),
+    (activations, dtype): (DType, KvDType),
 ) {
     let width = shape.qkv_width();
     let rows: Vec<f32> = parts
         .iter()
         .flat_map(|&(sequence, first, end)| sequence.qkv[first * width..end * width].to_vec())
         .collect();
-    let mut qkv = upload(backend, &rows, width);
+    let of_activations = activations_beside(backend, activations);
+    let mut qkv = upload_as(backend, &rows, width, of_activations);
     let step = step_of(parts);
+    let out_width = shape.num_heads * shape.head_dim;
+    let nothing = vec![f32::NAN; step.num_tokens() * out_width];
+    let mut out = upload_as(backend, &nothing, out_width, of_activations);
     backend.begin_step(&step).unwrap();
-    let mut out = backend.buffer(step.num_tokens(), shape.num_heads * shape.head_dim, DType::F32).unwrap();
     backend.rope_and_store_kv(&mut qkv, None, shape, 1, cache).unwrap();
     backend.attention(&qkv, shape, 1, cache, &mut out).unwrap();
     let expected: Vec<f64> = parts
@@ -175,7 +180,7 @@ fn agrees<B: Backend>(backend: &mut B) {
             DType::F16,
         ),
     ] {
-        attends_in_chunks(backend, &mut random, &shape, (DType::F32, dtype), 600);
+        attends_in_chunks(backend, &mut random, &shape, (DType::F32, dtype.into()), 600);
     }
 }
 
@@ -184,7 +189,7 @@ fn attends_in_chunks<B: Backend>(
     backend: &mut B,
     random: &mut Random,
     shape: &AttentionShape,
-    dtypes: (DType, DType),
+    dtypes: (DType, KvDType),
     longest: usize,
 ) {
     let (mut found, blocks) = sequences(random, &[70, 17, longest, 1], shape.qkv_width());
@@ -200,7 +205,7 @@ fn attends_in_chunks<B: Backend>(
     assert_eq!((a.context, c.context), (70, longest));
 }
 
-fn layout_of(shape: &AttentionShape, dtype: DType) -> KvLayout {
+fn layout_of(shape: &AttentionShape, dtype: KvDType) -> KvLayout {
     KvLayout {
         num_layers: 2,
         num_kv_heads: shape.num_kv_heads,
@@ -243,13 +248,53 @@ fn agrees_in_16_bits<B: Backend>(backend: &mut B) {
         (shape(2, 1, 264), both[1], both[1]),
         (shape(4, 2, 64), both[0], both[1]),
     ] {
-        attends_in_chunks(backend, &mut random, &shape, (activations, cache), 300);
+        attends_in_chunks(backend, &mut random, &shape, (activations, cache.into()), 300);
     }
 }
 
 #[test]
 fn attention_in_16_bits_agrees_with_plain_softmax() {
     on_every_backend!(agrees_in_16_bits);
+}
+
+/// A cache of eight bits, of which devices widen keys and values on their way: the same heads, bounds and biases.
+fn agrees_over_8_bits<B: Backend>(backend: &mut B) {
+    let mut random = Random(13);
+    let shape = |num_heads, num_kv_heads, head_dim: usize| AttentionShape {
+        num_heads,
+        num_kv_heads,
+        head_dim,
+        scale: 1.0 / (head_dim as f32).sqrt(),
+        window: None,
+        soft_cap: None,
+        alibi: None,
+    };
+    let alibi = Some(Alibi { total_heads: 6, first_head: 2, max_bias: 8.0, multiplier: 1.0 });
+    let [e4m3, e5m2] = [Fp8Format::E4M3, Fp8Format::E5M2].map(KvDType::Fp8);
+    if backend.check_kv_dtype(e4m3).is_err() {
+        let text = backend.check_kv_dtype(e5m2).unwrap_err().to_string();
+        assert!(text.starts_with("--kv-cache-dtype fp8_e5m2: ") && !text.contains('\n'), "{text}");
+        return;
+    }
+    for (shape, activations, cache) in [
+        (shape(8, 2, 128), DType::BF16, e4m3),
+        (shape(8, 2, 128), DType::F16, e5m2),
+        (shape(3, 3, 64), DType::F32, e4m3),
+        (AttentionShape { window: Some(37), ..shape(3, 3, 64) }, DType::BF16, e5m2),
+        (AttentionShape { window: Some(130), soft_cap: Some(2.0), ..shape(6, 1, 256) }, DType::BF16, e4m3),
+        (AttentionShape { alibi, ..shape(4, 4, 80) }, DType::F16, e4m3),
+        (AttentionShape { soft_cap: Some(5.0), ..shape(2, 1, 192) }, DType::F16, e4m3),
+        (shape(20, 1, 64), DType::BF16, e4m3),
+        (shape(20, 1, 72), DType::BF16, e4m3),
+        (shape(3, 1, 20), DType::F32, e5m2),
+    ] {
+        attends_in_chunks(backend, &mut random, &shape, (activations, cache), 300);
+    }
+}
+
+#[test]
+fn attention_over_8_bits_agrees_with_plain_softmax() {
+    on_every_backend!(agrees_over_8_bits);
 }
 
 /// A batch of sequences that decode: many short contexts, and one that is far longer than all others.
@@ -269,7 +314,7 @@ fn decodes_uneven_batches<B: Backend>(backend: &mut B) {
     for sequence in &mut found {
         sequence.qkv.iter_mut().for_each(|x| *x = rounded(*x, DType::BF16));
     }
-    let mut cache = backend.kv_cache(layout_of(&shape, DType::BF16), blocks).unwrap();
+    let mut cache = backend.kv_cache(layout_of(&shape, DType::BF16.into()), blocks).unwrap();
     for sequence in found.iter().filter(|sequence| sequence.context > 1) {
         let before = sequence.context - 1;
         let width = shape.qkv_width();
@@ -280,7 +325,7 @@ fn decodes_uneven_batches<B: Backend>(backend: &mut B) {
     let parts: Vec<_> =
         found.iter().map(|sequence| (sequence, sequence.context - 1, sequence.context)).collect();
     for parts in [&parts[..], &parts[150..], &parts[149..], &parts[3..40]] {
-        check(backend, &mut cache, parts, &shape, (DType::BF16, DType::BF16));
+        check(backend, &mut cache, parts, &shape, (DType::BF16, DType::BF16.into()));
     }
 }
 
@@ -305,7 +350,13 @@ fn rounding_of_the_cache_stays_within_its_tolerance() {
     };
     let (found, blocks) = sequences(&mut random, &[200], shape.qkv_width());
     for dtype in [DType::F16, DType::BF16] {
-        let layout = KvLayout { num_layers: 1, num_kv_heads: 3, head_dim: 64, block_size: BLOCK_SIZE, dtype };
+        let layout = KvLayout {
+            num_layers: 1,
+            num_kv_heads: 3,
+            head_dim: 64,
+            block_size: BLOCK_SIZE,
+            dtype: dtype.into(),
+        };
         let mut cache = backend.kv_cache(layout, blocks).unwrap();
         let mut qkv = upload(&mut backend, &found[0].qkv, shape.qkv_width());
         backend.begin_step(&step_of(&[(&found[0], 0, 200)])).unwrap();
@@ -313,7 +364,7 @@ fn rounding_of_the_cache_stays_within_its_tolerance() {
         backend.rope_and_store_kv(&mut qkv, None, &shape, 0, &mut cache).unwrap();
         backend.attention(&qkv, &shape, 0, &cache, &mut out).unwrap();
         let expected: Vec<f64> =
-            (0..200).flat_map(|token| reference(&found[0], token, &shape, DType::F32)).collect();
+            (0..200).flat_map(|token| reference(&found[0], token, &shape, DType::F32.into())).collect();
         let magnitude = vec![1.0; expected.len()];
         assert_close(
             "cache",
@@ -335,8 +386,13 @@ fn refuses<B: Backend>(backend: &mut B) {
         soft_cap: None,
         alibi: None,
     };
-    let layout =
-        KvLayout { num_layers: 1, num_kv_heads: 1, head_dim: 16, block_size: BLOCK_SIZE, dtype: DType::F32 };
+    let layout = KvLayout {
+        num_layers: 1,
+        num_kv_heads: 1,
+        head_dim: 16,
+        block_size: BLOCK_SIZE,
+        dtype: DType::F32.into(),
+    };
     let mut cache = backend.kv_cache(layout, 2).unwrap();
     let mut qkv = upload(backend, &[0.0; 48], 48);
     let mut step = crate::cases::prompt(1);

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use backend::collectives::Single;
 use backend::cpu::{CpuBackend, CpuOptions, Isa};
-use backend::{Backend, DType, HostMatrix, StepInput};
+use backend::{Backend, DType, HostMatrix, KvDType, StepInput};
 
 /// Runs a generic test body on every backend this machine has: `on_every_backend!(body)` calls `body(&mut backend)`.
 macro_rules! on_every_backend {
@@ -84,6 +84,14 @@ pub(crate) fn rounded(x: f32, dtype: DType) -> f32 {
         DType::F32 => x,
         DType::F16 => half::f16::from_f32(x).to_f32(),
         DType::BF16 => half::bf16::from_f32(x).to_f32(),
+    }
+}
+
+/// `x` as it is once stored in a cache of `dtype`.
+pub(crate) fn cached(x: f32, dtype: KvDType) -> f32 {
+    match dtype {
+        KvDType::Plain(dtype) => rounded(x, dtype),
+        KvDType::Fp8(format) => format.decode(format.encode(x)),
     }
 }
 

@@ -12,6 +12,7 @@ mod embedding;
 mod experts;
 #[cfg(feature = "cuda")]
 mod faults;
+mod fp8;
 mod heads;
 mod many_rows;
 mod matmul;

@@ -46,7 +46,8 @@ fn agrees<B: Backend>(backend: &mut B) {
         let inv_freq = (0..rotary / 2).map(|i| 10_000f32.powf(-2.0 * i as f32 / rotary as f32)).collect();
         let frequencies = RopeFrequencies { inv_freq, scale: 1.25, style, beyond: None };
         let rope = backend.rope(frequencies.clone()).unwrap();
-        let layout = KvLayout { num_layers: 2, num_kv_heads: 1, head_dim, block_size: 16, dtype };
+        let layout =
+            KvLayout { num_layers: 2, num_kv_heads: 1, head_dim, block_size: 16, dtype: dtype.into() };
         let mut cache = backend.kv_cache(layout, 10).unwrap();
         for offset in [0, 1000] {
             let mut x = random.vector(tokens * shape.qkv_width());
@@ -105,7 +106,8 @@ fn follows_the_prompt<B: Backend>(backend: &mut B) {
         soft_cap: None,
         alibi: None,
     };
-    let layout = KvLayout { num_layers: 1, num_kv_heads: 1, head_dim: 12, block_size: 16, dtype: DType::F32 };
+    let layout =
+        KvLayout { num_layers: 1, num_kv_heads: 1, head_dim: 12, block_size: 16, dtype: DType::F32.into() };
     let mut cache = backend.kv_cache(layout, 4).unwrap();
     let plain = |theta: f64| (0..6).map(|pair| theta.powf(f64::from(pair) / -6.0) as f32).collect::<Vec<_>>();
     let short = RopeFrequencies { inv_freq: plain(100.0), scale: 1.25, style: RopeStyle::Half, beyond: None };

@@ -45,6 +45,11 @@ pub(crate) const MANY_ROWS: Tolerance = tolerance(1e-6, 8e-5);
 /// as for [`matmul`] with each activation replaced by that.
 pub(crate) const QUANTIZED_MATMUL: Tolerance = tolerance(1e-6, 1.6e-5);
 
+/// Matrix product whose activations and weights both have eight bits; the magnitude is as for [`matmul`], of the rounded
+/// activations. Hopper's tensor cores add products of eight bits with 14 bits before the sum goes to float32.
+#[cfg(feature = "cuda")]
+pub(crate) const FP8_MATMUL: Tolerance = tolerance(1e-6, 4e-4);
+
 /// Attention over a cache of `dtype`, whose rounding the expected values do not have; magnitude 1.
 pub(crate) const fn attention(dtype: DType) -> Tolerance {
     match dtype {

@@ -1,7 +1,7 @@
 //! Compares a model with reference outputs: tokens, and log-probabilities.
 //!
 //!     cargo run --release -p models --example check_golden -- MODEL GOLDEN [--ranks N] [--threads N] [--dtype D] [--chunk N] [--batch N]
-//!         [--device cpu|cuda]
+//!         [--device cpu|cuda] [--quantize fp8] [--kv-cache-dtype fp8_e4m3fn|fp8_e5m2]
 //!
 //! MODEL is a directory or a .gguf file. GOLDEN is JSON: either an object with a list `prompts`, or one object a line. Read
 //! are, of each prompt: `input_ids`, `generated_ids` (greedy), `logprobs` and `gaps` of the generated ids (gap: best minus
@@ -22,10 +22,10 @@ use std::time::{Duration, Instant};
 use backend::collectives::Communicator;
 use backend::collectives::shm::{Rendezvous, join};
 use backend::cpu::{CpuBackend, CpuOptions};
-use backend::{Backend, DType};
+use backend::{Backend, DType, KvDType};
 use batch::{BLOCK_SIZE, NEAR_TIE, Outcome, check, num_blocks};
 use golden::{Case, read_cases};
-use models::{CausalLm, LoadOptions, load};
+use models::{CausalLm, LoadOptions, Quantize, load};
 
 type Failure = Box<dyn std::error::Error + Send + Sync>;
 
@@ -41,6 +41,8 @@ struct Arguments {
     is_cuda: bool,
     /// Gaps below this count as near-ties.
     near_tie: f64,
+    quantize: Option<Quantize>,
+    kv_dtype: Option<KvDType>,
 }
 
 fn main() -> ExitCode {
@@ -132,6 +134,8 @@ fn run_on<B: Backend>(
     let files = hub::locate(&model, &hub::HubOptions::default())?;
     let options = LoadOptions {
         dtype: arguments.dtype,
+        quantize: arguments.quantize,
+        kv_dtype: arguments.kv_dtype,
         block_size: BLOCK_SIZE,
         threads: arguments.threads,
         ..LoadOptions::default()
@@ -191,7 +195,7 @@ fn print_table(cases: &[Case], outcomes: &[Outcome]) {
 }
 
 fn parse_arguments() -> Result<Arguments, Failure> {
-    const USAGE: &str = "usage: check_golden MODEL GOLDEN [--ranks N] [--threads N] [--dtype float32|bfloat16|float16] [--chunk N] [--batch N] [--device cpu|cuda] [--near-tie GAP]";
+    const USAGE: &str = "usage: check_golden MODEL GOLDEN [--ranks N] [--threads N] [--dtype float32|bfloat16|float16] [--chunk N] [--batch N] [--device cpu|cuda] [--near-tie GAP] [--quantize fp8] [--kv-cache-dtype fp8_e4m3fn|fp8_e5m2]";
     let mut positional = Vec::new();
     let mut arguments = Arguments {
         model: String::new(),
@@ -203,6 +207,8 @@ fn parse_arguments() -> Result<Arguments, Failure> {
         batch: 1,
         is_cuda: false,
         near_tie: NEAR_TIE,
+        quantize: None,
+        kv_dtype: None,
     };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
@@ -217,6 +223,8 @@ fn parse_arguments() -> Result<Arguments, Failure> {
             "--chunk" => arguments.chunk = value.parse::<usize>()?.max(1),
             "--batch" => arguments.batch = value.parse::<usize>()?.max(1),
             "--device" if matches!(value.as_str(), "cpu" | "cuda") => arguments.is_cuda = value == "cuda",
+            "--quantize" => arguments.quantize = Some(Quantize::from_name(&value).ok_or(USAGE)?),
+            "--kv-cache-dtype" => arguments.kv_dtype = Some(KvDType::from_fp8_name(&value).ok_or(USAGE)?),
             "--near-tie" => arguments.near_tie = value.parse()?,
             "--dtype" => arguments.dtype = Some(DType::from_name(&value).ok_or(USAGE)?),
             _ => return Err(USAGE.into()),

@@ -1,10 +1,13 @@
 //! How long the steps of a model take on a GPU, beside what the hardware allows.
 //!
 //!     cargo run --release -p models --features cuda --example step_bench -- MODEL_DIR [--context N] [--steps N] [--decode 1,8,32] [--prefill 1x128,8x2048] [--deterministic] [--json FILE]
+//!         [--quantize fp8] [--kv-cache-dtype fp8_e4m3fn|fp8_e5m2]
 //!
 //! A step is everything the engine does with a model: inputs up, all layers, logits, a token chosen for each sequence and
 //! brought back. Floor: the bytes it must read (weights, and the keys and values of the context) over the read bandwidth, or
 //! its FLOPs over the matrix rate, whichever is longer; both are measured in the same run. Medians.
+
+#![allow(clippy::print_stdout, reason = "the table is what it is for")]
 
 use std::error::Error;
 use std::time::Instant;
@@ -12,13 +15,13 @@ use std::time::Instant;
 use backend::collectives::Single;
 use backend::cuda::{Ceilings, CudaBackend, CudaOptions};
 use backend::sampling::{SamplingParams, SamplingRow};
-use backend::{Backend, DType, StepInput};
+use backend::{Backend, DType, KvDType, StepInput};
 use models::spec::{DecoderSpec, ExpectedTensor, MixerSpec};
-use models::{CausalLm, Decoder, LoadOptions, decoder_spec, load};
+use models::{CausalLm, Decoder, LoadOptions, Quantize, decoder_spec, load};
 
 type Failure = Box<dyn Error + Send + Sync>;
 
-const USAGE: &str = "usage: step_bench MODEL_DIR [--context N] [--steps N] [--decode 1,8,32] [--prefill 1x128,8x2048] [--deterministic] [--json FILE]";
+const USAGE: &str = "usage: step_bench MODEL_DIR [--context N] [--steps N] [--decode 1,8,32] [--prefill 1x128,8x2048] [--deterministic] [--json FILE] [--quantize fp8] [--kv-cache-dtype fp8_e4m3fn|fp8_e5m2]";
 const BLOCK_SIZE: usize = 16;
 const GREEDY: SamplingParams = SamplingParams {
     temperature: 1.0,
@@ -40,6 +43,8 @@ struct Arguments {
     /// Batch-invariant arithmetic.
     is_deterministic: bool,
     json: Option<String>,
+    quantize: Option<Quantize>,
+    kv_dtype: Option<KvDType>,
 }
 
 fn main() -> Result<(), Failure> {
@@ -50,17 +55,20 @@ fn main() -> Result<(), Failure> {
     let opened = begin.elapsed().as_secs_f64();
     let ceilings = backend.measure_ceilings()?;
     println!(
-        "{}: reads {:.0} GB/s, multiplies {:.0} TFLOP/s in bf16; opened in {opened:.2} s",
+        "{}: reads {:.0} GB/s, multiplies {:.0} TFLOP/s in bf16, {:.0} in fp8; opened in {opened:.2} s",
         backend.device().description,
         ceilings.read_bytes_per_second / 1e9,
-        ceilings.bf16_flops / 1e12
+        ceilings.bf16_flops / 1e12,
+        ceilings.fp8_flops.unwrap_or(0.0) / 1e12
     );
     let model = hub::ModelRef { model_id: arguments.model.clone(), revision: None };
     let files = hub::locate(&model, &hub::HubOptions::default())?;
     let begin = Instant::now();
-    let options = LoadOptions { max_rows_sampled: 256, threads: 8, ..LoadOptions::default() };
+    let (quantize, kv_dtype) = (arguments.quantize, arguments.kv_dtype);
+    let options =
+        LoadOptions { max_rows_sampled: 256, threads: 8, quantize, kv_dtype, ..LoadOptions::default() };
     let mut decoder = load(backend, &files, &options)?;
-    let work = Work::new(&decoder_spec(&files.config()?)?, decoder.info().dtype);
+    let work = Work::new(&decoder_spec(&files.config()?)?, decoder.info().dtype, quantize, &ceilings);
     println!("loaded in {:.2} s", begin.elapsed().as_secs_f64());
     let largest = arguments.decode.iter().map(|batch| batch * (arguments.context + arguments.steps + 16));
     let prompts = arguments.prefill.iter().map(|(count, len)| count * len);
@@ -80,6 +88,9 @@ fn main() -> Result<(), Failure> {
             "context": arguments.context,
             "read_bytes_per_second": ceilings.read_bytes_per_second,
             "bf16_flops": ceilings.bf16_flops,
+            "fp8_flops": ceilings.fp8_flops,
+            "quantize": arguments.quantize.map(Quantize::name),
+            "kv_cache_dtype": arguments.kv_dtype.map(KvDType::name),
             "results": results,
         });
         std::fs::write(path, serde_json::to_vec_pretty(&report)?)?;
@@ -173,7 +184,7 @@ fn prefill(
     // Half of the pairs of tokens count: a token sees none after it.
     let attention = count as f64 * 2.0 * (len * len) as f64 * work.attention_width as f64;
     let flops = (count * len) as f64 * work.flops_a_token + attention;
-    let floor = (flops / ceilings.bf16_flops).max(work.weight_bytes as f64 / ceilings.read_bytes_per_second);
+    let floor = (flops / work.flops).max(work.weight_bytes as f64 / ceilings.read_bytes_per_second);
     println!(
         "prefill {count:>3} x {len:>5}: {:.2} ms, floor {:.2} ms: {:.3} x; {:.0} tokens/s",
         median * 1e3,
@@ -222,12 +233,15 @@ struct Work {
     weight_bytes: usize,
     /// FLOPs of a prompt's token in matrix products; logits are computed for few tokens.
     flops_a_token: f64,
+    /// FLOPs a second of matrix products with such weights.
+    flops: f64,
     /// Elements of all query heads of all layers: 4 FLOPs each for every pair of tokens.
     attention_width: usize,
 }
 
 impl Work {
-    fn new(spec: &DecoderSpec, dtype: DType) -> Self {
+    /// Quantized weights have eight bits, the logits' matrix aside.
+    fn new(spec: &DecoderSpec, dtype: DType, quantize: Option<Quantize>, ceilings: &Ceilings) -> Self {
         let is_layers =
             |tensor: &&ExpectedTensor| tensor.shape.len() > 1 && tensor.shape[0] != spec.vocab_size;
         let elements: usize = spec
@@ -244,8 +258,13 @@ impl Work {
                 MixerSpec::LatentAttention(_) => 0,
             })
             .sum();
+        let (bytes, flops) = match quantize {
+            Some(_) => (1, ceilings.fp8_flops.unwrap_or(ceilings.bf16_flops)),
+            None => (dtype.size_bytes(), ceilings.bf16_flops),
+        };
         Self {
-            weight_bytes: (elements + spec.vocab_size * spec.hidden_size) * dtype.size_bytes(),
+            weight_bytes: elements * bytes + spec.vocab_size * spec.hidden_size * dtype.size_bytes(),
+            flops,
             flops_a_token: 2.0 * elements as f64,
             attention_width,
         }
@@ -266,6 +285,8 @@ fn parse_arguments() -> Result<Arguments, Failure> {
         prefill: vec![(1, 128), (1, 1024), (1, 4096), (8, 2048)],
         is_deterministic: false,
         json: None,
+        quantize: None,
+        kv_dtype: None,
     };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
@@ -291,6 +312,8 @@ fn parse_arguments() -> Result<Arguments, Failure> {
                     })
                     .collect::<Result<_, _>>()?;
             }
+            "--quantize" => arguments.quantize = Some(Quantize::from_name(&value).ok_or(USAGE)?),
+            "--kv-cache-dtype" => arguments.kv_dtype = Some(KvDType::from_fp8_name(&value).ok_or(USAGE)?),
             "--json" => arguments.json = Some(value),
             _ => return Err(USAGE.into()),
         }

@@ -42,6 +42,7 @@ use hub::{ModelConfig, stretched};
 pub(crate) use rope_override::spec_with;
 
 use crate::ModelError;
+use crate::quantization::stored_as;
 use crate::spec::DecoderSpec;
 
 /// A family of models that share tensor names and arithmetic.
@@ -101,13 +102,7 @@ const FAMILIES: &[Family] = &[
 /// The architecture or its quantization is not supported, or values are missing or impossible: one line each.
 pub fn decoder_spec(config: &ModelConfig) -> Result<DecoderSpec, ModelError> {
     let family = find(config)?;
-    if config.raw.get("quantization_config").is_some_and(|value| !value.is_null()) {
-        let method = config.quant_method().unwrap_or("of an unnamed method");
-        return Err(ModelError::Unusable(vec![format!(
-            "config.json: quantization_config is {method}, expected none; quantized checkpoints ({method}) come \
-             later: choose the unquantized checkpoint or a GGUF file with --model-id"
-        )]));
-    }
+    stored_as(config, None)?;
     let mut spec = (family.build)(config)?;
     let stretch = config.context_stretch();
     // Positions that are looked up in a table end with it, whatever the configuration says of scaling.

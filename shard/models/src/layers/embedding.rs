@@ -46,7 +46,7 @@ impl<B: Backend> Embedding<B> {
         let projection =
             projection.as_ref().map(|spec| Projection::load(loader, spec, hidden)).transpose()?;
         let mut load = |linear: &LinearSpec, rows: Range<usize>, width: usize| {
-            Linear::merged_column_parallel(loader, &[ColumnPart { linear, rows }], width)
+            Linear::table(loader, linear, rows, width)
         };
         Ok(Self {
             table: load(&LinearSpec::table(tokens), rows.clone(), width)?,

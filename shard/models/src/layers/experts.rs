@@ -106,6 +106,8 @@ impl<B: Backend> Routed<B> {
     ) -> Result<Self, ModelError> {
         let inner = split_tiles(intermediate_size, "columns of an expert", loader.rank, loader.world_size)?;
         let mut projections = Vec::with_capacity(experts.len());
+        // The kernels of experts multiply plain weights: rounding these would cost accuracy and save nothing.
+        let quantizes = std::mem::take(&mut loader.fp8.quantizes);
         for GatedSpec { gate_proj, up_proj, down_proj } in experts {
             let parts = [
                 ColumnPart { linear: gate_proj, rows: inner.clone() },
@@ -115,6 +117,7 @@ impl<B: Backend> Routed<B> {
             let down = Linear::row_parallel(loader, down_proj, hidden_size, inner.clone())?;
             projections.push((gate_up.into_weight(), down.into_weight()));
         }
+        loader.fp8.quantizes = quantizes;
         Ok(Self {
             router: Linear::precise(loader, router, [experts.len(), hidden_size])?,
             correction: None,

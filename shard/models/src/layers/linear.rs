@@ -43,6 +43,22 @@ impl<B: Backend> Linear<B> {
         Self::new(loader, weight, has_bias.then_some(bias))
     }
 
+    /// A table of which this rank has `rows`, whose rows are looked up or which gives logits: never of eight bits.
+    pub(super) fn table(
+        loader: &mut Loader<'_, B>,
+        linear: &LinearSpec,
+        rows: Range<usize>,
+        in_features: usize,
+    ) -> Result<Self, ModelError> {
+        let windows: Vec<_> = windows(linear, rows.clone(), 0..in_features).collect();
+        let weight = loader.pack_table(&windows)?;
+        let bias = match &linear.bias {
+            Some(name) => Some(bias_of(loader.source, name, linear, rows)?),
+            None => None,
+        };
+        Self::new(loader, weight, bias)
+    }
+
     /// A projection of which this rank has the inputs `columns`; the ranks' outputs are to be summed, so only rank 0 adds
     /// the bias.
     pub(super) fn row_parallel(

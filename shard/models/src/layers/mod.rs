@@ -26,6 +26,15 @@ pub(crate) use residual::{InputOutput, Residual, Stream};
 use crate::ModelError;
 use crate::weights::WeightSource;
 
+/// Weights of eight bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Fp8Use {
+    /// Type that those of the files are multiplied in.
+    pub(crate) dtype: DType,
+    /// Projections that are stored plainly are rounded to eight bits.
+    pub(crate) quantizes: bool,
+}
+
 /// What every part needs while it loads.
 pub(crate) struct Loader<'a, B: Backend> {
     pub(crate) backend: &'a B,
@@ -34,6 +43,8 @@ pub(crate) struct Loader<'a, B: Backend> {
     pub(crate) dtype: DType,
     /// Quantized tensors stay so instead.
     pub(crate) keeps_quantized: bool,
+    /// What becomes of projections of eight bits.
+    pub(crate) fp8: Fp8Use,
     pub(crate) rank: usize,
     pub(crate) world_size: usize,
     /// Most rows of a step.
@@ -49,7 +60,7 @@ impl<'a, B: Backend> Loader<'a, B> {
     pub(crate) fn new(
         backend: &'a B,
         source: &'a dyn WeightSource,
-        (dtype, keeps_quantized): (DType, bool),
+        (dtype, keeps_quantized, fp8): (DType, bool, Fp8Use),
         max_rows: usize,
     ) -> Self {
         let (rank, world_size) = backend.rank_and_world();
@@ -59,6 +70,7 @@ impl<'a, B: Backend> Loader<'a, B> {
             source,
             dtype,
             keeps_quantized,
+            fp8,
             rank,
             world_size,
             max_rows,

@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::ops::Range;
 
-use backend::{Backend, DType, HostMatrix, QuantizedMatrix};
+use backend::{Backend, DType, Fp8Matrix, HostMatrix, QuantizedMatrix};
 
 use super::Loader;
 use crate::ModelError;
@@ -62,12 +62,35 @@ fn normalised_rows(matrix: &HostMatrix<'_>, dtype: DType) -> HostMatrix<'static>
 impl<'a, B: Backend> Loader<'a, B> {
     /// Packs the windows, stacked along their rows; all have the same number of columns.
     pub(super) fn pack(&self, windows: &[Window<'_>]) -> Result<B::Linear, ModelError> {
-        if let Some(parts) = self.quantized_parts(windows)? {
-            let weight = self.backend.quantized_linear(&parts)?;
-            parts.into_iter().for_each(|part| self.source.recycle_quantized(part));
+        if let Some(weight) = self.pack_quantized(windows)? {
+            return Ok(weight);
+        }
+        if let Some(parts) = self.fp8_parts(windows)? {
+            return Ok(self.backend.fp8_linear(&parts, self.fp8.dtype)?);
+        }
+        if self.fp8.quantizes {
+            let matrices = self.matrices(windows)?;
+            let weight = self.backend.quantized_to_fp8(&matrices, self.dtype)?;
+            matrices.into_iter().for_each(|matrix| self.source.recycle(matrix));
             return Ok(weight);
         }
         self.pack_plain(windows, self.dtype)
+    }
+
+    /// Packs the windows of a table whose rows are looked up, or of the logits' matrix, which is as precise as the model is: as
+    /// [`Loader::pack`], but plain where that would be of eight bits.
+    pub(super) fn pack_table(&self, windows: &[Window<'_>]) -> Result<B::Linear, ModelError> {
+        match self.pack_quantized(windows)? {
+            Some(weight) => Ok(weight),
+            None => self.pack_plain(windows, self.dtype),
+        }
+    }
+
+    fn pack_quantized(&self, windows: &[Window<'_>]) -> Result<Option<B::Linear>, ModelError> {
+        let Some(parts) = self.quantized_parts(windows)? else { return Ok(None) };
+        let weight = self.backend.quantized_linear(&parts)?;
+        parts.into_iter().for_each(|part| self.source.recycle_quantized(part));
+        Ok(Some(weight))
     }
 
     /// Packs the windows in `dtype`, dequantized where they are not plain.
@@ -97,6 +120,15 @@ impl<'a, B: Backend> Loader<'a, B> {
             }
         };
         windows.iter().map(matrix).collect()
+    }
+
+    /// The windows as they are stored where all of them are of eight bits.
+    fn fp8_parts(&self, windows: &[Window<'_>]) -> Result<Option<Vec<Fp8Matrix<'a>>>, ModelError> {
+        let parts = windows.iter().map(|window| {
+            let part = || self.source.fp8(window.name, window.rows.clone(), window.cols.clone());
+            if window.is_transposed { None } else { part() }
+        });
+        parts.map(Option::transpose).collect()
     }
 
     /// The quantized blocks of all windows; none where one is stored plain or cuts a group, or the weights are to be of a

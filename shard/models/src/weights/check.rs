@@ -4,6 +4,7 @@ use std::collections::HashSet;
 
 use backend::DType;
 
+use super::cache_scales::is_cache_scale;
 use super::{WeightSource, blocks};
 use crate::ModelError;
 use crate::spec::{DecoderSpec, ExpectedTensor, LmHeadSpec};
@@ -71,10 +72,14 @@ pub(crate) fn check_tensors(spec: &DecoderSpec, source: &dyn WeightSource) -> Re
     if mistakes.is_empty() { Ok(()) } else { Err(ModelError::Unusable(mistakes)) }
 }
 
-/// The type most elements of the model are stored in.
+/// The type most elements of the model are stored in, those of eight bits aside.
 pub(crate) fn prevailing_dtype(spec: &DecoderSpec, source: &dyn WeightSource) -> DType {
     let mut elements = [(DType::BF16, 0), (DType::F16, 0), (DType::F32, 0)];
     for ExpectedTensor { name, shape } in spec.tensors() {
+        // Eight bits are a form of their own.
+        if source.is_fp8(&name) {
+            continue;
+        }
         let dtype = source.meta(&name).and_then(|meta| meta.dtype);
         if let Some(entry) = elements.iter_mut().find(|entry| Some(entry.0) == dtype) {
             entry.1 += shape.iter().product::<usize>();
@@ -85,6 +90,7 @@ pub(crate) fn prevailing_dtype(spec: &DecoderSpec, source: &dyn WeightSource) ->
 
 fn is_harmless(name: &str, spec: &DecoderSpec) -> bool {
     HARMLESS_SUFFIXES.iter().any(|suffix| name.ends_with(suffix))
+        || is_cache_scale(name)
         || (spec.lm_head == LmHeadSpec::Tied && TIED_HEADS.contains(&name))
         || spec.other_tensors.iter().any(|prefix| name.starts_with(prefix.as_str()))
 }

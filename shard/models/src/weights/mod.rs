@@ -1,7 +1,9 @@
 //! Weights as they lie in files: by name, in the files' own type, only the bytes this rank needs.
 
 mod blocks;
+mod cache_scales;
 mod check;
+mod fp8;
 mod gguf;
 mod pickle;
 mod pytorch;
@@ -14,14 +16,16 @@ use std::fs::File;
 use std::ops::Range;
 use std::path::Path;
 
-use backend::{DType, HostMatrix, QuantizedMatrix};
+use backend::{DType, Fp8Matrix, HostMatrix, QuantizedMatrix};
 use hub::{ModelFiles, WeightFiles};
 use memmap2::{Mmap, UncheckedAdvice};
 
+pub(crate) use cache_scales::check_cache_scales;
 pub(crate) use check::{check_tensors, prevailing_dtype};
 pub(crate) use renamed::with_names_of;
 
 use crate::ModelError;
+use crate::quantization::Fp8Scheme;
 
 /// What a file says about a tensor.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -77,6 +81,26 @@ pub(crate) trait WeightSource: Send + Sync {
         None
     }
 
+    /// The bytes of a tensor as the file has them; none where they are not in one run.
+    fn stored_bytes(&self, _name: &str) -> Option<&[u8]> {
+        None
+    }
+
+    /// Whether a tensor is stored as E4M3 numbers with scales, which [`WeightSource::matrix`] multiplies in.
+    fn is_fp8(&self, _name: &str) -> bool {
+        false
+    }
+
+    /// The same window as stored, nothing rounded; none where the tensor is stored otherwise.
+    fn fp8(
+        &self,
+        _name: &str,
+        _rows: Range<usize>,
+        _cols: Range<usize>,
+    ) -> Option<Result<Fp8Matrix<'_>, ModelError>> {
+        None
+    }
+
     /// Takes back a matrix that is no longer needed. Its memory serves the next one, because fresh memory is cleared by the
     /// system first, which costs more than dequantizing; what it borrows of a mapped file leaves this process's memory.
     fn recycle(&self, _matrix: HostMatrix<'_>) {}
@@ -96,13 +120,24 @@ pub(crate) trait WeightSource: Send + Sync {
     }
 }
 
-/// Opens the files of a model; `threads` is how many may dequantize.
+/// Opens the files of a model; `threads` is how many may dequantize, `fp8` how weights of eight bits are scaled where the
+/// configuration says that there are some.
 ///
 /// # Errors
 /// A file cannot be read or is damaged.
-pub(crate) fn open(files: &ModelFiles, threads: usize) -> Result<Box<dyn WeightSource>, ModelError> {
+pub(crate) fn open(
+    files: &ModelFiles,
+    threads: usize,
+    fp8: Option<Fp8Scheme>,
+) -> Result<Box<dyn WeightSource>, ModelError> {
     match &files.weights {
-        WeightFiles::Safetensors(paths) => Ok(Box::new(safetensors::Safetensors::open(paths)?)),
+        WeightFiles::Safetensors(paths) => {
+            let source = safetensors::Safetensors::open(paths)?;
+            match fp8 {
+                None => Ok(Box::new(source)),
+                Some(scheme) => Ok(Box::new(fp8::Fp8Weights::new(Box::new(source), scheme)?)),
+            }
+        }
         WeightFiles::Pytorch(paths) => Ok(Box::new(pytorch::Pytorch::open(paths)?)),
         WeightFiles::Gguf(path) => match files.gguf()? {
             Some(file) => Ok(Box::new(gguf::GgufWeights::new(file, path, threads)?)),

@@ -4,7 +4,7 @@
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
-use backend::HostMatrix;
+use backend::{Fp8Matrix, HostMatrix};
 
 use super::{TensorMeta, WeightSource};
 use crate::ModelError;
@@ -77,6 +77,19 @@ impl WeightSource for Renamed {
         cols: Range<usize>,
     ) -> Result<HostMatrix<'_>, ModelError> {
         self.source.matrix(self.in_file(name), rows, cols)
+    }
+
+    fn is_fp8(&self, name: &str) -> bool {
+        self.source.is_fp8(self.in_file(name))
+    }
+
+    fn fp8(
+        &self,
+        name: &str,
+        rows: Range<usize>,
+        cols: Range<usize>,
+    ) -> Option<Result<Fp8Matrix<'_>, ModelError>> {
+        self.source.fp8(self.in_file(name), rows, cols)
     }
 
     fn recycle(&self, matrix: HostMatrix<'_>) {

@@ -103,6 +103,11 @@ impl WeightSource for Safetensors {
         })
     }
 
+    fn stored_bytes(&self, name: &str) -> Option<&[u8]> {
+        let tensor = self.tensors.get(name)?;
+        self.files[tensor.file].get(tensor.bytes.clone())
+    }
+
     fn recycle(&self, matrix: HostMatrix<'_>) {
         release(&self.files, &matrix);
     }

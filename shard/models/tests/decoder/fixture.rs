@@ -1,7 +1,9 @@
 //! A random llama of awkward sizes, or one of the kinds in `mixtures`, written as its files would be.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
+use backend::Fp8Format;
 use half::bf16;
 use hub::{HubOptions, ModelFiles, ModelRef};
 use serde_json::{Value, json};
@@ -14,6 +16,51 @@ use crate::{mixtures, relatives};
 pub(crate) enum Stored {
     F32,
     Bf16,
+    /// Projections in E4M3, attention's with a scale a row and the others with one a block of [`BLOCK`]; the rest in F32.
+    Fp8,
+}
+
+/// Rows and columns that share a scale.
+const BLOCK: [usize; 2] = [16, 24];
+
+impl Stored {
+    const fn name(self) -> &'static str {
+        match self {
+            Stored::Bf16 => "BF16",
+            Stored::F32 | Stored::Fp8 => "F32",
+        }
+    }
+}
+
+/// How a tensor of eight bits is stored: numbers, then the name, shape and values of its scales.
+struct Eight {
+    numbers: Vec<u8>,
+    scales: (String, [usize; 2], Vec<f32>),
+}
+
+impl Tensor {
+    /// The projection rounded to eight bits; its values become what those stand for.
+    fn round_to_eight_bits(&mut self) -> Eight {
+        let [rows, cols] = [self.shape[0], self.shape[1]];
+        let is_in_blocks = self.name.contains("mlp");
+        let [block_rows, block_cols] = if is_in_blocks { BLOCK } else { [1, cols] };
+        let grid = [rows.div_ceil(block_rows), cols.div_ceil(block_cols)];
+        let scale_of = |row: usize, col: usize| row / block_rows * grid[1] + col / block_cols;
+        let mut scales = vec![0.0_f32; grid[0] * grid[1]];
+        for (at, value) in self.values.iter().enumerate() {
+            let scale = &mut scales[scale_of(at / cols, at % cols)];
+            *scale = scale.max(value.abs() / Fp8Format::E4M3.max());
+        }
+        let mut numbers = Vec::new();
+        for (at, value) in self.values.iter_mut().enumerate() {
+            let scale = scales[scale_of(at / cols, at % cols)];
+            let number = Fp8Format::E4M3.encode(*value / scale);
+            *value = Fp8Format::E4M3.decode(number) * scale;
+            numbers.push(number);
+        }
+        let suffix = if is_in_blocks { "_scale_inv" } else { "_scale" };
+        Eight { numbers, scales: (format!("{}{suffix}", self.name), grid, scales) }
+    }
 }
 
 /// Which architecture.
@@ -55,6 +102,8 @@ pub(crate) struct Fixture {
     pub(crate) is_tied: bool,
     pub(crate) has_biases: bool,
     pub(crate) tensors: Vec<Tensor>,
+    /// Those of eight bits, by name.
+    eight: HashMap<String, Eight>,
     stored: Stored,
     noise: Noise,
     folder: tempfile::TempDir,
@@ -91,6 +140,7 @@ impl Fixture {
             is_tied,
             has_biases,
             tensors: Vec::new(),
+            eight: HashMap::new(),
             stored,
             noise: Noise::new(11),
             model: folder.path().to_owned(),
@@ -98,6 +148,12 @@ impl Fixture {
         };
         relatives::resize(&mut fixture);
         fixture.fill();
+        if stored == Stored::Fp8 {
+            let projections =
+                fixture.tensors.iter_mut().filter(|tensor| tensor.name.ends_with("_proj.weight"));
+            fixture.eight =
+                projections.map(|tensor| (tensor.name.clone(), tensor.round_to_eight_bits())).collect();
+        }
         fixture.write();
         fixture
     }
@@ -151,7 +207,7 @@ impl Fixture {
             // Evenly from -1 to 1.
             let unit = self.noise.next() as u32 as f32 / (1_u32 << 31) as f32 - 1.0;
             let value = offset + scale * unit;
-            if self.stored == Stored::F32 { value } else { bf16::from_f32(value).to_f32() }
+            if self.stored == Stored::Bf16 { bf16::from_f32(value).to_f32() } else { value }
         };
         let values = std::iter::repeat_with(value).take(shape.iter().product()).collect();
         self.tensors.push(Tensor { name: name.to_owned(), shape: shape.to_vec(), values });
@@ -179,7 +235,7 @@ impl Fixture {
 
     fn bytes(&self, values: &[f32]) -> Vec<u8> {
         match self.stored {
-            Stored::F32 => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+            Stored::F32 | Stored::Fp8 => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
             Stored::Bf16 => values.iter().flat_map(|&value| bf16::from_f32(value).to_le_bytes()).collect(),
         }
     }
@@ -195,18 +251,28 @@ impl Fixture {
             "mlp_bias": self.has_biases, "rope_theta": 100.0, "hidden_act": "silu",
         });
         mixtures::change(&mut config, self);
+        if self.stored == Stored::Fp8 {
+            config["quantization_config"] = json!({"quant_method": "fp8", "weight_block_size": BLOCK});
+        }
         relatives::change(&mut config, self);
         std::fs::write(self.folder().join("config.json"), config.to_string()).unwrap();
         let (first, second) = self.tensors.split_at(self.tensors.len() / 2);
         for (name, tensors) in [("model-00001-of-00002", first), ("model-00002-of-00002", second)] {
             let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
-            for tensor in tensors {
-                let bytes = self.bytes(&tensor.values);
-                let dtype = if self.stored == Stored::F32 { "F32" } else { "BF16" };
+            let mut put = |name: &str, dtype: &str, shape: &[usize], bytes: Vec<u8>| {
                 let offsets = [data.len(), data.len() + bytes.len()];
-                let entry = json!({"dtype": dtype, "shape": tensor.shape, "data_offsets": offsets});
-                header.insert(tensor.name.clone(), entry);
+                let entry = json!({"dtype": dtype, "shape": shape, "data_offsets": offsets});
+                header.insert(name.to_owned(), entry);
                 data.extend(bytes);
+            };
+            for tensor in tensors {
+                match self.eight.get(&tensor.name) {
+                    None => put(&tensor.name, self.stored.name(), &tensor.shape, self.bytes(&tensor.values)),
+                    Some(Eight { numbers, scales: (scale_name, grid, scales) }) => {
+                        put(&tensor.name, "F8_E4M3", &tensor.shape, numbers.clone());
+                        put(scale_name, "F32", grid, self.bytes(scales));
+                    }
+                }
             }
             let header = Value::Object(header).to_string();
             let bytes = [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &data].concat();

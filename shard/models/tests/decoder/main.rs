@@ -12,12 +12,13 @@ mod testing;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use backend::collectives::Single;
 use backend::collectives::shm::{Rendezvous, join};
 use backend::cpu::{CpuBackend, CpuOptions};
 use backend::sampling::{SamplingParams, SamplingRow};
-use backend::{DType, StepInput};
+use backend::{DType, KvDType, StepInput};
 use fixture::{Fixture, Kind, Stored};
-use models::{CausalLm, Decoder, DeviceRules, LoadOptions, footprint, load};
+use models::{CausalLm, Decoder, DeviceRules, LoadOptions, Quantize, footprint, load};
 
 type CpuDecoder = Decoder<CpuBackend>;
 
@@ -151,6 +152,7 @@ fn a_footprint_is_what_a_load_takes() {
         default_dtype: |stored| stored,
         default_kv_dtype: |dtype| if dtype == DType::F32 { DType::F32 } else { DType::F16 },
         keeps_quantized: true,
+        keeps_fp8: false,
         max_step_tokens: 512,
         max_rows_sampled: options().max_rows_sampled,
         block_size: BLOCK_SIZE,
@@ -166,7 +168,7 @@ fn a_footprint_is_what_a_load_takes() {
         let world_sizes = if fixture.kind == Kind::Llama { &[1, 2][..] } else { &[1] };
         for &world_size in world_sizes {
             let loaded = on_ranks(fixture, world_size, &options(), |decoder| decoder.info().clone());
-            let foreseen = footprint(&fixture.files(), (None, None), world_size, &rules).unwrap();
+            let foreseen = footprint(&fixture.files(), &LoadOptions::default(), world_size, &rules).unwrap();
             for (rank, (loaded, foreseen)) in loaded.iter().zip(&foreseen.ranks).enumerate() {
                 let bytes = |name: &str| loaded.memory.iter().find(|entry| entry.0 == name).unwrap().1;
                 let context = format!("fixture {index}, rank {rank} of {world_size}");
@@ -204,7 +206,8 @@ fn prefill_decode_and_chunks_equal_the_reference() {
             let expected = reference::logits(&fixture, &tokens);
             let spread = expected.iter().flatten().map(|logit| logit.abs()).fold(0.0, f64::max);
             assert!((0.5..20.0).contains(&spread), "logits up to {spread} hide or invent differences");
-            let options = LoadOptions { kv_dtype, dtype: Some(weights), ..options() };
+            let options =
+                LoadOptions { kv_dtype: kv_dtype.map(Into::into), dtype: Some(weights), ..options() };
             let cache = kv_dtype.unwrap_or(if weights == DType::F32 { DType::F32 } else { DType::F16 });
             alone(&fixture, &options, |decoder| {
                 for sizes in [&[37][..], &[20], &[5, 1, 16, 15], &[]] {
@@ -213,6 +216,89 @@ fn prefill_decode_and_chunks_equal_the_reference() {
                 }
             });
         }
+    }
+}
+
+/// Scales a row and scales a block, also where a rank's window cuts a block.
+#[test]
+fn weights_of_eight_bits_are_numbers_times_scales_on_any_ranks() {
+    let fixture = Fixture::plain(Stored::Fp8);
+    let tokens = fixture.tokens(37, 5);
+    let expected = reference::logits(&fixture, &tokens);
+    for quantize in [None, Some(Quantize::Fp8)] {
+        let options = LoadOptions { quantize, ..options() };
+        for world_size in 1..=3 {
+            let all =
+                on_ranks(&fixture, world_size, &options, |decoder| in_pieces(decoder, &tokens, &[20, 9]));
+            assert_close(&all[0], &expected, tolerance(DType::F32, DType::F32));
+        }
+    }
+}
+
+#[test]
+fn eight_bits_that_the_processor_does_not_keep_are_refused() {
+    let fixture = Fixture::plain(Stored::Bf16);
+    let refusal = |options: &LoadOptions| {
+        let backend =
+            CpuBackend::new(CpuOptions { threads: 1, isa: None, pin_threads: false }, Box::new(Single))
+                .unwrap();
+        match load(backend, &fixture.files(), options) {
+            Ok(_) => panic!("accepted"),
+            Err(error) => error.to_string(),
+        }
+    };
+    let quantized = refusal(&LoadOptions { quantize: Some(Quantize::Fp8), ..options() });
+    assert_eq!(
+        quantized,
+        "--quantize fp8 rounds weights for a GPU, and this is the CPU: leave it out, or use --device cuda"
+    );
+    let kv_dtype = KvDType::from_fp8_name("fp8_e4m3fn");
+    let cached = refusal(&LoadOptions { kv_dtype, ..options() });
+    assert!(cached.starts_with("--kv-cache-dtype fp8_e4m3fn: ") && !cached.contains('\n'), "{cached}");
+}
+
+/// Scales that a checkpoint has for keys and values are not used, so they must be 1 where the cache has eight bits.
+#[test]
+fn scales_of_keys_and_values_are_one_or_the_cache_is_plain() {
+    let rules = DeviceRules {
+        default_dtype: |stored| stored,
+        default_kv_dtype: |dtype| dtype,
+        keeps_quantized: false,
+        keeps_fp8: true,
+        max_step_tokens: 512,
+        max_rows_sampled: options().max_rows_sampled,
+        block_size: BLOCK_SIZE,
+    };
+    for stored in [Stored::F32, Stored::Fp8] {
+        let mut fixture = Fixture::plain(stored);
+        let tokens = fixture.tokens(9, 5);
+        let logits =
+            |fixture: &Fixture| alone(fixture, &options(), |decoder| in_pieces(decoder, &tokens, &[9]));
+        let before = logits(&fixture);
+        for name in ["self_attn.k_scale", "self_attn.v_proj.output_scale"] {
+            fixture.add(&format!("model.layers.1.{name}"), &[1]);
+        }
+        let set = |fixture: &mut Fixture, scales: [f32; 2]| {
+            let count = fixture.tensors.len();
+            for (tensor, scale) in fixture.tensors[count - 2..].iter_mut().zip(scales) {
+                tensor.values = vec![scale];
+            }
+            fixture.write();
+        };
+        let e4m3 = LoadOptions { kv_dtype: KvDType::from_fp8_name("fp8_e4m3fn"), ..options() };
+        let asked = |fixture: &Fixture, options: &LoadOptions| {
+            footprint(&fixture.files(), options, 1, &rules).map(drop).map_err(|error| error.to_string())
+        };
+        set(&mut fixture, [1.0, 1.0]);
+        assert_eq!(asked(&fixture, &e4m3), Ok(()));
+        set(&mut fixture, [1.0, 0.25]);
+        assert_eq!(asked(&fixture, &options()), Ok(()));
+        assert!(logits(&fixture) == before);
+        assert_eq!(
+            asked(&fixture, &e4m3).unwrap_err(),
+            "tensor model.layers.1.self_attn.v_proj.output_scale is 0.25, expected 1: --kv-cache-dtype fp8_e4m3fn stores keys \
+             and values with a scale of 1; leave it out for a cache that needs no scales"
+        );
     }
 }
 

@@ -214,7 +214,7 @@ fn experts_and_latent_vectors_equal_the_reference() {
             let spread = expected.iter().flatten().map(|logit| logit.abs()).fold(0.0, f64::max);
             assert!((0.5..20.0).contains(&spread), "logits up to {spread} hide or invent differences");
             let options =
-                models::LoadOptions { kv_dtype: Some(DType::F32), dtype: Some(weights), ..options() };
+                models::LoadOptions { kv_dtype: Some(DType::F32.into()), dtype: Some(weights), ..options() };
             alone(&fixture, &options, |decoder| {
                 for sizes in [&[37][..], &[20], &[5, 1, 16, 15], &[]] {
                     let found = in_pieces(decoder, &tokens, sizes);

@@ -277,7 +277,8 @@ fn check(kind: Kind, num_tokens: usize) {
         let rounding = if kind == Kind::NormedHead && weights == DType::BF16 { 0.05 } else { 0.0 };
         // Sums of thousands of products are less exact.
         let factor = if kind == Kind::LinearBiases { 20.0 } else { 3.0 };
-        let load = models::LoadOptions { kv_dtype: Some(DType::F32), dtype: Some(weights), ..options() };
+        let load =
+            models::LoadOptions { kv_dtype: Some(DType::F32.into()), dtype: Some(weights), ..options() };
         for sizes in [&[num_tokens][..], &[5, 1]] {
             alone(&fixture, &load, |decoder| {
                 let found = in_pieces(decoder, &tokens, sizes);
