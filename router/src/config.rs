@@ -151,7 +151,6 @@ fn check_values(args: &Args) -> Vec<String> {
             mistakes.push(format!("{flag} is 0, expected 1 or more"));
         }
     }
-    mistakes.extend(otlp_endpoint(args).and_then(Result::err));
     if !(args.waiting_served_ratio >= 0.0 && args.waiting_served_ratio.is_finite()) {
         mistakes.push(format!("--waiting-served-ratio is {}, expected 0 or more", args.waiting_served_ratio));
     }
@@ -161,6 +160,7 @@ fn check_values(args: &Args) -> Vec<String> {
         mistakes
             .push(format!("--max-input-tokens is {input}, expected less than --max-total-tokens, {total}"));
     }
+    mistakes.extend(otlp_endpoint(args).and_then(Result::err));
     mistakes
 }
 
