@@ -75,6 +75,7 @@ fn summary(report: &Report) -> serde_json::Value {
         "answers_compared": report.answers,
         "near_ties_left_out": report.near_ties_left_out,
         "tokens": report.tokens,
+        "near_ties_met": report.near_ties_met,
         "errors": report.errors,
         "streams_lost_with_router": report.lost_with_router,
         "stop_recovery_ms": of(&report.stop_recovery_ms),

@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 use nix::sys::signal::Signal;
 use serde::Serialize;
 
-use crate::workload::{AskError, Known, ask};
+use crate::workload::{Answer, AskError, Known, ask};
 use crate::{Server, http, process_tree};
 
 /// Longer than any recovery, on any machine.
@@ -51,6 +51,11 @@ pub struct Report {
     pub tokens: usize,
     /// Streams that ended otherwise, or said something else, with the reason.
     pub errors: Vec<String>,
+    /// Streams that said something else than the known answer, and what is also said when nothing is killed, see
+    /// [`Known::is_also_given`].
+    pub near_ties_met: Vec<String>,
+    #[serde(skip)]
+    differences: Vec<Difference>,
     /// Streams that were lost with a router and asked for again.
     pub lost_with_router: usize,
     /// From the stop of a shard to `/health` 200, in milliseconds, sorted; `--stall-timeout` is most of it.
@@ -65,6 +70,14 @@ pub struct Report {
     pub resources: Vec<Resources>,
     /// KV blocks held when all streams had ended, all ranks together.
     pub blocks_left: u64,
+}
+
+/// An answer that is not the known one.
+#[derive(Debug)]
+struct Difference {
+    number: usize,
+    answer: Answer,
+    text: String,
 }
 
 /// What the long-lived processes hold.
@@ -114,6 +127,10 @@ pub fn run(server: &Server, chaos: &Chaos, known: &Known) -> Result<Report> {
     report.stop_recovery_ms.sort_by(f64::total_cmp);
     report.router_recovery_ms.sort_by(f64::total_cmp);
     report.near_ties_left_out = known.near_ties;
+    for Difference { number, answer, text } in std::mem::take(&mut report.differences) {
+        let is_near_tie = known.is_also_given(server.port(), number, &answer)?;
+        if is_near_tie { &mut report.near_ties_met } else { &mut report.errors }.push(text);
+    }
     report.blocks_left = server.blocks_used()?;
     Ok(report)
 }
@@ -133,7 +150,10 @@ fn keep_asking(port: u16, first: usize, known: &Known, progress: &Progress) {
                 report.answers += 1;
                 report.longest_gap_ms = report.longest_gap_ms.max(answer.longest_gap.as_secs_f64() * 1e3);
                 if let Err(difference) = answer.check(&undisturbed[number]) {
-                    report.errors.push(format!("request {number}: {difference:#}"));
+                    report.errors.push(format!(
+                        "request {number}, {}: {difference:#}",
+                        requests[number]["parameters"]
+                    ));
                 }
             }
             Err(AskError::Connection(_)) if report.router_kills > 0 => {

@@ -11,6 +11,7 @@ use tonic::transport::Channel;
 use tonic::{Request, Status};
 
 use crate::ClientError;
+use crate::call_id::CallId;
 use crate::connection::{self, Closed};
 use crate::control::shard_control_client::ShardControlClient;
 use crate::control::{HandshakeRequest, HandshakeResponse, StatusRequest, StatusResponse};
@@ -30,6 +31,8 @@ const MAX_MESSAGE_BYTES: usize = (1 << 31) - 1;
 #[derive(Debug, Clone)]
 pub struct ShardClient {
     closed: Closed,
+    /// The call that is made next.
+    call: Option<CallId>,
     generation: TextGenerationServiceClient<InterceptedService<Channel, TellTrace>>,
     control: ShardControlClient<Channel>,
 }
@@ -47,6 +50,7 @@ impl ShardClient {
         })?;
         Ok(Self {
             closed,
+            call: None,
             generation: TextGenerationServiceClient::with_interceptor(
                 channel.clone(),
                 tell_trace as TellTrace,
@@ -54,6 +58,19 @@ impl ShardClient {
             .max_decoding_message_size(MAX_MESSAGE_BYTES),
             control: ShardControlClient::new(channel),
         })
+    }
+
+    /// The same client for one call of this name, which other ranks get too: a shard whose caller goes away while it computes
+    /// hands the call on to those that it did not reach.
+    pub fn as_call(&self, call: CallId) -> Self {
+        Self { call: Some(call), ..self.clone() }
+    }
+
+    fn named<T>(&self, message: T) -> Request<T> {
+        match self.call {
+            Some(call) => call.name(message),
+            None => Request::new(message),
+        }
     }
 
     /// Resolves when the connection has ended, which is when the shard has.
@@ -110,6 +127,7 @@ impl ShardClient {
 
     /// Runs the worst legal prefill and sizes the KV cache.
     pub async fn warmup(&mut self, request: WarmupRequest) -> Result<WarmupResponse, ClientError> {
+        let request = self.named(request);
         Ok(self.generation.warmup(request).await?.into_inner())
     }
 
@@ -119,13 +137,14 @@ impl ShardClient {
         batch: Batch,
         cached_batch: Option<CachedBatch>,
     ) -> Result<PrefillResponse, ClientError> {
-        let request = PrefillRequest { batch: Some(batch), cached_batch };
+        let request = self.named(PrefillRequest { batch: Some(batch), cached_batch });
         Ok(self.generation.prefill(request).await?.into_inner())
     }
 
     /// One token for every request of `batches`.
     pub async fn decode(&mut self, batches: Vec<CachedBatch>) -> Result<DecodeResponse, ClientError> {
-        Ok(self.generation.decode(DecodeRequest { batches }).await?.into_inner())
+        let request = self.named(DecodeRequest { batches });
+        Ok(self.generation.decode(request).await?.into_inner())
     }
 }
 

@@ -2,13 +2,16 @@
 //!
 //! - [`v3`]: TGI's `generate.v3`, field for field.
 //! - [`control`]: what Quartet adds, a second service on the same socket.
+//! - [`CallId`]: what a call that all ranks must carry out is called.
 //! - [`ShardClient`]: one shard. [`ShardedClient`]: all ranks, merged into one answer.
 
+mod call_id;
 mod client;
 mod connection;
 mod error;
 mod sharded_client;
 
+pub use call_id::CallId;
 pub use client::ShardClient;
 pub use error::ClientError;
 pub use sharded_client::{ShardInfo, ShardedClient, StepResult, StepTimings};

@@ -11,11 +11,17 @@ use std::time::Duration;
 use futures::FutureExt;
 use futures::future::{join_all, select_all, try_join_all};
 
+use crate::call_id::CallCounter;
 use crate::v3::{
     Batch, CachedBatch, DecodeResponse, Generation, InfoResponse, PrefillResponse, WarmupRequest,
     WarmupResponse,
 };
 use crate::{ClientError, ShardClient};
+
+/// How often ranks whose last calls differ are asked again: about five seconds for what takes milliseconds.
+const IN_STEP_LOOKS: u32 = 1000;
+/// Between two looks.
+const IN_STEP_PAUSE: Duration = Duration::from_millis(5);
 
 /// What the shards are.
 pub type ShardInfo = InfoResponse;
@@ -48,22 +54,23 @@ pub struct StepResult {
 #[derive(Debug, Clone)]
 pub struct ShardedClient {
     clients: Vec<ShardClient>,
+    calls: CallCounter,
 }
 
 impl ShardedClient {
     /// Connects to the master shard and, through it, to every rank.
     ///
     /// # Errors
-    /// [`ClientError::Connection`] for a socket nobody listens on, [`ClientError::Disagreement`] for an empty list and for
-    /// ranks that were not started together.
+    /// [`ClientError::Connection`] for a socket nobody listens on, [`ClientError::Disagreement`] for an empty list, for ranks
+    /// that were not started together and for ranks that an earlier client left in different calls.
     pub async fn connect(master_uds_path: impl AsRef<Path>) -> Result<Self, ClientError> {
         let urls = ShardClient::connect(master_uds_path).await?.service_discovery().await?;
         if urls.is_empty() {
             return Err(ClientError::Disagreement("service discovery returned no shard".to_string()));
         }
         let mut clients = try_join_all(urls.iter().map(ShardClient::connect)).await?;
-        check_started_together(&mut clients).await?;
-        Ok(Self { clients })
+        check_in_step(&mut clients).await?;
+        Ok(Self { clients, calls: CallCounter::new() })
     }
 
     /// Resolves when the connection to any rank has ended: without one rank the others are of no use.
@@ -79,6 +86,12 @@ impl ShardedClient {
     /// The clients of the single ranks, in rank order.
     pub fn ranks(&self) -> &[ShardClient] {
         &self.clients
+    }
+
+    /// The ranks' clients for one call in which the ranks wait for one another.
+    fn for_one_call(&self) -> Vec<ShardClient> {
+        let call = self.calls.next();
+        self.clients.iter().map(|client| client.as_call(call)).collect()
     }
 
     /// What the shards are, in the last rank's words, as TGI's router takes it.
@@ -108,7 +121,8 @@ impl ShardedClient {
 
     /// Warms up every rank; each limit is the smallest any rank reported.
     pub async fn warmup(&mut self, request: WarmupRequest) -> Result<WarmupResponse, ClientError> {
-        let calls = self.clients.iter_mut().map(|client| client.warmup(request.clone()));
+        let mut clients = self.for_one_call();
+        let calls = clients.iter_mut().map(|client| client.warmup(request.clone()));
         settle(join_all(calls).await)?
             .into_iter()
             .reduce(|a, b| WarmupResponse {
@@ -125,13 +139,15 @@ impl ShardedClient {
         batch: Batch,
         cached_batch: Option<CachedBatch>,
     ) -> Result<StepResult, ClientError> {
-        let calls = self.clients.iter_mut().map(|client| client.prefill(batch.clone(), cached_batch.clone()));
+        let mut clients = self.for_one_call();
+        let calls = clients.iter_mut().map(|client| client.prefill(batch.clone(), cached_batch.clone()));
         merge(settle(join_all(calls).await)?.into_iter().map(StepResult::from).collect())
     }
 
     /// One token for every request of `batches`, on every rank.
     pub async fn decode(&mut self, batches: Vec<CachedBatch>) -> Result<StepResult, ClientError> {
-        let calls = self.clients.iter_mut().map(|client| client.decode(batches.clone()));
+        let mut clients = self.for_one_call();
+        let calls = clients.iter_mut().map(|client| client.decode(batches.clone()));
         merge(settle(join_all(calls).await)?.into_iter().map(StepResult::from).collect())
     }
 }
@@ -166,24 +182,31 @@ impl From<DecodeResponse> for StepResult {
     }
 }
 
-/// While a group is being restarted, a rank of the old one may still answer beside one of the new. Shards that are not
-/// Quartet's do not know the question.
-async fn check_started_together(clients: &mut [ShardClient]) -> Result<(), ClientError> {
+/// While a group is being restarted, a rank of the old one may still answer beside one of the new; and after the death of
+/// another client, a rank may wait in a call that the others are about to be told of. Shards that are not Quartet's do not
+/// know the question.
+async fn check_in_step(clients: &mut [ShardClient]) -> Result<(), ClientError> {
     if clients.len() < 2 {
         return Ok(());
     }
-    let answers = match try_join_all(clients.iter_mut().map(ShardClient::handshake)).await {
-        Err(error) if error.is_lost() => return Err(error),
-        Err(_) => return Ok(()),
-        Ok(answers) => answers,
-    };
-    match answers.iter().find(|answer| answer.instance_id != answers[0].instance_id) {
-        Some(other) => Err(ClientError::Disagreement(format!(
-            "rank {} was started as a part of {:?}, rank {} of {:?}",
-            answers[0].rank, answers[0].instance_id, other.rank, other.instance_id
-        ))),
-        None => Ok(()),
+    for _ in 0..IN_STEP_LOOKS {
+        let answers = match try_join_all(clients.iter_mut().map(ShardClient::handshake)).await {
+            Err(error) if error.is_lost() => return Err(error),
+            Err(_) => return Ok(()),
+            Ok(answers) => answers,
+        };
+        if let Some(other) = answers.iter().find(|answer| answer.instance_id != answers[0].instance_id) {
+            return Err(ClientError::Disagreement(format!(
+                "rank {} was started as a part of {:?}, rank {} of {:?}",
+                answers[0].rank, answers[0].instance_id, other.rank, other.instance_id
+            )));
+        }
+        if answers.iter().all(|answer| answer.last_call == answers[0].last_call) {
+            return Ok(());
+        }
+        tokio::time::sleep(IN_STEP_PAUSE).await;
     }
+    Err(ClientError::Disagreement("their last calls differ and stay different".to_string()))
 }
 
 /// Waits for all ranks before it reports an error: a call that went to one rank must have ended on all of them

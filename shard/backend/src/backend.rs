@@ -303,11 +303,11 @@ pub trait Backend: Send + Sized + 'static {
     fn begin_step(&mut self, step: &StepInput) -> Result<(), BackendError>;
     /// Runs `operations`, which is one `part` of a step. In a step of one token a sequence they depend on nothing but the
     /// number of rows, the weights and the buffers, so that a device may record what they launch and replay that for a
-    /// later step with as many rows; `operations` is called in any case.
+    /// later step with as many rows; `operations` is called in any case, and twice where it is run and recorded.
     fn run<E: From<BackendError>>(
         &mut self,
         part: StepPart,
-        operations: impl FnOnce(&mut Self) -> Result<(), E>,
+        mut operations: impl FnMut(&mut Self) -> Result<(), E>,
     ) -> Result<(), E> {
         let _ = part;
         operations(self)

@@ -75,6 +75,11 @@ impl<B: Backend> Decoder<B> {
         &self.backend
     }
 
+    /// What it runs on, to be asked for more than computing.
+    pub fn backend_mut(&mut self) -> &mut B {
+        &mut self.backend
+    }
+
     /// The step with as many sequences as the device wants, where each has one token.
     fn padded(&self, step: &StepInput) -> Option<StepInput> {
         let num_seqs = step.num_seqs();

@@ -1,6 +1,7 @@
 //! `quartet.v1`: who this is and whether it moves. Answered without the engine, so that it can be asked while a step hangs.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use proto::control::shard_control_server::ShardControl;
@@ -9,6 +10,7 @@ use proto::control::{
 };
 use tonic::{Request, Response, Status};
 
+use super::relay::Relay;
 use crate::engine::EngineHandle;
 
 /// What this process is.
@@ -37,16 +39,17 @@ impl Identity {
 pub(super) struct Control {
     engine: EngineHandle,
     identity: Identity,
+    relay: Arc<Relay>,
     started_unix_nanos: u64,
 }
 
 impl Control {
-    pub(super) fn new(engine: EngineHandle, identity: Identity) -> Self {
+    pub(super) fn new(engine: EngineHandle, identity: Identity, relay: Arc<Relay>) -> Self {
         // It serves as soon as the last phase has ended.
         let took: Duration = identity.startup.iter().map(|(_, duration)| *duration).sum();
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let started_unix_nanos = now.saturating_sub(took).as_nanos() as u64;
-        Self { engine, identity, started_unix_nanos }
+        Self { engine, identity, relay, started_unix_nanos }
     }
 }
 
@@ -64,6 +67,7 @@ impl ShardControl for Control {
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").to_string(),
             model_id: self.identity.model_id.clone(),
+            last_call: self.relay.last().map(|call| call.to_string()).unwrap_or_default(),
         }))
     }
 

@@ -4,18 +4,21 @@
 
 mod control;
 mod convert;
+mod relay;
 mod service;
 mod socket;
 #[cfg(test)]
 mod tests;
 mod trace;
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use process::SignalStream;
 use proto::control::shard_control_server::ShardControlServer;
 use proto::v3::text_generation_service_server::TextGenerationServiceServer;
 use tokio::sync::oneshot;
+use tokio_stream::StreamExt;
 use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::Server;
 use tonic_reflection::server::v1alpha::{ServerReflection, ServerReflectionServer};
@@ -24,6 +27,7 @@ use crate::engine::{self, Engine, EngineExit};
 use crate::error::ShardError;
 
 use control::Control;
+use relay::{Connection, Relay};
 use service::GenerationService;
 use trace::TraceCalls;
 
@@ -66,14 +70,18 @@ async fn serve(socket: BoundSocket, engine: Engine, identity: Identity) -> Resul
     let (stop, stopped) = oneshot::channel::<()>();
     let generation = GenerationService::new(handle.clone(), identity.urls());
     let reflection = reflection()?;
+    let relay = Arc::new(Relay::new(&identity));
+    let control = Control::new(handle, identity, Arc::clone(&relay));
+    let connections = UnixListenerStream::new(listener)
+        .map(move |accepted| accepted.map(|stream| Connection::new(stream, Arc::clone(&relay))));
     let server = Server::builder()
         .layer(TraceCalls)
         .add_service(reflection)
         .add_service(
             TextGenerationServiceServer::new(generation).max_decoding_message_size(MAX_MESSAGE_BYTES),
         )
-        .add_service(ShardControlServer::new(Control::new(handle, identity)))
-        .serve_with_incoming_shutdown(UnixListenerStream::new(listener), async {
+        .add_service(ShardControlServer::new(control))
+        .serve_with_incoming_shutdown(connections, async {
             // A dropped sender means the same.
             let _ = stopped.await;
         });

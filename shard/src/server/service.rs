@@ -1,7 +1,9 @@
 //! `generate.v3`: each call becomes a command of the engine and waits for its reply.
 
+use std::sync::Arc;
 use std::time::Instant;
 
+use proto::CallId;
 use proto::v3::text_generation_service_server::TextGenerationService;
 use proto::v3::{
     ClearCacheRequest, ClearCacheResponse, DecodeRequest, DecodeResponse, FilterBatchRequest,
@@ -12,6 +14,7 @@ use tokio::sync::oneshot;
 use tonic::{Request, Response, Status};
 
 use super::convert;
+use super::relay::{Call, Caller};
 use crate::engine::{Command, EngineHandle, Reply};
 
 /// The generation service.
@@ -26,7 +29,7 @@ impl GenerationService {
     }
 
     /// Hands the command over at once and waits for the reply. A caller that goes away changes nothing: all ranks must
-    /// carry out the same commands.
+    /// carry out the same commands (see [`super::relay`]).
     async fn call<T: Send + 'static>(
         &self,
         command: impl FnOnce(Reply<T>) -> Command + Send,
@@ -44,10 +47,38 @@ impl GenerationService {
         }
     }
 
+    async fn run_warmup(&self, request: WarmupRequest) -> Result<WarmupResponse, Status> {
+        let request = convert::warmup_request(request).map_err(refusal)?;
+        let limits = self.call(|reply| Command::Warmup { request, reply }).await?;
+        Ok(convert::warmup_response(limits))
+    }
+
+    async fn run_prefill(&self, request: PrefillRequest) -> Result<PrefillResponse, Status> {
+        let received = Instant::now();
+        let PrefillRequest { batch, cached_batch } = request;
+        let batch = convert::new_batch(batch.ok_or_else(|| missing("batch"))?).map_err(refusal)?;
+        let cached_batch = cached_batch.map(|batch| batch.id);
+        let step = self.call(|reply| Command::Prefill { batch, cached_batch, received, reply }).await?;
+        Ok(convert::prefill_response(step))
+    }
+
+    async fn run_decode(&self, request: DecodeRequest) -> Result<DecodeResponse, Status> {
+        let received = Instant::now();
+        let batch_ids = request.batches.into_iter().map(|batch| batch.id).collect();
+        let step = self.call(|reply| Command::Decode { batch_ids, received, reply }).await?;
+        Ok(convert::decode_response(step))
+    }
+
     /// What a caller is told: that this call cannot be served, or that none will be any more.
     fn failure(&self, problem: String) -> Status {
         if self.engine.liveness().has_failed() { lost(problem) } else { refusal(problem) }
     }
+}
+
+/// Says that a call has come in which the ranks wait for one another.
+fn begin<T: Clone>(request: &Request<T>, call: impl FnOnce(T) -> Call) -> Result<(), Status> {
+    let Some(caller) = request.extensions().get::<Arc<Caller>>() else { return Ok(()) };
+    caller.begin(CallId::of(request), || call(request.get_ref().clone()))
 }
 
 /// Upstream's shards answer every failure with this status.
@@ -98,25 +129,18 @@ impl TextGenerationService for GenerationService {
     }
 
     async fn warmup(&self, request: Request<WarmupRequest>) -> Result<Response<WarmupResponse>, Status> {
-        let request = convert::warmup_request(request.into_inner()).map_err(refusal)?;
-        let limits = self.call(|reply| Command::Warmup { request, reply }).await?;
-        Ok(Response::new(convert::warmup_response(limits)))
+        begin(&request, Call::Warmup)?;
+        self.run_warmup(request.into_inner()).await.map(Response::new)
     }
 
     async fn prefill(&self, request: Request<PrefillRequest>) -> Result<Response<PrefillResponse>, Status> {
-        let received = Instant::now();
-        let PrefillRequest { batch, cached_batch } = request.into_inner();
-        let batch = convert::new_batch(batch.ok_or_else(|| missing("batch"))?).map_err(refusal)?;
-        let cached_batch = cached_batch.map(|batch| batch.id);
-        let step = self.call(|reply| Command::Prefill { batch, cached_batch, received, reply }).await?;
-        Ok(Response::new(convert::prefill_response(step)))
+        begin(&request, Call::Prefill)?;
+        self.run_prefill(request.into_inner()).await.map(Response::new)
     }
 
     async fn decode(&self, request: Request<DecodeRequest>) -> Result<Response<DecodeResponse>, Status> {
-        let received = Instant::now();
-        let batch_ids = request.into_inner().batches.into_iter().map(|batch| batch.id).collect();
-        let step = self.call(|reply| Command::Decode { batch_ids, received, reply }).await?;
-        Ok(Response::new(convert::decode_response(step)))
+        begin(&request, Call::Decode)?;
+        self.run_decode(request.into_inner()).await.map(Response::new)
     }
 
     /// Never waits for a long prefill: the engine says beforehand when it has failed, and a step that hangs shows in the

@@ -13,10 +13,12 @@ mod tiny_model;
 mod byte_tokenizer;
 
 use std::os::fd::AsRawFd;
+use std::time::Duration;
 
 use calls::{batch, request, serve_batch, warmup};
 use process::{Place, Shard, exists, program, run};
 use proto::v3::Generation;
+use proto::{CallId, ShardClient, ShardedClient};
 
 fn token(generation: &Generation) -> (u64, u32, f32) {
     let tokens = generation.tokens.as_ref().unwrap();
@@ -134,6 +136,75 @@ async fn a_lost_rank_ends_the_other_with_its_own_code() {
     let error = client.prefill(batch(1, vec![request(1, "hello", 4)]), None).await.unwrap_err().to_string();
     assert!(error.contains("rank 1 lost"), "{error}");
     assert_eq!(first.wait().0, Some(14));
+}
+
+/// Two ranks, and what they say of a batch as long as they are in step.
+struct Pair {
+    shards: [Shard; 2],
+    clients: [ShardClient; 2],
+    undisturbed: Vec<(u64, u32, f32)>,
+    place: Place,
+}
+
+impl Pair {
+    async fn new() -> Self {
+        let place = Place::new();
+        let shards = [place.rank(0, 2), place.rank(1, 2)];
+        let clients = [shards[0].client().await, shards[1].client().await];
+        let mut pair = Self { shards, clients, undisturbed: Vec::new(), place };
+        pair.undisturbed = pair.tokens().await;
+        pair
+    }
+
+    async fn tokens(&mut self) -> Vec<(u64, u32, f32)> {
+        let steps = serve_batch(&mut self.clients, &batch(1, vec![request(1, "hello", 4)])).await;
+        steps.iter().flatten().map(token).collect()
+    }
+
+    /// Were the ranks apart, this would never be answered.
+    async fn check(&mut self) {
+        let mut next = ShardedClient::connect(self.place.socket(0)).await.unwrap();
+        next.clear_cache(None).await.unwrap();
+        let undisturbed = self.undisturbed.clone();
+        assert_eq!(self.tokens().await, undisturbed);
+    }
+}
+
+#[tokio::test]
+async fn a_caller_that_dies_between_two_ranks_leaves_both_in_step() {
+    let mut pair = Pair::new().await;
+    for (number, reached) in [(1, 0), (2, 1)] {
+        let mut watch = pair.shards[reached].client().await;
+        let before = watch.status().await.unwrap().steps_started;
+        // A connection of its own, which ends with it.
+        let mut half = pair.shards[reached].client().await.as_call(CallId { client: 7, number });
+        let lost = batch(2, vec![request(2, "lost", 4)]);
+        let call = tokio::spawn(async move { half.prefill(lost, None).await });
+        while watch.status().await.unwrap().steps_started == before {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+        call.abort();
+        pair.check().await;
+    }
+}
+
+#[tokio::test]
+async fn a_caller_that_dies_after_the_answer_of_one_rank_leaves_both_in_step() {
+    let mut pair = Pair::new().await;
+    for (number, reached) in [(2, 0), (4, 1)] {
+        let call = |number| CallId { client: 7, number };
+        let callers = [pair.shards[0].client().await, pair.shards[1].client().await];
+        let lost = || batch(2, vec![request(2, "lost", 9)]);
+        let mut both = callers.each_ref().map(|caller| caller.as_call(call(number - 1)));
+        let [first, second] = &mut both;
+        let (first, second) = tokio::join!(first.prefill(lost(), None), second.prefill(lost(), None));
+        let next = first.unwrap().batch.unwrap();
+        second.unwrap();
+        // The answer was computed ahead, and the step after it needs the other rank.
+        callers[reached].as_call(call(number)).decode(vec![next]).await.unwrap();
+        drop((callers, both));
+        pair.check().await;
+    }
 }
 
 #[test]

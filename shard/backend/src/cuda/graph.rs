@@ -24,7 +24,7 @@ pub(super) struct GraphKey {
 pub(super) enum Plan {
     /// Run it launch by launch.
     Eager,
-    /// Record it, then run the recording.
+    /// Run it launch by launch, then record it.
     Record,
     /// Run the recording.
     Replay,

@@ -1,6 +1,6 @@
 //! Launches in stream order, and their recording into graphs.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::ffi::{CStr, c_char, c_void};
 use std::mem;
 use std::ptr;
@@ -10,6 +10,7 @@ use cudarc::driver::sys;
 
 use super::driver::{DevicePtr, Stream, check};
 use super::module::Function;
+use super::step_clock::StepClock;
 use crate::BackendError;
 
 /// A kernel with its grid.
@@ -65,6 +66,8 @@ pub(crate) struct Queue {
     device: String,
     /// Percent of a multiprocessor's memory that kernels ask for as shared memory, see [`super::shared_split`].
     shared_percent: Cell<Option<u32>>,
+    /// Whoever wants to know when steps begin and end on the device.
+    pub(super) clock: RefCell<Option<StepClock>>,
     /// Name of what was launched last, for errors.
     last: Cell<*const c_char>,
 }
@@ -81,6 +84,7 @@ impl Queue {
             mode: Mode::Launch,
             device: device.to_owned(),
             shared_percent,
+            clock: RefCell::new(None),
             last: Cell::new(ptr::null()),
         }
     }
@@ -90,12 +94,28 @@ impl Queue {
         self.shared_percent.set(percent);
     }
 
+    fn wait_for_rest(&self) -> Result<(), BackendError> {
+        self.stream.synchronize(PATIENCE).map_err(|error| self.lost("waiting for a step", error))
+    }
+
+    /// A step begins with what is put on the stream next. What a step that failed or was not sampled left there is over.
+    ///
+    /// # Errors
+    /// As [`Queue::wait`].
+    pub(super) fn begin_step(&self) -> Result<(), BackendError> {
+        self.wait_for_rest()?;
+        self.clock.borrow_mut().as_mut().map_or(Ok(()), |clock| clock.begin(&self.stream))
+    }
+
     /// Waits until everything is done. The only place where the host waits for the device in a step.
     ///
     /// # Errors
     /// [`BackendError::DeviceLost`]: whatever was launched went wrong, here or in the hardware.
     pub(crate) fn wait(&self) -> Result<(), BackendError> {
-        self.stream.synchronize(PATIENCE).map_err(|error| self.lost("waiting for a step", error))
+        if let Some(clock) = &*self.clock.borrow() {
+            clock.end(&self.stream)?;
+        }
+        self.wait_for_rest()
     }
 
     /// The error of a device that is of no use any more.

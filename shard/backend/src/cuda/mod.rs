@@ -36,6 +36,7 @@ mod sampling;
 mod shared_split;
 mod skinny;
 mod step;
+mod step_clock;
 mod tensor_map;
 mod upload;
 
@@ -52,6 +53,7 @@ pub use kv_cache::CudaKvCache;
 pub use linear::{CudaLinear, CudaVector};
 pub use matmul::MatmulKernel;
 pub use rope::CudaRope;
+pub use step_clock::StepTime;
 
 use crate::BackendError;
 use crate::collectives::Communicator;

@@ -152,8 +152,8 @@ impl Backend for CudaBackend {
     fn begin_step(&mut self, step: &StepInput) -> Result<(), BackendError> {
         self.context.make_current()?;
         self.finish_uploads()?;
-        // The pinned arrays may still be on their way for a step that failed or was not sampled.
-        self.queue.wait()?;
+        // Afterwards nothing reads the pinned arrays any more.
+        self.queue.begin_step()?;
         self.step.upload(self.queue.stream(), step)?;
         let facts = self.step.facts();
         self.queue.set_shared_percent(shared_split::percent(facts.num_tokens, facts.is_decode));
@@ -163,7 +163,7 @@ impl Backend for CudaBackend {
     fn run<E: From<BackendError>>(
         &mut self,
         part: StepPart,
-        operations: impl FnOnce(&mut Self) -> Result<(), E>,
+        mut operations: impl FnMut(&mut Self) -> Result<(), E>,
     ) -> Result<(), E> {
         if self.has_stale_graphs.take() {
             self.graphs.clear();
@@ -180,13 +180,14 @@ impl Backend for CudaBackend {
         match self.graphs.plan(key) {
             Plan::Eager => return operations(self),
             Plan::Record => {
+                // A recording takes longer than the step: the device works meanwhile.
+                operations(self)?;
                 Graph::begin(self.queue.stream())?;
                 let result = operations(self);
                 // The stream must not stay in recording, whatever happened.
                 let graph = Graph::end(self.queue.stream());
                 result?;
                 self.graphs.insert(key, graph?);
-                self.graphs.launch(key, self.queue.stream())?;
             }
             Plan::Replay => {
                 self.graphs.launch(key, self.queue.stream())?;

@@ -4,7 +4,7 @@
 //!         [--quantize fp8] [--kv-cache-dtype fp8_e4m3fn|fp8_e5m2]
 //!
 //! A step is everything the engine does with a model: inputs up, all layers, logits, a token chosen for each sequence and
-//! brought back. Floor: the bytes it must read (weights, and the keys and values of the context) over the read bandwidth, or
+//! brought back, with the share of the time in which the device waited between two of them (by its own clock). Floor: the bytes it must read (weights, and the keys and values of the context) over the read bandwidth, or
 //! its FLOPs over the matrix rate, whichever is longer; both are measured in the same run. Medians.
 
 #![allow(clippy::print_stdout, reason = "the table is what it is for")]
@@ -13,7 +13,7 @@ use std::error::Error;
 use std::time::Instant;
 
 use backend::collectives::Single;
-use backend::cuda::{Ceilings, CudaBackend, CudaOptions};
+use backend::cuda::{Ceilings, CudaBackend, CudaOptions, StepTime};
 use backend::sampling::{SamplingParams, SamplingRow};
 use backend::{Backend, DType, KvDType, StepInput};
 use models::spec::{DecoderSpec, ExpectedTensor, MixerSpec};
@@ -23,6 +23,8 @@ type Failure = Box<dyn Error + Send + Sync>;
 
 const USAGE: &str = "usage: step_bench MODEL_DIR [--context N] [--steps N] [--decode 1,8,32] [--prefill 1x128,8x2048] [--deterministic] [--json FILE] [--quantize fp8] [--kv-cache-dtype fp8_e4m3fn|fp8_e5m2]";
 const BLOCK_SIZE: usize = 16;
+/// Decode steps that are not counted.
+const WARM_STEPS: usize = 4;
 const GREEDY: SamplingParams = SamplingParams {
     temperature: 1.0,
     top_k: 0,
@@ -110,31 +112,36 @@ fn decode(
     let mut ids: Vec<u32> = (0..batch).map(|seq| ((seq * 7919 + 11) % vocab_size) as u32).collect();
     let history: Vec<u32> = vec![1; context];
     let mut seconds = Vec::new();
-    for index in 0..arguments.steps + 4 {
+    for index in 0..arguments.steps + WARM_STEPS {
         let step = decode_step(&ids, context + index, blocks);
         let rows = vec![SamplingRow { params: &GREEDY, history: &history, top_n: 0 }; batch];
+        // The first steps prepare and record.
+        if index == WARM_STEPS {
+            decoder.backend_mut().watch_steps();
+        }
         let begin = Instant::now();
         decoder.forward(&step)?;
         let sampled = decoder.sample(&rows)?;
         let taken = begin.elapsed().as_secs_f64();
-        // The first steps prepare and record.
-        if index >= 4 {
+        if index >= WARM_STEPS {
             seconds.push(taken);
         }
         ids = sampled.iter().map(|token| token.id).collect();
     }
     let median = median(&mut seconds);
+    let idle = idle_share(&decoder.backend_mut().step_times()?);
     let kv_bytes = batch * (context + arguments.steps / 2) * decoder.info().block_bytes / BLOCK_SIZE;
     let floor = (work.weight_bytes + kv_bytes) as f64 / ceilings.read_bytes_per_second;
     println!(
-        "decode batch {batch:>4}: {:.3} ms, floor {:.3} ms: {:.3} x; {:.0} tokens/s",
+        "decode batch {batch:>4}: {:.3} ms, floor {:.3} ms: {:.3} x; {:.0} tokens/s; idle {:.1} %",
         median * 1e3,
         floor * 1e3,
         median / floor,
-        batch as f64 / median
+        batch as f64 / median,
+        idle * 100.0
     );
     Ok(serde_json::json!({"what": "decode", "batch": batch, "ms": median * 1e3, "floor_ms": floor * 1e3,
-        "ratio": median / floor, "runs_ms": seconds.iter().map(|s| s * 1e3).collect::<Vec<_>>()}))
+        "ratio": median / floor, "idle_share": idle, "runs_ms": seconds.iter().map(|s| s * 1e3).collect::<Vec<_>>()}))
 }
 
 fn decode_step(ids: &[u32], position: usize, blocks: usize) -> StepInput {
@@ -269,6 +276,12 @@ impl Work {
             attention_width,
         }
     }
+}
+
+/// The share of their time in which the device had nothing to do, in the median of the steps.
+fn idle_share(steps: &[StepTime]) -> f64 {
+    let mut shares: Vec<f64> = steps.iter().skip(1).map(|step| step.idle / (step.idle + step.busy)).collect();
+    median(&mut shares)
 }
 
 fn median(values: &mut [f64]) -> f64 {
