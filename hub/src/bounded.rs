@@ -28,7 +28,8 @@ pub(crate) fn read(path: &Path, max: u64) -> Result<Vec<u8>, HubError> {
     if !metadata.is_file() {
         return Err(wrong("no ordinary file".to_owned()));
     }
-    let mut bytes = Vec::new();
+    // All at once, where the file says its size: growing would copy, and leave room for as much again.
+    let mut bytes = Vec::with_capacity(metadata.len().min(max) as usize + 1);
     let file = File::open(path).map_err(HubError::io("read", path))?;
     // One more than allowed, so that a file that grows meanwhile is noticed.
     file.take(max + 1).read_to_end(&mut bytes).map_err(HubError::io("read", path))?;

@@ -4,7 +4,6 @@
 //! vocabulary of 262,144 tokens that takes more than a second and 300 MB. Here byte pair encodings are read at once into
 //! what they become. Whatever is unusual is left to the library, its message included.
 
-use std::borrow::Cow;
 use std::fmt;
 
 use serde::de::{DeserializeSeed, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
@@ -21,7 +20,7 @@ use super::{Bpe, BpeOptions, TokenTable, Tokenizer, from_library};
 /// # Errors
 /// The library's words.
 pub fn tokenizer_from_json(text: &[u8]) -> tokenizers::Result<Tokenizer> {
-    read_with::<Merges<'_>>(text)
+    read_with::<Merges>(text)
 }
 
 /// The same, good only to turn tokens into text: a byte pair encoding's merges are passed over.
@@ -32,7 +31,7 @@ pub(crate) fn decoding_tokenizer_from_json(text: &[u8]) -> tokenizers::Result<To
     read_with::<NoMerges>(text)
 }
 
-fn read_with<'de, M: Into<Merges<'de>> + Deserialize<'de>>(text: &'de [u8]) -> tokenizers::Result<Tokenizer> {
+fn read_with<'de, M: Into<Merges> + Deserialize<'de>>(text: &'de [u8]) -> tokenizers::Result<Tokenizer> {
     match parse::<M>(text) {
         Some(tokenizer) => Ok(tokenizer),
         None => from_library(tokenizers::Tokenizer::from_bytes(text)?),
@@ -40,22 +39,20 @@ fn read_with<'de, M: Into<Merges<'de>> + Deserialize<'de>>(text: &'de [u8]) -> t
 }
 
 /// None: the library is to read it.
-fn parse<'de, M: Into<Merges<'de>> + Deserialize<'de>>(text: &'de [u8]) -> Option<Tokenizer> {
+fn parse<'de, M: Into<Merges> + Deserialize<'de>>(text: &'de [u8]) -> Option<Tokenizer> {
     let file: File<M> = serde_json::from_slice(text).ok()?;
     if file.version.is_some_and(|version| version != "1.0") || !file.model.is_plain() {
         return None;
     }
     let model = file.model;
-    let merges = model.merges.into().0;
+    let merges: Merges = model.merges.into();
     let options = BpeOptions {
         unk_token: model.unk_token,
         fuse_unk: model.fuse_unk.unwrap_or_default(),
         byte_fallback: model.byte_fallback.unwrap_or_default(),
         ignore_merges: model.ignore_merges.unwrap_or_default(),
     };
-    let bpe =
-        Bpe::new(model.vocab.table()?, merges.iter().map(|(left, right)| (&**left, &**right)), &options)
-            .ok()?;
+    let bpe = Bpe::new(model.vocab.table()?, merges.pairs(), &options).ok()?;
     let mut tokenizer = TokenizerBuilder::new()
         .with_model(bpe.into())
         .with_normalizer(file.normalizer)
@@ -202,14 +199,36 @@ impl Visitor<'_> for Append<'_> {
     }
 }
 
-/// The pairs that are merged, the first one first; texts stay in the file where they are written plainly.
+/// The pairs that are merged, the first one first: their texts one after the other, and of each pair where its two texts end.
+/// There are often twice as many as tokens, so that texts of their own would take more memory than the file.
 #[derive(Default)]
-struct Merges<'a>(Vec<(Cow<'a, str>, Cow<'a, str>)>);
+struct Merges {
+    texts: String,
+    ends: Vec<(u32, u32)>,
+}
+
+impl Merges {
+    /// The pairs.
+    fn pairs(&self) -> impl ExactSizeIterator<Item = (&str, &str)> {
+        let mut start = 0;
+        self.ends.iter().map(move |&(middle, end)| {
+            let (left, right) =
+                (&self.texts[start..middle as usize], &self.texts[middle as usize..end as usize]);
+            start = end as usize;
+            (left, right)
+        })
+    }
+
+    /// Where the texts end by now.
+    fn end<E: Error>(&self) -> Result<u32, E> {
+        u32::try_from(self.texts.len()).map_err(E::custom)
+    }
+}
 
 /// The same, passed over.
 struct NoMerges;
 
-impl From<NoMerges> for Merges<'_> {
+impl From<NoMerges> for Merges {
     fn from(NoMerges: NoMerges) -> Self {
         Self::default()
     }
@@ -221,78 +240,72 @@ impl<'de> Deserialize<'de> for NoMerges {
     }
 }
 
-impl<'de> Deserialize<'de> for Merges<'de> {
+impl<'de> Deserialize<'de> for Merges {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let pairs = Vec::<Pair<'de>>::deserialize(deserializer)?;
-        Ok(Merges(pairs.into_iter().map(|Pair(left, right)| (left, right)).collect()))
+        deserializer.deserialize_seq(MergesVisitor)
     }
 }
 
-/// `"a b"` or `["a", "b"]`.
-struct Pair<'a>(Cow<'a, str>, Cow<'a, str>);
+struct MergesVisitor;
 
-impl<'de> Deserialize<'de> for Pair<'de> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_any(PairVisitor)
+impl<'de> Visitor<'de> for MergesVisitor {
+    type Value = Merges;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("merges")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut pairs: A) -> Result<Merges, A::Error> {
+        let mut merges = Merges::default();
+        while pairs.next_element_seed(AppendPair(&mut merges))?.is_some() {}
+        Ok(merges)
     }
 }
 
-struct PairVisitor;
+/// Reads `"a b"` or `["a", "b"]` to the end of the others.
+struct AppendPair<'a>(&'a mut Merges);
+
+impl<'de> DeserializeSeed<'de> for AppendPair<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
 
 /// The only space of a merge is between its tokens.
 fn split(text: &str) -> Option<(&str, &str)> {
     text.split_once(' ').filter(|(_, right)| !right.contains(' '))
 }
 
-impl<'de> Visitor<'de> for PairVisitor {
-    type Value = Pair<'de>;
+impl<'de> Visitor<'de> for AppendPair<'_> {
+    type Value = ();
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("two tokens")
     }
 
-    fn visit_borrowed_str<E: Error>(self, text: &'de str) -> Result<Pair<'de>, E> {
+    fn visit_str<E: Error>(self, text: &str) -> Result<(), E> {
+        let merges = self.0;
         let (left, right) = split(text).ok_or_else(|| E::custom("a merge is not two tokens"))?;
-        Ok(Pair(left.into(), right.into()))
+        merges.texts.push_str(left);
+        let middle = merges.end()?;
+        merges.texts.push_str(right);
+        merges.ends.push((middle, merges.end()?));
+        Ok(())
     }
 
-    fn visit_str<E: Error>(self, text: &str) -> Result<Pair<'de>, E> {
-        let (left, right) = split(text).ok_or_else(|| E::custom("a merge is not two tokens"))?;
-        Ok(Pair(left.to_owned().into(), right.to_owned().into()))
-    }
-
-    fn visit_seq<A: SeqAccess<'de>>(self, mut parts: A) -> Result<Pair<'de>, A::Error> {
-        match (parts.next_element()?, parts.next_element()?, parts.next_element::<IgnoredAny>()?) {
-            (Some(Text(left)), Some(Text(right)), None) => Ok(Pair(left, right)),
-            _ => Err(A::Error::custom("a merge is not two tokens")),
+    fn visit_seq<A: SeqAccess<'de>>(self, mut parts: A) -> Result<(), A::Error> {
+        let merges = self.0;
+        let wrong = || A::Error::custom("a merge is not two tokens");
+        parts.next_element_seed(Append(&mut merges.texts))?.ok_or_else(wrong)?;
+        let middle = merges.end()?;
+        parts.next_element_seed(Append(&mut merges.texts))?.ok_or_else(wrong)?;
+        if parts.next_element::<IgnoredAny>()?.is_some() {
+            return Err(wrong());
         }
-    }
-}
-
-/// A text, borrowed where it is written plainly.
-struct Text<'a>(Cow<'a, str>);
-
-impl<'de> Deserialize<'de> for Text<'de> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        deserializer.deserialize_str(TextVisitor)
-    }
-}
-
-struct TextVisitor;
-
-impl<'de> Visitor<'de> for TextVisitor {
-    type Value = Text<'de>;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a token")
-    }
-
-    fn visit_borrowed_str<E: Error>(self, text: &'de str) -> Result<Text<'de>, E> {
-        Ok(Text(text.into()))
-    }
-
-    fn visit_str<E: Error>(self, text: &str) -> Result<Text<'de>, E> {
-        Ok(Text(text.to_owned().into()))
+        merges.ends.push((middle, merges.end()?));
+        Ok(())
     }
 }
 

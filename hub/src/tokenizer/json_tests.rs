@@ -25,7 +25,7 @@ fn tokenizer(merges: &Value) -> Value {
 }
 
 fn ours(text: &str) -> Option<Tokenizer> {
-    parse::<Merges<'_>>(text.as_bytes())
+    parse::<Merges>(text.as_bytes())
 }
 
 const PROMPTS: [&str; 8] = [

@@ -440,6 +440,9 @@ pub trait Backend: Send + Sized + 'static {
         layer: usize,
         cache: &mut Self::KvCache,
     ) -> Result<(), BackendError>;
+    /// Says which weight the result of the next operation is multiplied with, and that nothing else is done with it: a device may
+    /// leave it in a form that only this product reads.
+    fn comes_next(&self, _weight: &Self::Linear) {}
     /// Causal attention of the queries in `qkv` over the cache of `layer`: `out` is `[num_tokens, num_heads * head_dim]`.
     fn attention(
         &mut self,

@@ -3,6 +3,7 @@
 // As in attention_prefill.cu a block has 128 queries of one head. One warp copies pages; two warpgroups have 64 queries each and
 // weigh the scores of one tile of keys while the tensor cores add up the values of the tile before (FlashAttention-3,
 // arXiv:2407.08608).
+#include "attention.cuh"
 #include "wgmma.cuh"
 
 constexpr int THREADS = 384;
@@ -132,7 +133,7 @@ template <typename T, int DIM, int KEYS> struct Prefill {
     __device__ static __forceinline__ void add_values(float (&sums)[DIM / 2], const uint32_t (&weights)[KEYS / 4], uint64_t values) {
 #pragma unroll
         for (int step = 0; step < KEYS / 16; ++step) {
-            Product<T, DIM>::add(sums, weights + 4 * step, values + step * (16 * ROW / 16));
+            ProductOfRegisters<T, DIM>::add(sums, weights + 4 * step, values + step * (16 * ROW / 16));
         }
         products_commit();
     }

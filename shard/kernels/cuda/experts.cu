@@ -339,8 +339,8 @@ __device__ __forceinline__ void project_in_warpgroups(const T* x, const void* co
     for (int j = 0; j < TOKENS / 8; ++j) {
         float values[2];
 #pragma unroll
-        for (int l = 0; l < 2; ++l) values[l] = activated<T>(product.sums[j][l], activation) * product.sums[j][2 + l];
-        const uint32_t pair = warpgroup::transposed<T>(values);
+        for (int l = 0; l < 2; ++l) values[l] = activated<T>(product.pair(j, 0)[l], activation) * product.pair(j, 1)[l];
+        const uint32_t pair = transposed<T>(values);
         const int token = j * 8 + threadIdx.x % 32 / 4;
         if (token < tile.count && column < width) {
             T* const out = activated_out + static_cast<size_t>(tile.first + token) * width + column;
@@ -372,7 +372,7 @@ __device__ __forceinline__ void project_out_warpgroups(const T* activated_in, co
         T* const out = token < tile.count ? products + static_cast<size_t>(slots[tile.first + token]) * hidden : nullptr;
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-            const uint32_t pair = warpgroup::transposed<T>(product.sums[j] + 2 * h);
+            const uint32_t pair = transposed<T>(product.pair(j, h));
             const int first = column + 8 * h;
             if (out != nullptr && first < hidden) reinterpret_cast<uint32_t*>(out + first)[threadIdx.x % 4] = pair;
         }

@@ -1,4 +1,4 @@
-// out[M, N] = x[M, K] W[N, K]^T (+ bias) for 2 to 32 rows of x, on any GPU with bf16 tensor cores.
+// out[M, N] = x[M, K] W[N, K]^T (+ bias) for 2 to 16 rows of x, on any GPU with bf16 tensor cores.
 //
 // A block has 16 or 32 rows of the weights, and its eight warps share their elements. Weights go from memory to the
 // registers of the tensor cores' operand without a detour: which k an element stands for does not matter to a sum as long
@@ -145,7 +145,5 @@ __device__ __forceinline__ void few_rows(const FewRows& g) {
     FEW_ROWS(NAME, f16, TOKENS, TILES, IS_GATED)
 FEW_ROWS_TYPES(few_rows, 8, 1, false)
 FEW_ROWS_TYPES(few_rows, 16, 1, false)
-FEW_ROWS_TYPES(few_rows, 32, 1, false)
 FEW_ROWS_TYPES(few_rows_gated, 8, 1, true)
 FEW_ROWS_TYPES(few_rows_gated, 16, 1, true)
-FEW_ROWS_TYPES(few_rows_gated, 32, 1, true)

@@ -1,13 +1,45 @@
 // RMSNorm and LayerNorm: of rows, alone or after adding to the residual stream, and of heads in place.
 #include "common.cuh"
+#include "fp8.cuh"
 
 // Elements a thread keeps in registers: two vectors of eight, so that 1024 threads hold a row of 16384.
 constexpr int WIDE = 8, VECTORS = 2;
 
+// Rounds a row that the block has in registers, as if it had been stored in D, to E4M3 with a scale: its largest magnitude over
+// 448.
+template <typename D>
+__device__ __forceinline__ void round_kept(float (&v)[VECTORS][WIDE], e4m3* out, int width, float* scale_of_row, float* scratch) {
+    float largest = 0.0f;
+#pragma unroll
+    for (int k = 0; k < VECTORS; ++k) {
+        if ((threadIdx.x + k * blockDim.x) * WIDE >= width) continue;
+#pragma unroll
+        for (int i = 0; i < WIDE; ++i) {
+            v[k][i] = to_float(from_float<D>(v[k][i]));
+            largest = fmaxf(largest, fabsf(v[k][i]));
+        }
+    }
+    largest = block_max(largest, scratch);
+    // Below this its inverse would be infinite.
+    const float scale = largest > 1e-35f ? largest / 448.0f : 1.0f, inverse = 1.0f / scale;
+    if (threadIdx.x == 0) *scale_of_row = scale;
+#pragma unroll
+    for (int k = 0; k < VECTORS; ++k) {
+        const int at = (threadIdx.x + k * blockDim.x) * WIDE;
+        if (at >= width) continue;
+        uint32_t words[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            words[i] = narrow_two<e4m3>(v[k][4 * i] * inverse, v[k][4 * i + 1] * inverse) |
+                       narrow_two<e4m3>(v[k][4 * i + 2] * inverse, v[k][4 * i + 3] * inverse) << 16;
+        *reinterpret_cast<uint2*>(out + at) = make_uint2(words[0], words[1]);
+    }
+}
+
 // `out = norm(x)`, or with ADD `x += delta; out = norm(x)`. One block a row; `out` may be `x`.
 template <bool LAYER, bool ADD, typename X, typename D, typename O>
 __device__ __forceinline__ void norm_row(X* x, const D* delta, const float* weight, const float* bias, float eps, O* out,
-                                         int width) {
+                                         int width, float* scales = nullptr) {
     __shared__ float scratch[32];
     pdl_launch();
     const size_t start = static_cast<size_t>(blockIdx.x) * width;
@@ -95,9 +127,10 @@ __device__ __forceinline__ void norm_row(X* x, const D* delta, const float* weig
                 v[k][i] = v[k][i] * factor * w[k][i];
                 if (LAYER) v[k][i] += b[k][i];
             }
-            store_floats<O, WIDE>(out + at, v[k]);
+            if constexpr (!__is_same(O, e4m3)) store_floats<O, WIDE>(out + at, v[k]);
         }
     }
+    if constexpr (__is_same(O, e4m3)) round_kept<D>(v, out, width, scales + blockIdx.x, scratch);
 }
 
 #define NORM(X, O)                                                                                                      \
@@ -134,6 +167,15 @@ ADD_NORM(bf16, bf16)
 ADD_NORM(f16, f16)
 ADD_NORM(bf16, f32)
 ADD_NORM(f16, f32)
+
+// The same for a product that multiplies eight bits: numbers and a scale a row.
+#define ADD_NORM_ROUNDED(D)                                                                                            \
+    extern "C" __global__ void __launch_bounds__(1024)                                                                  \
+        add_rms_norm_rounded_##D(float* x, const D* delta, const float* weight, float eps, e4m3* out, float* scales,    \
+                                 int width) {                                                                           \
+        norm_row<false, true, f32, D, e4m3>(x, delta, weight, nullptr, eps, out, width, scales);                        \
+    }
+FOR_EACH_TYPE(ADD_NORM_ROUNDED)
 
 // Heads in the columns `first..first + num_heads * head_dim` of rows of `width`, each normalised by itself: one warp a
 // head. RMSNorm has one weight for all heads, LayerNorm (without a bias) one for each.

@@ -4,7 +4,7 @@ use backend::sampling::{Sampled, SamplingRow};
 use backend::{AttentionShape, Backend, BackendError, KvLayout, MemoryInfo, StepInput, StepPart};
 
 use crate::layers::{
-    Attention, Embedding, InputOutput, LatentAttention, LmHead, Mlp, Norm, Residual, Scratch, Stream,
+    Attention, Embedding, InputOutput, LatentAttention, Linear, LmHead, Mlp, Norm, Residual, Scratch, Stream,
 };
 use crate::{CausalLm, ModelError, ModelInfo};
 
@@ -57,6 +57,14 @@ impl<B: Backend> Mixer<B> {
         match self {
             Mixer::Attention(attention) => attention.forward(backend, io, scratch, cache),
             Mixer::LatentAttention(attention) => attention.forward(backend, io, scratch, cache),
+        }
+    }
+
+    /// What alone reads its input; none: there are several.
+    fn first(&self) -> Option<&Linear<B>> {
+        match self {
+            Mixer::Attention(attention) => Some(attention.first()),
+            Mixer::LatentAttention(_) => None,
         }
     }
 
@@ -131,10 +139,10 @@ impl<B: Backend> Decoder<B> {
         for Layer { residual, mixer, mlp } in layers {
             match residual {
                 Residual::Sequential { mixer: mixer_branch, mlp: mlp_branch } => {
-                    let io = stream.input(backend, mixer_branch.norm.as_ref())?;
+                    let io = stream.input_of(backend, mixer_branch.norm.as_ref(), mixer.first())?;
                     mixer.forward(backend, io, scratch, cache)?;
                     stream.finish(backend, mixer_branch)?;
-                    let io = stream.input(backend, mlp_branch.norm.as_ref())?;
+                    let io = stream.input_of(backend, mlp_branch.norm.as_ref(), mlp.first())?;
                     mlp.forward(backend, io, scratch)?;
                     stream.finish(backend, mlp_branch)?;
                 }

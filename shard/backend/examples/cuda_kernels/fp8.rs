@@ -76,6 +76,9 @@ pub(crate) fn name(kernel: MatmulKernel) -> String {
         MatmulKernel::Fp8(Fp8Kernel::Gemv) => "gemv".to_owned(),
         MatmulKernel::Fp8(Fp8Kernel::FewRows { tokens, tiles }) => format!("few_rows {tokens}/{tiles}"),
         MatmulKernel::Fp8(Fp8Kernel::Skinny) => "skinny".to_owned(),
+        MatmulKernel::Fp8(Fp8Kernel::Hopper { tokens, boxes, cluster }) => {
+            format!("hopper {tokens}/{boxes}/{cluster}")
+        }
         MatmulKernel::Fp8(Fp8Kernel::Library) => "library".to_owned(),
         MatmulKernel::Fp8(Fp8Kernel::Dequantized) => "dequantized".to_owned(),
         other => format!("{other:?}"),

@@ -75,6 +75,8 @@ fn name(kernel: MatmulKernel) -> String {
         MatmulKernel::Gemv => "gemv".to_owned(),
         MatmulKernel::FewRows => "few_rows".to_owned(),
         MatmulKernel::Fp8(_) => crate::fp8::name(kernel),
-        MatmulKernel::Skinny { tokens, groups } => format!("skinny {tokens}/{groups}"),
+        MatmulKernel::Cluster(plan) => {
+            format!("cluster {} {} x {}", plan.split, plan.groups, plan.group_rows)
+        }
     }
 }

@@ -11,6 +11,8 @@ pub struct CudaBuffer {
     max_rows: usize,
     width: usize,
     rows: usize,
+    /// The rows are E4M3 numbers with a scale each, see [`CudaBuffer::rounded`].
+    is_rounded: bool,
 }
 
 impl CudaBuffer {
@@ -23,7 +25,7 @@ impl CudaBuffer {
         let bytes = max_rows.saturating_mul(width).saturating_mul(dtype.size_bytes());
         let memory =
             DeviceMemory::zeroed(context, bytes, &format!("a buffer of {max_rows} x {width} activations"))?;
-        Ok(Self { memory, dtype, max_rows, width, rows: 0 })
+        Ok(Self { memory, dtype, max_rows, width, rows: 0, is_rounded: false })
     }
 
     /// Its memory.
@@ -58,6 +60,25 @@ impl CudaBuffer {
     pub(super) fn resize(&mut self, rows: usize) {
         assert!(rows <= self.max_rows, "{rows} rows in a buffer made for {}", self.max_rows);
         self.rows = rows;
+        self.is_rounded = false;
+    }
+
+    /// Says that the rows are written as E4M3 numbers, in the place of wider ones, with a scale each: where numbers and scales go.
+    /// Only products with weights of eight bits read them.
+    pub(super) fn round(&mut self, rows: usize) -> (DevicePtr, DevicePtr) {
+        self.resize(rows);
+        self.is_rounded = true;
+        (self.ptr(), self.rounded_scales())
+    }
+
+    /// Addresses of numbers and scales if the rows are of eight bits.
+    pub(super) fn rounded(&self) -> Option<(DevicePtr, DevicePtr)> {
+        self.is_rounded.then(|| (self.ptr(), self.rounded_scales()))
+    }
+
+    /// Behind the numbers of all rows.
+    fn rounded_scales(&self) -> DevicePtr {
+        self.ptr() + (self.max_rows * self.width).next_multiple_of(size_of::<f32>()) as DevicePtr
     }
 
     /// Bytes of the rows there are.

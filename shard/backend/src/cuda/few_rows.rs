@@ -1,4 +1,4 @@
-//! Products of 2 to 32 rows with a weight, on any GPU with bf16 tensor cores: `few_rows.cu`.
+//! Products of 2 to 16 rows with a weight, on any GPU with bf16 tensor cores: `few_rows.cu`.
 
 use std::sync::Arc;
 
@@ -33,7 +33,7 @@ struct Parameters {
 impl Argument for Parameters {}
 
 /// Most rows of the instantiations.
-const TOKENS: [usize; 3] = [8, 16, 32];
+const TOKENS: [usize; 2] = [8, 16];
 
 /// A kernel for bf16 and for f16.
 type Kernels = Vec<(usize, Function, Function)>;

@@ -6,11 +6,11 @@ use std::sync::{Arc, Once};
 
 use cudarc::driver::sys;
 
-use super::CudaLinear;
 use super::driver::{Context, DeviceMemory, DevicePtr, check};
 use super::launch::{Launch, Queue, args};
 use super::module::{ByType, Function, Module};
 use super::upload::{Uploader, convert_row};
+use super::{CudaBuffer, CudaLinear};
 use crate::{BackendError, DType, Fp8Matrix, HostMatrix};
 
 const THREADS: u32 = 256;
@@ -32,6 +32,7 @@ pub(super) fn say_once(dtype: DType) {
 /// Rows of plain numbers and rows of eight bits with a scale each.
 pub(super) struct Rounding {
     quantize: ByType,
+    gate: ByType,
     dequantize: ByType,
     add_bias: ByType,
 }
@@ -42,6 +43,7 @@ impl Rounding {
         let module = Module::load(context, "fp8_linear")?;
         Ok(Self {
             quantize: module.by_type("fp8_quantize")?,
+            gate: module.by_type("fp8_gate")?,
             dequantize: module.by_type("fp8_dequantize")?,
             add_bias: module.by_type("fp8_add_bias")?,
         })
@@ -73,6 +75,21 @@ impl Rounding {
         let launch = Launch { function, grid: [rows as u32, 1, 1], block: THREADS, shared_bytes: 0 };
         let (pitch, is_wide, width) = (width as i64, i32::from(width.is_multiple_of(PIECE)), width as i32);
         queue.launch(&launch, args![x, pitch, out, pitch, scales, width, is_wide])
+    }
+
+    /// `out = activation(gate) * up`, rounded row by row; the width of `out` is a multiple of 16.
+    pub(super) fn gate(
+        &self,
+        queue: &Queue,
+        gate_up: &CudaBuffer,
+        activation: i32,
+        out: &mut CudaBuffer,
+    ) -> Result<(), BackendError> {
+        let rows = gate_up.rows();
+        let (numbers, scales) = out.round(rows);
+        let function = self.gate.of(gate_up.dtype());
+        let launch = Launch { function, grid: [rows as u32, 1, 1], block: THREADS, shared_bytes: 0 };
+        queue.launch(&launch, args![gate_up.ptr(), numbers, scales, out.width() as i32, activation])
     }
 
     /// Widens the rows `first..first + rows` of a weight to `out`, whose rows lie `out_pitch` elements apart.

@@ -10,9 +10,11 @@ use cudarc::driver::sys::CUdevice_attribute as Attribute;
 
 use super::cublaslt::{CublasLt, Operands, Product, WORKSPACE_BYTES};
 use super::driver::{Context, DeviceMemory, DevicePtr};
+use super::fp8_hopper::{Fp8Hopper, Shape};
 use super::fp8_linear::Rounding;
 use super::fp8_skinny::Fp8Skinny;
 use super::launch::{Argument, Launch, Queue, args};
+use super::linear::NextWeight;
 use super::matmul::{Task, out_type, task};
 use super::module::{ByTypes, Function, Module};
 use super::{CudaBuffer, CudaLinear, CudaVector, DeviceFacts};
@@ -35,6 +37,8 @@ const FEW_ROWS: usize = 16;
 const GATED_FEW_ROWS: usize = 16;
 /// Most rows for which weights are streamed through shared memory where the library does not multiply eight bits.
 const SKINNY_ROWS: usize = 64;
+/// The same on Hopper, whose tensor cores multiply them; more rows are the library's.
+const HOPPER_ROWS: usize = 32;
 const WARPS: usize = 8;
 /// What the library takes addresses to be multiples of.
 const ALIGNMENT: usize = 256;
@@ -55,6 +59,15 @@ pub enum Fp8Kernel {
     },
     /// Weights streamed through shared memory in tiles of 128 rows, for up to 64 rows of activations.
     Skinny,
+    /// Activations rounded to eight bits on their way to Hopper's tensor cores, for up to 32 rows of them.
+    Hopper {
+        /// Rows that an instantiation is made for.
+        tokens: usize,
+        /// Times 128 rows of weights a block.
+        boxes: usize,
+        /// Blocks that share a tile.
+        cluster: usize,
+    },
     /// Activations rounded to eight bits, then cuBLASLt.
     Library,
     /// Weights dequantized, then cuBLASLt.
@@ -105,6 +118,8 @@ struct Part {
     out_dtype: DType,
     /// Bytes behind the library's workspace that may be used.
     room: usize,
+    /// Of rows that are rounded already.
+    scales: Option<DevicePtr>,
 }
 
 /// A kernel for bf16 and for f16.
@@ -132,6 +147,7 @@ pub(super) struct Fp8Matmuls {
     gemvs: Vec<Gemv>,
     few_rows: Vec<FewRows>,
     skinny: Fp8Skinny,
+    hopper: Option<Fp8Hopper>,
     pub(super) rounding: Rounding,
     convert: ByTypes,
     /// Whether the library multiplies eight bits with a scale a row.
@@ -175,6 +191,7 @@ impl Fp8Matmuls {
             gemvs: gemvs.collect::<Result<_, BackendError>>()?,
             few_rows: few_rows.collect::<Result<_, BackendError>>()?,
             skinny: Fp8Skinny::load(context, facts, usize::try_from(most_shared).unwrap_or(0))?,
+            hopper: Fp8Hopper::load(context, facts)?,
             rounding: Rounding::load(context)?,
             convert: matmul.by_types("convert", &[(DType::F32, DType::BF16), (DType::F32, DType::F16)])?,
             has_library: facts.capability == (9, 0),
@@ -194,9 +211,19 @@ impl Fp8Matmuls {
             Fp8Kernel::FewRows { .. } => task.rows <= FEW_ROWS,
             // Alone it is quicker than the library up to 32 rows, between attention and norms it was slower.
             Fp8Kernel::Skinny => !self.has_library && task.rows <= SKINNY_ROWS,
+            Fp8Kernel::Hopper { .. } => true,
             Fp8Kernel::Library | Fp8Kernel::Dequantized => true,
         };
         kernels.into_iter().find(is_taken).unwrap_or(Fp8Kernel::Dequantized)
+    }
+
+    /// Whether as many rows of `dtype` are rounded to eight bits before they are multiplied with this weight.
+    pub(super) fn rounds(&self, rows: usize, next: &NextWeight, dtype: DType) -> bool {
+        self.has_library
+            && next.is_fp8
+            && next.dtype == dtype
+            && rows > HOPPER_ROWS
+            && [next.in_features, next.out_features].iter().all(|size| size.is_multiple_of(PIECE))
     }
 
     /// All that can compute it.
@@ -212,6 +239,14 @@ impl Fp8Matmuls {
                 .extend(fitting.map(|&FewRows { tokens, tiles, .. }| Fp8Kernel::FewRows { tokens, tiles }));
             if self.skinny.accepts(task, workspace) {
                 kernels.push(Fp8Kernel::Skinny);
+            }
+            if self.hopper.is_some() {
+                let shapes = Fp8Hopper::shapes(rows, weight.out_features).into_iter();
+                kernels.extend(shapes.map(|Shape { tokens, boxes, cluster, .. }| Fp8Kernel::Hopper {
+                    tokens,
+                    boxes,
+                    cluster,
+                }));
             }
         }
         let sizes = [weight.in_features, weight.out_features];
@@ -249,6 +284,16 @@ impl Fp8Matmuls {
             Fp8Kernel::Skinny => {
                 self.skinny.multiply(queue, workspace, task(x, (weight, bias), out), None).map(|_| ())
             }
+            Fp8Kernel::Hopper { tokens, boxes, cluster } => {
+                let task = task(x, (weight, bias), out);
+                let mut shapes = Fp8Hopper::shapes(task.rows, weight.out_features).into_iter();
+                let is_meant =
+                    |shape: &Shape| (shape.tokens, shape.boxes, shape.cluster) == (tokens, boxes, cluster);
+                match (&self.hopper, shapes.find(is_meant)) {
+                    (Some(hopper), Some(shape)) => hopper.multiply(queue, shape, task),
+                    _ => Ok(()),
+                }
+            }
             Fp8Kernel::Library | Fp8Kernel::Dequantized => {
                 let is_rounded = kernel == Fp8Kernel::Library;
                 let tools = (queue, workspace, library);
@@ -284,6 +329,9 @@ impl Fp8Matmuls {
             queue.launch(&launch, args![parameters])?;
             return Ok(true);
         }
+        if let Some(hopper) = &self.hopper {
+            return hopper.multiply_gated(queue, task, activation);
+        }
         if self.has_library || x.rows() > SKINNY_ROWS {
             return Ok(false);
         }
@@ -310,8 +358,11 @@ impl Fp8Matmuls {
             let rows = rows_at_once.min(x.rows() - first);
             let to = out.ptr() + (first * outputs * out.dtype().size_bytes()) as DevicePtr;
             let sums = if has_sums { workspace.ptr() + (WORKSPACE_BYTES + room) as DevicePtr } else { to };
+            let size = if x.rounded().is_some() { 1 } else { x.dtype().size_bytes() };
+            let scales = x.rounded().map(|(_, scales)| scales + (first * size_of::<f32>()) as DevicePtr);
             let part = Part {
-                x: x.ptr() + (first * width * x.dtype().size_bytes()) as DevicePtr,
+                x: x.ptr() + (first * width * size) as DevicePtr,
+                scales,
                 x_dtype: x.dtype(),
                 rows,
                 out: sums,
@@ -339,8 +390,24 @@ impl Fp8Matmuls {
         weight: &CudaLinear,
         part: Part,
     ) -> Result<(), BackendError> {
-        let Part { x, x_dtype, rows: all, out, out_dtype, room } = part;
+        let Part { x, x_dtype, rows: all, out, out_dtype, room, scales } = part;
         let (width, outputs) = (weight.in_features, weight.out_features);
+        let product = |rows: usize| Product {
+            rows,
+            outputs,
+            inputs: width,
+            weight_stride: weight.row_stride,
+            dtype: weight.dtype,
+            out_dtype,
+            out_stride: outputs,
+            is_fp8: true,
+            has_bias: false,
+        };
+        let of_weight = weight.scales().unwrap_or_default();
+        if let Some(scales) = scales {
+            let operands = Operands { x, weight: weight.ptr(), bias: 0, out, scales: [of_weight, scales] };
+            return library.multiply(queue.stream(), workspace.ptr(), product(all), operands);
+        }
         let most = (room / (width + size_of::<f32>())).max(1);
         let at_once = part_rows(all, most);
         let rounded = workspace.ptr() + WORKSPACE_BYTES as DevicePtr;
@@ -349,26 +416,10 @@ impl Fp8Matmuls {
             let rows = at_once.min(all - first);
             let from = x + (first * width * x_dtype.size_bytes()) as DevicePtr;
             self.rounding.quantize(queue, (from, x_dtype), [rows, width], (rounded, scales))?;
-            let product = Product {
-                rows,
-                outputs,
-                inputs: width,
-                weight_stride: weight.row_stride,
-                dtype: weight.dtype,
-                out_dtype,
-                out_stride: outputs,
-                is_fp8: true,
-                has_bias: false,
-            };
             let to = out + (first * outputs * out_dtype.size_bytes()) as DevicePtr;
-            let operands = Operands {
-                x: rounded,
-                weight: weight.ptr(),
-                bias: 0,
-                out: to,
-                scales: [weight.scales().unwrap_or_default(), scales],
-            };
-            library.multiply(queue.stream(), workspace.ptr(), product, operands)?;
+            let operands =
+                Operands { x: rounded, weight: weight.ptr(), bias: 0, out: to, scales: [of_weight, scales] };
+            library.multiply(queue.stream(), workspace.ptr(), product(rows), operands)?;
         }
         Ok(())
     }
@@ -383,7 +434,7 @@ impl Fp8Matmuls {
         part: Part,
     ) -> Result<(), BackendError> {
         let (width, outputs, size) = (weight.in_features, weight.out_features, weight.dtype.size_bytes());
-        let Part { x, x_dtype, rows: all, out, out_dtype, room } = part;
+        let Part { x, x_dtype, rows: all, out, out_dtype, room, .. } = part;
         let room = room / 2;
         let plain = workspace.ptr() + WORKSPACE_BYTES as DevicePtr;
         let converted = plain + room as DevicePtr;

@@ -154,19 +154,36 @@ impl Queue {
     /// Launches a kernel. It may start while the one before it ends (programmatic dependent launch), so every kernel waits
     /// by itself before it touches anything but weights.
     pub(crate) fn launch(&self, launch: &Launch, args: &mut [*mut c_void]) -> Result<(), BackendError> {
+        self.launch_clusters(launch, 1, args)
+    }
+
+    /// The same in clusters of `blocks` blocks, of which the grid is a multiple. More than one: Hopper and later.
+    pub(crate) fn launch_clusters(
+        &self,
+        launch: &Launch,
+        blocks: u32,
+        args: &mut [*mut c_void],
+    ) -> Result<(), BackendError> {
         if self.is_dry() || launch.grid.contains(&0) {
             return Ok(());
         }
         let [x, y, z] = launch.grid;
         // SAFETY: an attribute is plain data; its kind says which part of the union is read.
-        let mut attributes: [sys::CUlaunchAttribute; 2] = unsafe { mem::zeroed() };
+        let mut attributes: [sys::CUlaunchAttribute; 3] = unsafe { mem::zeroed() };
         attributes[0].id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
         attributes[0].value.programmaticStreamSerializationAllowed = 1;
         let mut count = 1;
         if let Some(percent) = self.shared_percent.get() {
-            attributes[1].id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
-            attributes[1].value.sharedMemCarveout = percent;
-            count = 2;
+            attributes[count].id =
+                sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+            attributes[count].value.sharedMemCarveout = percent;
+            count += 1;
+        }
+        if blocks > 1 {
+            attributes[count].id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+            attributes[count].value.clusterDim =
+                sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: blocks, y: 1, z: 1 };
+            count += 1;
         }
         let config = sys::CUlaunchConfig {
             gridDimX: x,
@@ -178,7 +195,7 @@ impl Queue {
             sharedMemBytes: launch.shared_bytes,
             hStream: self.stream.raw(),
             attrs: attributes.as_mut_ptr(),
-            numAttrs: count,
+            numAttrs: count as u32,
         };
         // SAFETY: the arguments are as many and of the types the kernel has; each operation is tested against its reference.
         let code = unsafe {

@@ -87,6 +87,26 @@ impl CudaLinear {
     }
 }
 
+/// A weight that the result of the next operation is multiplied with, and nothing else.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct NextWeight {
+    pub(super) is_fp8: bool,
+    pub(super) dtype: DType,
+    pub(super) out_features: usize,
+    pub(super) in_features: usize,
+}
+
+impl From<&CudaLinear> for NextWeight {
+    fn from(weight: &CudaLinear) -> Self {
+        Self {
+            is_fp8: weight.scales.is_some(),
+            dtype: weight.dtype,
+            out_features: weight.out_features,
+            in_features: weight.in_features,
+        }
+    }
+}
+
 /// A small parameter `[width]` of f32.
 pub struct CudaVector {
     memory: DeviceMemory,

@@ -1,7 +1,9 @@
 //! Matrix products: which kernel computes which, and what is beside it.
 
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
+use super::cluster_gemm::{ClusterGemms, ClusterPlan};
 use super::driver::{Context, DeviceMemory, DevicePtr};
 use super::elementwise::activation_number;
 use super::few_rows::FewRows;
@@ -9,20 +11,18 @@ use super::fp8_matmul::{Fp8Kernel, Fp8Matmuls};
 use super::gemv::Gemvs;
 use super::launch::Queue;
 use super::library::Library;
+use super::linear::NextWeight;
 use super::module::Module;
 use super::shared_split::REGISTER_ROWS;
-use super::skinny::{Shape, Skinny};
 use super::{CudaBackend, CudaBuffer, CudaLinear, CudaOptions, CudaVector, DeviceFacts};
 use crate::{Activation, BackendError, DType};
 
 /// Most rows for which a warp an output is quicker than tensor cores.
 const GEMV_ROWS: usize = 4;
-/// Elements of a weight from which on reading it takes longer than putting shared tiles together.
+/// Rows for which clusters of blocks are quicker than all others, on Hopper.
+const CLUSTER_ROWS: RangeInclusive<usize> = 9..=64;
+/// Elements of a weight from which on they also compute gate, up and activation in one launch.
 const LARGE: usize = 50_000_000;
-/// Elements of a weight that only the logits' matrix of a large vocabulary has.
-const HUGE: usize = 1 << 27;
-/// Most rows for which gate, up and activation of a large weight are one launch on Hopper.
-const GATED_SKINNY_ROWS: usize = 32;
 
 /// A way to compute a product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,15 +31,10 @@ pub enum MatmulKernel {
     Library,
     /// A warp an output, for up to four rows of activations.
     Gemv,
-    /// Weights read into the operands of tensor cores, for up to 32 rows of activations.
+    /// Weights read into the operands of tensor cores, for up to 16 rows of activations.
     FewRows,
-    /// Weights streamed through tensor cores, for few rows of activations; Hopper only.
-    Skinny {
-        /// Rows it is made for.
-        tokens: usize,
-        /// Warpgroups a block, each of which takes 64 rows of the weights.
-        groups: usize,
-    },
+    /// Weights streamed through tensor cores by clusters of blocks, for up to 128 rows of activations; Hopper only.
+    Cluster(ClusterPlan),
     /// With weights of eight bits.
     Fp8(Fp8Kernel),
 }
@@ -68,7 +63,7 @@ pub(super) fn out_type(dtype: DType) -> i32 {
 /// Kernels and library.
 pub(super) struct Matmuls {
     pub(super) library: Library,
-    skinny: Option<Skinny>,
+    clusters: Option<ClusterGemms>,
     gemvs: Gemvs,
     few_rows: FewRows,
     pub(super) fp8: Fp8Matmuls,
@@ -84,7 +79,7 @@ impl Matmuls {
         let module = Module::load(context, "matmul")?;
         Ok(Self {
             library: Library::load(&module, options)?,
-            skinny: Skinny::load(context, facts)?,
+            clusters: ClusterGemms::load(context, facts)?,
             gemvs: Gemvs::load(context)?,
             few_rows: FewRows::load(context)?,
             fp8: Fp8Matmuls::load(context, facts)?,
@@ -120,8 +115,13 @@ impl Matmuls {
         if x.dtype() != weight.dtype || self.library.is_deterministic() {
             return self.library.multiply(queue, workspace, x, (weight, bias), out);
         }
-        let kernel = self.choose(task(x, (weight, bias), out), workspace);
+        let kernel = self.choose(task(x, (weight, bias), out));
         self.multiply((queue, workspace), kernel, (x, weight, bias), out)
+    }
+
+    /// Whether a result of as many rows is rounded to eight bits before it is multiplied with this weight.
+    pub(super) fn rounds(&self, rows: usize, next: &NextWeight, dtype: DType) -> bool {
+        !self.library.is_deterministic() && self.fp8.rounds(rows, next, dtype)
     }
 
     /// `out = activation(gate) * up` with gate and up the halves of `x weight^T (+ bias)`, where that is one launch; false: it is
@@ -152,59 +152,64 @@ impl Matmuls {
         }
         if x.rows() > GEMV_ROWS && x.dtype() == weight.dtype && out.dtype() == weight.dtype {
             let task = task(x, (weight, bias), out);
-            return self.gated_by_tensor_cores((queue, workspace), task, activation);
+            return self.gated_by_tensor_cores(queue, task, activation);
         }
         self.gemvs.multiply_gated(queue, x, (weight, bias), activation, out)
     }
 
     fn gated_by_tensor_cores(
         &mut self,
-        (queue, workspace): (&Queue, &DeviceMemory),
+        queue: &Queue,
         task: Task<'_>,
         activation: i32,
     ) -> Result<bool, BackendError> {
         if queue.is_dry() {
             return Ok(true);
         }
-        let is_large = task.weight.out_features * task.weight.in_features >= LARGE;
-        match &mut self.skinny {
-            _ if task.rows <= REGISTER_ROWS => self.few_rows.multiply_gated(queue, task, activation),
-            Some(skinny) if is_large && task.rows <= GATED_SKINNY_ROWS => {
-                skinny.multiply_gated(queue, workspace, task, activation)
-            }
-            _ => Ok(false),
+        let elements = task.weight.out_features * task.weight.in_features;
+        if CLUSTER_ROWS.contains(&task.rows)
+            && elements >= LARGE
+            && let Some(clusters) = &mut self.clusters
+            && let Some(plan) = clusters.plan(task, true)
+        {
+            return clusters.multiply(queue, plan, task, Some(activation)).map(|()| true);
         }
+        if task.rows > REGISTER_ROWS {
+            return Ok(false);
+        }
+        self.few_rows.multiply_gated(queue, task, activation)
     }
 
     /// The kernel for a product, by what whole steps took (`step_bench`) and products alone (`cuda_kernels matmul`). Both
     /// tables are in `shard/kernels/README.md`.
-    fn choose(&self, task: Task<'_>, workspace: &DeviceMemory) -> MatmulKernel {
+    fn choose(&self, task: Task<'_>) -> MatmulKernel {
         if task.rows <= GEMV_ROWS && self.gemvs.accepts(task) {
             return MatmulKernel::Gemv;
         }
-        if FewRows::accepts(task) && task.rows <= REGISTER_ROWS {
-            return MatmulKernel::FewRows;
-        }
-        if task.weight.out_features * task.weight.in_features < HUGE {
-            return MatmulKernel::Library;
-        }
-        let mut skinny = self.skinny_kernels(task, workspace);
-        skinny.next().filter(|_| task.rows <= 64).unwrap_or(MatmulKernel::Library)
+        let cluster = self.cluster(task).filter(|&(_, is_at_once)| {
+            let is_long = task.weight.in_features >= 2 * task.weight.out_features;
+            CLUSTER_ROWS.contains(&task.rows) || task.rows > *CLUSTER_ROWS.end() && is_at_once && is_long
+        });
+        let cluster = cluster.map(|(plan, _)| MatmulKernel::Cluster(plan));
+        let few_rows = FewRows::accepts(task) && task.rows <= REGISTER_ROWS;
+        let few_rows = few_rows.then_some(MatmulKernel::FewRows);
+        cluster.or(few_rows).unwrap_or(MatmulKernel::Library)
     }
 
     /// All that can compute it.
-    fn kernels(&self, task: Task<'_>, workspace: &DeviceMemory) -> Vec<MatmulKernel> {
+    fn kernels(&self, task: Task<'_>) -> Vec<MatmulKernel> {
         let gemv = self.gemvs.accepts(task).then_some(MatmulKernel::Gemv);
         let few_rows = FewRows::accepts(task).then_some(MatmulKernel::FewRows);
-        let skinny = self.skinny_kernels(task, workspace);
-        gemv.into_iter().chain(few_rows).chain(skinny).chain([MatmulKernel::Library]).collect()
+        let cluster = self.cluster(task).map(|(plan, _)| MatmulKernel::Cluster(plan));
+        let own = [gemv, few_rows, cluster].into_iter().flatten();
+        own.chain([MatmulKernel::Library]).collect()
     }
 
-    fn skinny_kernels(&self, task: Task<'_>, workspace: &DeviceMemory) -> impl Iterator<Item = MatmulKernel> {
-        let shapes = Skinny::shapes(task.rows).filter(move |&shape| {
-            self.skinny.as_ref().is_some_and(|skinny| skinny.accepts(shape, task.weight, workspace))
-        });
-        shapes.map(|Shape { tokens, groups, .. }| MatmulKernel::Skinny { tokens, groups })
+    /// How clusters of blocks compute it, and whether all blocks run at once.
+    fn cluster(&self, task: Task<'_>) -> Option<(ClusterPlan, bool)> {
+        let clusters = self.clusters.as_ref()?;
+        let plan = clusters.plan(task, false)?;
+        Some((plan, clusters.is_at_once(plan, task.weight.out_features)))
     }
 
     fn multiply(
@@ -215,16 +220,12 @@ impl Matmuls {
         out: &CudaBuffer,
     ) -> Result<(), BackendError> {
         let task = task(x, (weight, bias), out);
-        match (kernel, &mut self.skinny) {
+        match (kernel, &mut self.clusters) {
             (MatmulKernel::Fp8(kernel), _) => {
                 let tools = (queue, workspace, self.library.blaslt());
                 self.fp8.multiply(tools, kernel, (x, weight, bias), out)
             }
-            (MatmulKernel::Skinny { tokens, groups }, Some(skinny)) => {
-                let shape =
-                    Skinny::shapes(task.rows).find(|shape| shape.tokens == tokens && shape.groups == groups);
-                shape.map_or(Ok(()), |shape| skinny.multiply(queue, workspace, shape, task))
-            }
+            (MatmulKernel::Cluster(plan), Some(clusters)) => clusters.multiply(queue, plan, task, None),
             (MatmulKernel::FewRows, _) => self.few_rows.multiply(queue, task).map(|_| ()),
             (MatmulKernel::Gemv, _) => self.gemvs.multiply(queue, x, (weight, bias), out).map(|_| ()),
             _ => self.library.multiply(queue, workspace, x, (weight, bias), out),
@@ -267,8 +268,8 @@ impl CudaBackend {
             return Vec::new();
         }
         let task = task(x, (weight, None), out);
-        let chosen = self.matmuls.choose(task, &self.workspace);
-        let mut kernels = self.matmuls.kernels(task, &self.workspace);
+        let chosen = self.matmuls.choose(task);
+        let mut kernels = self.matmuls.kernels(task);
         kernels.sort_by_key(|&kernel| kernel != chosen);
         kernels
     }

@@ -10,12 +10,14 @@
 mod attention;
 mod buffer;
 mod ceilings;
+mod cluster_gemm;
 mod cublaslt;
 mod driver;
 mod elementwise;
 mod embedding;
 mod experts;
 mod few_rows;
+mod fp8_hopper;
 mod fp8_linear;
 mod fp8_matmul;
 mod fp8_skinny;
@@ -34,7 +36,6 @@ mod operations;
 mod rope;
 mod sampling;
 mod shared_split;
-mod skinny;
 mod step;
 mod step_clock;
 mod tensor_map;
@@ -47,6 +48,7 @@ use cudarc::driver::sys::CUdevice_attribute as Attribute;
 
 pub use buffer::CudaBuffer;
 pub use ceilings::Ceilings;
+pub use cluster_gemm::ClusterPlan;
 pub use experts::CudaExperts;
 pub use fp8_matmul::Fp8Kernel;
 pub use kv_cache::CudaKvCache;
@@ -122,6 +124,8 @@ pub struct CudaBackend {
     step: StepInputs,
     /// Of operations that need room in between; contents are undefined between operations.
     workspace: DeviceMemory,
+    /// What the result of the next operation is for.
+    next_weight: Cell<Option<linear::NextWeight>>,
     graphs: Graphs,
     /// Addresses that graphs hold have changed.
     has_stale_graphs: Cell<bool>,
@@ -186,6 +190,7 @@ impl CudaBackend {
             uploader: RefCell::new(None),
             communicator,
             workspace: DeviceMemory::zeroed(&context, WORKSPACE_BYTES, "the workspace")?,
+            next_weight: Cell::new(None),
             graphs: Graphs::default(),
             has_stale_graphs: Cell::new(false),
             norms: norm::Norms::load(&context)?,

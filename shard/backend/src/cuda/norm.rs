@@ -23,6 +23,7 @@ pub(super) struct Norms {
     layer: ByTypes,
     add_rms: ByTypes,
     add_layer: ByTypes,
+    add_rms_rounded: ByType,
     rms_heads: ByType,
     layer_heads: ByType,
     squares: ByType,
@@ -66,6 +67,7 @@ impl Norms {
             layer: module.by_types("layer_norm", &MIXED_TYPES)?,
             add_rms: module.by_types("add_rms_norm", &MIXED_TYPES)?,
             add_layer: module.by_types("add_layer_norm", &MIXED_TYPES)?,
+            add_rms_rounded: module.by_type("add_rms_norm_rounded")?,
             rms_heads: module.by_type("rms_norm_heads")?,
             layer_heads: module.by_type("layer_norm_heads")?,
             squares: module.by_type("squares")?,
@@ -119,6 +121,29 @@ impl Norms {
         let launch = Launch { function, grid, block, shared_bytes: 0 };
         let width = delta.width() as i32;
         queue.launch(&launch, args![residual.ptr(), delta.ptr(), weight.ptr(), eps, out.ptr(), width])
+    }
+
+    /// The same with a row's numbers rounded to eight bits; false: it is too wide for that.
+    pub(super) fn add_rms_rounded(
+        &self,
+        queue: &Queue,
+        (residual, delta): (&mut CudaBuffer, &CudaBuffer),
+        (weight, eps): (&CudaVector, f32),
+        out: &mut CudaBuffer,
+    ) -> Result<bool, BackendError> {
+        check_residual(residual, delta);
+        check_widths(delta.width(), &[weight.width, out.width()]);
+        let (grid, block) = row_launch(delta.rows(), delta.width());
+        let most = 2 * ELEMENTS_A_THREAD * block as usize;
+        if delta.width() > most || !delta.width().is_multiple_of(ELEMENTS_A_THREAD) {
+            return Ok(false);
+        }
+        let (numbers, scales) = out.round(delta.rows());
+        let launch =
+            Launch { function: self.add_rms_rounded.of(delta.dtype()), grid, block, shared_bytes: 0 };
+        let (to, from, width) = (residual.ptr(), delta.ptr(), delta.width() as i32);
+        queue.launch(&launch, args![to, from, weight.ptr(), eps, numbers, scales, width])?;
+        Ok(true)
     }
 
     /// `out = layer_norm(x)`.

@@ -3,6 +3,7 @@
 use std::ops::Range;
 
 use super::driver::DevicePtr;
+use super::elementwise;
 use super::graph::{Graph, GraphKey, Plan};
 use super::launch::Mode;
 use super::shared_split;
@@ -225,6 +226,7 @@ impl Backend for CudaBackend {
         eps: f32,
         out: &mut CudaBuffer,
     ) -> Result<(), BackendError> {
+        self.next_weight.take();
         self.norms.rms(&self.queue, x, (weight, eps), out)
     }
 
@@ -244,6 +246,12 @@ impl Backend for CudaBackend {
         norm: (&CudaVector, f32),
         out: &mut CudaBuffer,
     ) -> Result<(), BackendError> {
+        let next = self.next_weight.take();
+        if next.is_some_and(|next| self.matmuls.rounds(delta.rows(), &next, delta.dtype()))
+            && self.norms.add_rms_rounded(&self.queue, (residual, delta), norm, out)?
+        {
+            return Ok(());
+        }
         self.norms.add_rms(&self.queue, (residual, delta), norm, out)
     }
 
@@ -254,6 +262,7 @@ impl Backend for CudaBackend {
         eps: f32,
         out: &mut CudaBuffer,
     ) -> Result<(), BackendError> {
+        self.next_weight.take();
         self.norms.layer(&self.queue, x, (weight, bias, eps), out)
     }
 
@@ -273,6 +282,7 @@ impl Backend for CudaBackend {
         norm: (&CudaVector, &CudaVector, f32),
         out: &mut CudaBuffer,
     ) -> Result<(), BackendError> {
+        self.next_weight.take();
         self.norms.add_layer(&self.queue, (residual, delta), norm, out)
     }
 
@@ -341,10 +351,15 @@ impl Backend for CudaBackend {
         activation: Activation,
         (gate_up, out): (&mut CudaBuffer, &mut CudaBuffer),
     ) -> Result<(), BackendError> {
+        let next = self.next_weight.take();
         if self.matmuls.gated((&self.queue, &self.workspace), x, (weight, bias), activation, out)? {
             return Ok(());
         }
         self.matmul(x, weight, bias, gate_up)?;
+        if next.is_some_and(|next| self.matmuls.rounds(x.rows(), &next, gate_up.dtype())) {
+            let activation = elementwise::activation_number(activation);
+            return self.matmuls.fp8.rounding.gate(&self.queue, gate_up, activation, out);
+        }
         self.gated_activation(gate_up, activation, out)
     }
 
@@ -357,6 +372,10 @@ impl Backend for CudaBackend {
         cache: &mut CudaKvCache,
     ) -> Result<(), BackendError> {
         self.ropes.rotate_and_store(&self.queue, &self.step, (qkv, rope, shape), (layer, cache))
+    }
+
+    fn comes_next(&self, weight: &CudaLinear) {
+        self.next_weight.set(Some(weight.into()));
     }
 
     fn attention(

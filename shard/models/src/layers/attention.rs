@@ -76,6 +76,11 @@ impl<B: Backend> Attention<B> {
         &self.shape
     }
 
+    /// What reads its input.
+    pub(crate) fn first(&self) -> &Linear<B> {
+        &self.qkv_proj
+    }
+
     /// `out = attention(x)`, this rank's part of the sum; stores keys and values.
     pub(crate) fn forward(
         &self,

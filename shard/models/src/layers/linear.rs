@@ -114,6 +114,11 @@ impl<B: Backend> Linear<B> {
         Ok(Self { weight, bias })
     }
 
+    /// Says that the result of the next operation is for this layer alone.
+    pub(crate) fn comes_next(&self, backend: &B) {
+        backend.comes_next(&self.weight);
+    }
+
     /// `[rows, in_features] -> [rows, out_features]`, of this rank.
     pub(crate) fn forward(
         &self,

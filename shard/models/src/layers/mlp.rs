@@ -77,6 +77,15 @@ impl<B: Backend> Mlp<B> {
         }
     }
 
+    /// What alone reads its input; none: there are several.
+    pub(crate) fn first(&self) -> Option<&Linear<B>> {
+        match self {
+            Mlp::Gated { gate_up_proj, .. } => Some(gate_up_proj),
+            Mlp::Plain { up_proj, .. } => Some(up_proj),
+            Mlp::Experts(_) => None,
+        }
+    }
+
     /// `out = mlp(x)`, this rank's part of the sum.
     pub(crate) fn forward(
         &self,
@@ -87,6 +96,7 @@ impl<B: Backend> Mlp<B> {
         match self {
             Mlp::Gated { gate_up_proj, activation, down_proj, gate_up, activated } => {
                 let (gate_up, activated) = scratch.pair(*gate_up, *activated);
+                down_proj.comes_next(backend);
                 gate_up_proj.forward_gated(backend, x, *activation, (gate_up, activated))?;
                 down_proj.forward(backend, activated, out)
             }

@@ -19,6 +19,7 @@ use backend::{Backend, DType, RopeFrequencies};
 pub(crate) use attention::Attention;
 pub(crate) use embedding::{Embedding, LmHead};
 pub(crate) use latent_attention::LatentAttention;
+pub(crate) use linear::Linear;
 pub(crate) use mlp::Mlp;
 pub(crate) use norm::Norm;
 pub(crate) use residual::{InputOutput, Residual, Stream};

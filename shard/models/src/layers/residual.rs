@@ -2,7 +2,7 @@
 
 use backend::{Backend, DType};
 
-use super::{Loader, Norm};
+use super::{Linear, Loader, Norm};
 use crate::ModelError;
 use crate::spec::{BranchSpec, ResidualSpec};
 
@@ -142,6 +142,19 @@ impl<B: Backend> Stream<B> {
             }
         };
         Ok((input, &mut self.delta))
+    }
+
+    /// The same for a part of which only `first` reads, if there is one.
+    pub(crate) fn input_of(
+        &mut self,
+        backend: &mut B,
+        norm: Option<&Norm<B>>,
+        first: Option<&Linear<B>>,
+    ) -> Result<InputOutput<'_, B>, ModelError> {
+        if let (Some(first), Some(_)) = (first, norm) {
+            first.comes_next(backend);
+        }
+        self.input(backend, norm)
     }
 
     /// Where the feed-forward beside a mixer reads and writes, once the mixer has written; without a norm it reads what the
