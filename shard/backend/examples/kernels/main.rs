@@ -1,8 +1,9 @@
 //! How fast the CPU kernels are at SmolLM2-135M's shapes, beside a plain loop that only reads memory.
 //!
 //! `cargo run --release -p backend --example kernels -- [--json] [--threads N] [--dtype bfloat16] [--isa portable|avx2|avx512|vnni|bf16]
-//! [--cpu-time] [--pin] [--read-only]`; `--cpu-time` counts the processor time of the first thread, for `--threads 1` on a busy
-//! machine, with `--pin` each thread stays on one core, and `--read-only` stops after the plain loop.
+//! [--cpu-time] [--pin] [--bits 4|8] [--read-only]`; `--cpu-time` counts the processor time of the first thread, for `--threads 1` on a busy
+//! machine, with `--pin` each thread stays on one core, `--bits` times the
+//! quantized model of so many bits alone, and `--read-only` stops after the plain loop.
 //! Every figure is the median of several runs. Figures of a machine that does something else meanwhile are worthless.
 
 mod measure;
@@ -21,12 +22,13 @@ struct Options {
     cpu: CpuOptions,
     dtype: DType,
     read_only: bool,
+    bits_only: Option<u32>,
 }
 
 fn options() -> Result<Options, String> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let cpu = CpuOptions { threads: cores, isa: None, pin_threads: false };
-    let mut options = Options { json: false, cpu, dtype: DType::BF16, read_only: false };
+    let mut options = Options { json: false, cpu, dtype: DType::BF16, read_only: false, bits_only: None };
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         let mut value = || arguments.next().ok_or(format!("{argument} needs a value"));
@@ -36,6 +38,11 @@ fn options() -> Result<Options, String> {
             "--cpu-time" => measure::COUNTS_CPU_TIME.store(true, std::sync::atomic::Ordering::Relaxed),
             "--threads" => {
                 options.cpu.threads = value()?.parse().map_err(|error| format!("--threads: {error}"))?
+            }
+            "--bits" => {
+                let bits = value()?;
+                let known = bits.parse().ok().filter(|bits| [4, 8].contains(bits));
+                options.bits_only = Some(known.ok_or(format!("--bits {bits}: 4 or 8"))?);
             }
             "--pin" => options.cpu.pin_threads = true,
             "--dtype" => {
@@ -63,6 +70,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     if options.read_only {
         return Ok(print(&options, "memory", &figures)?);
+    }
+
+    if let Some(bits) = options.bits_only {
+        quantized(&options, bits, &mut figures)?;
+        return Ok(print(&options, "quantized", &figures)?);
     }
 
     let started = std::time::Instant::now();
@@ -101,6 +113,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     model.begin_batch(8, 160)?;
     let seconds = median_seconds(20, || model.step());
     figures.push(Figure::new("decode step, 8 sequences of 160", 8.0 / seconds, "tokens/s"));
+    for (name, seconds) in model.step_parts(20) {
+        figures.push(Figure::new(format!("of that step: {name}"), seconds * 1e3, "ms"));
+    }
     model.begin(512, 512)?;
     let seconds = median_seconds(5, || model.step());
     figures.push(Figure::new("prefill step, 512 tokens", 512.0 / seconds, "tokens/s"));
@@ -151,6 +166,9 @@ fn quantized(options: &Options, bits: u32, figures: &mut Vec<Figure>) -> Result<
     model.begin_batch(8, 160)?;
     let seconds = median_seconds(20, || model.step());
     add("decode step, 8 sequences of 160", 8.0 / seconds, "tokens/s");
+    for (name, seconds) in model.step_parts(20) {
+        add(&format!("of that step: {name}"), seconds * 1e3, "ms");
+    }
     model.begin(512, 512)?;
     let seconds = median_seconds(5, || model.step());
     add("prefill step, 512 tokens", 512.0 / seconds, "tokens/s");

@@ -57,6 +57,53 @@ pub(crate) fn median_seconds(runs: usize, mut call: impl FnMut()) -> f64 {
     times[runs / 2]
 }
 
+/// Adds up what the parts of a step take, once it is started.
+#[derive(Default)]
+pub(crate) struct PartsClock {
+    is_running: bool,
+    /// Of each part its name, and its seconds in each step.
+    parts: Vec<(&'static str, Vec<f64>)>,
+    steps: usize,
+}
+
+impl PartsClock {
+    pub(crate) fn start(&mut self) {
+        *self = PartsClock { is_running: true, ..PartsClock::default() };
+    }
+
+    pub(crate) fn end_step(&mut self) {
+        self.steps += 1;
+    }
+
+    /// Calls `call`, whose time counts as part `name` of this step.
+    pub(crate) fn time<T>(&mut self, name: &'static str, call: impl FnOnce() -> T) -> T {
+        if !self.is_running {
+            return call();
+        }
+        let start = seconds_now();
+        let result = call();
+        let seconds = seconds_now() - start;
+        if self.parts.iter().all(|part| part.0 != name) {
+            self.parts.push((name, Vec::new()));
+        }
+        for (_, times) in self.parts.iter_mut().filter(|part| part.0 == name) {
+            times.resize(self.steps + 1, 0.0);
+            times[self.steps] += seconds;
+        }
+        result
+    }
+
+    /// The medians over the steps; stops the clock.
+    pub(crate) fn medians(&mut self) -> Vec<(&'static str, f64)> {
+        self.is_running = false;
+        let median = |mut times: Vec<f64>| {
+            times.sort_by(f64::total_cmp);
+            times[times.len() / 2]
+        };
+        self.parts.drain(..).map(|(name, times)| (name, median(times))).collect()
+    }
+}
+
 /// Bytes each thread reads: far more than any cache.
 const READ_BYTES: usize = 256 << 20;
 const HUGE_PAGE: usize = 2 << 20;

@@ -10,6 +10,8 @@ use backend::{
     RopeFrequencies, RopeStyle, StepInput,
 };
 
+use crate::measure::PartsClock;
+
 pub(crate) const LAYERS: usize = 30;
 const HIDDEN: usize = 576;
 const INTERMEDIATE: usize = 1536;
@@ -55,6 +57,7 @@ pub(crate) struct Model {
     cache: CpuKvCache,
     buffers: Buffers,
     logits_rows: Vec<u32>,
+    clock: PartsClock,
 }
 
 /// A matrix of small random numbers, as `dtype`.
@@ -144,7 +147,8 @@ impl Model {
             logits: backend.buffer(16, VOCAB, DType::F32)?,
         };
         let norm = backend.vector(vec![1.0; HIDDEN])?;
-        Ok(Model { backend, layers, head, norm, rope, cache, buffers, logits_rows: vec![0] })
+        let clock = PartsClock::default();
+        Ok(Model { backend, layers, head, norm, rope, cache, buffers, logits_rows: vec![0], clock })
     }
 
     pub(crate) fn description(&self) -> String {
@@ -252,26 +256,50 @@ impl Model {
     }
 
     fn forward(&mut self) -> Result<(), BackendError> {
-        let (backend, b) = (&mut self.backend, &mut self.buffers);
+        let (backend, b, clock) = (&mut self.backend, &mut self.buffers, &mut self.clock);
         let norm = (&self.norm, 1e-5);
-        backend.embed(&self.head, 0, &mut b.hidden)?;
-        backend.rms_norm(&b.hidden, &self.norm, 1e-5, &mut b.normed)?;
+        clock.time("embedding and norms", || {
+            backend.embed(&self.head, 0, &mut b.hidden)?;
+            backend.rms_norm(&b.hidden, &self.norm, 1e-5, &mut b.normed)
+        })?;
         for (index, layer) in self.layers.iter().enumerate() {
-            backend.matmul(&b.normed, &layer.qkv, None, &mut b.qkv)?;
-            backend.rope_and_store_kv(&mut b.qkv, Some(&self.rope), &SHAPE, index, &mut self.cache)?;
-            backend.attention(&b.qkv, &SHAPE, index, &self.cache, &mut b.attended)?;
-            backend.matmul(&b.attended, &layer.output, None, &mut b.normed)?;
+            clock.time("products", || backend.matmul(&b.normed, &layer.qkv, None, &mut b.qkv))?;
+            clock.time("rope and storing", || {
+                backend.rope_and_store_kv(&mut b.qkv, Some(&self.rope), &SHAPE, index, &mut self.cache)
+            })?;
+            clock.time("attention", || {
+                backend.attention(&b.qkv, &SHAPE, index, &self.cache, &mut b.attended)
+            })?;
+            clock.time("products", || backend.matmul(&b.attended, &layer.output, None, &mut b.normed))?;
             backend.all_reduce(&mut b.normed)?;
             // The product is also the norm's input: its result goes to the attention's buffer, free by now.
-            backend.add_rms_norm(&mut b.hidden, &b.normed, norm, &mut b.attended)?;
-            backend.matmul(&b.attended, &layer.gate_up, None, &mut b.gate_up)?;
-            backend.gated_activation(&b.gate_up, Activation::Silu, &mut b.activated)?;
-            backend.matmul(&b.activated, &layer.down, None, &mut b.attended)?;
+            clock.time("embedding and norms", || {
+                backend.add_rms_norm(&mut b.hidden, &b.normed, norm, &mut b.attended)
+            })?;
+            clock.time("products", || backend.matmul(&b.attended, &layer.gate_up, None, &mut b.gate_up))?;
+            clock.time("activation", || {
+                backend.gated_activation(&b.gate_up, Activation::Silu, &mut b.activated)
+            })?;
+            clock.time("products", || backend.matmul(&b.activated, &layer.down, None, &mut b.attended))?;
             backend.all_reduce(&mut b.attended)?;
-            backend.add_rms_norm(&mut b.hidden, &b.attended, norm, &mut b.normed)?;
+            clock.time("embedding and norms", || {
+                backend.add_rms_norm(&mut b.hidden, &b.attended, norm, &mut b.normed)
+            })?;
         }
-        backend.gather_rows(&b.normed, &self.logits_rows, &mut b.last)?;
-        backend.matmul(&b.last, &self.head, None, &mut b.logits)
+        clock.time("products", || {
+            backend.gather_rows(&b.normed, &self.logits_rows, &mut b.last)?;
+            backend.matmul(&b.last, &self.head, None, &mut b.logits)
+        })
+    }
+
+    /// Where the time of a step goes: each part's name and its median seconds.
+    pub(crate) fn step_parts(&mut self, runs: usize) -> Vec<(&'static str, f64)> {
+        self.clock.start();
+        for _ in 0..runs {
+            self.step();
+            self.clock.end_step();
+        }
+        self.clock.medians()
     }
 
     /// Greedy choices from the last logits.
@@ -291,7 +319,9 @@ impl Model {
             .iter()
             .map(|_| SamplingRow { params: &params, history: &[], top_n: 0 })
             .collect();
-        self.buffers.logits.resize(rows.len());
-        self.backend.sample(&mut self.buffers.logits, &rows).expect("sampling cannot fail");
+        let logits = &mut self.buffers.logits;
+        logits.resize(rows.len());
+        let sampled = self.clock.time("sampling", || self.backend.sample(logits, &rows));
+        sampled.expect("sampling cannot fail");
     }
 }
