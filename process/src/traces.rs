@@ -57,8 +57,9 @@ impl OtlpEndpoint {
         let with_scheme = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
         let uri: Uri = with_scheme.parse().map_err(|_| mistake())?;
         let is_known = matches!(uri.scheme_str(), Some("http" | "https"));
+        // What follows the host is a port that the parser takes, or nothing.
         let is_port = uri.authority().is_some_and(|authority| {
-            !authority.as_str().ends_with(':') && authority.port().is_none() || authority.port_u16().is_some()
+            authority.as_str().ends_with(authority.host()) || authority.port_u16().is_some()
         });
         if !is_known || !is_port || uri.host().is_none_or(str::is_empty) {
             return Err(mistake());
