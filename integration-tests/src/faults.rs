@@ -129,7 +129,11 @@ pub fn inject(fault: Fault, during: During) -> Result<Seen> {
             let family = scene.server.family();
             let began = Instant::now();
             process_tree::send(victim, Signal::SIGKILL);
-            // Only the phase was to be held.
+            // Only the phase was to be held, until the fault is seen: what is let go may be over with it at once.
+            if fault != Fault::KillLauncher {
+                let is_seen = || scene.server.log().contains("was ended by SIGKILL");
+                wait_for(&scene.server, "a word on the death", is_seen)?;
+            }
             scene.let_go();
             let (end, after) = wait_for_end(scene.server, victim, &family, began)?;
             return Ok(Seen { end, after, streams: (0, 0) });

@@ -3,6 +3,7 @@
 //! - [`Server`]: a launcher with its shards and router on a free port, in a folder of its own, ended in `Drop`.
 //! - [`http`]: a client of a few lines, so that the tests see the bytes the router wrote.
 //! - [`conformance`]: every way of asking for the same thing gives the reference's tokens.
+//! - [`collector`]: an OTLP collector that keeps the spans it gets.
 //! - [`fake_hub`]: a Hub that cuts, stalls, refuses and lies.
 //! - [`golden`]: reference outputs and the one table of tolerances.
 //! - [`workload`] and [`chaos`]: streams with known answers, and processes that are killed under them.
@@ -11,6 +12,7 @@
 
 pub mod args;
 pub mod chaos;
+pub mod collector;
 pub mod conformance;
 pub mod fake_hub;
 pub mod faults;

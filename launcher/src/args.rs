@@ -386,7 +386,7 @@ pub struct ServingArgs {
     #[arg(long, env)]
     pub ngrok_edge: Option<String>,
 
-    /// OpenTelemetry collector (OTLP over gRPC) that traces are sent to. Not available yet.
+    /// OpenTelemetry collector (OTLP over gRPC) that spans are sent to, such as http://localhost:4317
     #[arg(long, env)]
     pub otlp_endpoint: Option<String>,
 

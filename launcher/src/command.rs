@@ -141,6 +141,7 @@ impl ShardSpec {
         command.option_if_some("--dtype", &model.dtype.map(|dtype: Dtype| spelled(dtype)));
         command.option_if_some("--kv-cache-dtype", &model.kv_cache_dtype.map(spelled));
         command.option_if_some("--revision", &model.revision);
+        command.option_if_some("--otlp-endpoint", &self.args.serving.otlp_endpoint);
         command.option("--otlp-service-name", &self.args.serving.otlp_service_name);
         command.option_if_some("--max-input-tokens", &self.max_input_tokens);
     }
@@ -257,6 +258,7 @@ impl RouterSpec {
         if self.args.log.json_output {
             command.flag("--json-output");
         }
+        command.option_if_some("--otlp-endpoint", &serving.otlp_endpoint);
         command.option("--otlp-service-name", &serving.otlp_service_name);
         for origin in &serving.cors_allow_origin {
             command.option("--cors-allow-origin", origin);

@@ -115,15 +115,16 @@ pub fn ask(
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
-
     use super::*;
 
+    /// Another process writes it: what this one holds open for writing, a child that another test starts just then would hold
+    /// too, and a file that anyone may write to is not run.
     fn shard(script: &str) -> (tempfile::TempDir, std::path::PathBuf) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("shard");
-        std::fs::write(&path, format!("#!/bin/sh\n{script}\n")).unwrap();
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let write = r#"printf '#!/bin/sh\n%s\n' "$1" > "$0" && chmod 755 "$0""#;
+        let status = Command::new("/bin/sh").args(["-c", write]).arg(&path).arg(script).status().unwrap();
+        assert!(status.success());
         (dir, path)
     }
 

@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use hub::{ModelConfig, RopeKind, RopeOverride};
+use process::OtlpEndpoint;
 
 use crate::args::{Args, Quantize, RopeScaling, spelled};
 use crate::budget;
@@ -185,6 +186,9 @@ fn out_of_range(args: &Args) -> Vec<LauncherError> {
     if !(fraction > 0.0 && fraction <= 1.0) {
         found.push(format!("--cuda-memory-fraction {fraction}: expected a number above 0 and up to 1"));
     }
+    found.extend(
+        args.serving.otlp_endpoint.as_deref().and_then(|endpoint| OtlpEndpoint::parse(endpoint).err()),
+    );
     if args.serving.port == 0 {
         found.push("--port 0: expected a port from 1 to 65535".to_owned());
     }
@@ -222,9 +226,6 @@ fn not_available(args: &Args) -> Vec<String> {
         if let Some(value) = value {
             refuse(format!("{option} {value}"), "leave it out");
         }
-    }
-    if let Some(endpoint) = &serving.otlp_endpoint {
-        refuse(format!("--otlp-endpoint {endpoint}"), "leave it out; metrics are at /metrics");
     }
     if serving.ngrok {
         refuse("--ngrok".to_owned(), "leave it out and put a tunnel of your own before --port");

@@ -55,6 +55,8 @@ const EVERYTHING: &[&str] = &[
     "--tokenizer-config-path",
     "/t.json",
     "--json-output",
+    "--otlp-endpoint",
+    "http://collector:4317",
     "--otlp-service-name",
     "svc",
     "--api-key",
@@ -182,7 +184,8 @@ fn shard_with_everything() {
     assert_eq!(
         shard.args.join(" "),
         "serve /models/m.gguf --uds-path /run/s --logger-level INFO --json-output --trust-remote-code --sharded \
-         --dtype bfloat16 --revision refs/pr/1 --otlp-service-name svc --max-input-tokens 100"
+         --dtype bfloat16 --revision refs/pr/1 --otlp-endpoint http://collector:4317 \
+         --otlp-service-name svc --max-input-tokens 100"
     );
     let env = environment(&shard);
     for (name, value) in [
@@ -233,8 +236,8 @@ fn router_with_everything() {
         optional,
         "--max-input-tokens 100 --max-total-tokens 200 --usage-stats no-stack --disable-grammar-support \
          --tokenizer-config-path /t.json --max-batch-total-tokens 400 --max-batch-size 8 --revision refs/pr/1 \
-         --trust-remote-code --json-output --otlp-service-name svc --cors-allow-origin http://a --cors-allow-origin \
-         http://b --api-key key"
+         --trust-remote-code --json-output --otlp-endpoint http://collector:4317 --otlp-service-name svc \
+         --cors-allow-origin http://a --cors-allow-origin http://b --api-key key"
     );
     let expected = [
         ("COMPUTE_TYPE", "1-cpu"),

@@ -69,9 +69,7 @@ fn every_named_test_exists() {
         }
         // That an option is handed on proves nothing about what it does there.
         let shows_effect = |named: &str| !named.starts_with("launcher/tests/command_golden.rs");
-        // A name in traces, which are not exported.
-        let is_moot = flag == "--otlp-service-name";
-        assert!(is_moot || row[4].split(", ").any(shows_effect), "{flag} is only shown to be handed on");
+        assert!(row[4].split(", ").any(shows_effect), "{flag} is only shown to be handed on");
     }
     assert!(num_tests >= 54, "{num_tests}");
 }

@@ -6,7 +6,7 @@ use crate::logging::{LogSettings, Program};
 ///
 /// A bare level applies to these only: the libraries below (HTTP, gRPC, tokenizers) stay quiet, as they
 /// do in text-generation-inference.
-const OUR_TARGETS: [&str; 9] =
+pub(crate) const OUR_TARGETS: [&str; 9] =
     ["launcher", "router", "shard", "benchmark", "hub", "process", "proto", "models", "backend"];
 
 /// Logging options; flattened into each program's own.

@@ -16,6 +16,7 @@ use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, Registry};
 
 use crate::log_line::{LogLine, LogSource};
+use crate::traces::{TraceError, TraceExport, TraceSettings};
 
 /// Whose logs these are; the programs' formats differ as upstream's do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -74,6 +75,28 @@ pub fn init_logging(settings: LogSettings) {
         .with(format_layer(&settings))
         .with(parse_filter(&settings.filter))
         .try_init();
+}
+
+/// As [`init_logging`], and exports spans if that is asked for, until the answer is dropped.
+///
+/// # Errors
+/// Nothing can be exported; logs are there all the same.
+pub fn init_logging_and_traces(
+    settings: LogSettings,
+    traces: Option<TraceSettings>,
+) -> Result<Option<TraceExport>, TraceError> {
+    let export = match traces.map(TraceExport::start).transpose() {
+        Ok(Some(export)) => export,
+        nothing => {
+            init_logging(settings);
+            return nothing;
+        }
+    };
+    // A filter for each: the collector gets its spans whatever the log shows, and nothing but them.
+    let logs = format_layer(&settings).with_filter(parse_filter(&settings.filter)).boxed();
+    // As above.
+    let _ = tracing_subscriber::registry().with(vec![logs, export.layer()]).try_init();
+    Ok(Some(export))
 }
 
 fn parse_filter(filter: &str) -> EnvFilter {

@@ -3,8 +3,12 @@
 use std::future::Future;
 use std::path::Path;
 
-use tonic::Request;
+use opentelemetry::propagation::Injector;
+use opentelemetry::{Context, global};
+use tonic::metadata::{MetadataKey, MetadataMap};
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Channel;
+use tonic::{Request, Status};
 
 use crate::ClientError;
 use crate::call_id::CallId;
@@ -29,7 +33,7 @@ pub struct ShardClient {
     closed: Closed,
     /// The call that is made next.
     call: Option<CallId>,
-    generation: TextGenerationServiceClient<Channel>,
+    generation: TextGenerationServiceClient<InterceptedService<Channel, TellTrace>>,
     control: ShardControlClient<Channel>,
 }
 
@@ -47,8 +51,11 @@ impl ShardClient {
         Ok(Self {
             closed,
             call: None,
-            generation: TextGenerationServiceClient::new(channel.clone())
-                .max_decoding_message_size(MAX_MESSAGE_BYTES),
+            generation: TextGenerationServiceClient::with_interceptor(
+                channel.clone(),
+                tell_trace as TellTrace,
+            )
+            .max_decoding_message_size(MAX_MESSAGE_BYTES),
             control: ShardControlClient::new(channel),
         })
     }
@@ -138,5 +145,27 @@ impl ShardClient {
     pub async fn decode(&mut self, batches: Vec<CachedBatch>) -> Result<DecodeResponse, ClientError> {
         let request = self.named(DecodeRequest { batches });
         Ok(self.generation.decode(request).await?.into_inner())
+    }
+}
+
+type TellTrace = fn(Request<()>) -> Result<Request<()>, Status>;
+
+/// Tells the shard which span it works for, in the metadata of each call: W3C trace context. Adds nothing where no spans
+/// are exported.
+fn tell_trace(mut request: Request<()>) -> Result<Request<()>, Status> {
+    global::get_text_map_propagator(|propagator| {
+        propagator.inject_context(&Context::current(), &mut Metadata(request.metadata_mut()));
+    });
+    Ok(request)
+}
+
+struct Metadata<'a>(&'a mut MetadataMap);
+
+impl Injector for Metadata<'_> {
+    fn set(&mut self, key: &str, value: String) {
+        // Both are ASCII: trace context has no other.
+        if let (Ok(key), Ok(value)) = (MetadataKey::from_bytes(key.as_bytes()), value.parse()) {
+            self.0.insert(key, value);
+        }
     }
 }

@@ -92,12 +92,12 @@ pub struct Args {
     #[arg(long, env, hide_env_values = true)]
     pub api_key: Option<String>,
 
-    /// Not supported by this version
-    #[arg(long, env, hide = true)]
+    /// OpenTelemetry collector (OTLP over gRPC) to send spans to, such as http://localhost:4317
+    #[arg(long, env)]
     pub otlp_endpoint: Option<String>,
 
     /// Name of this service in traces
-    #[arg(default_value = "text-generation-inference.router", long, env, hide = true)]
+    #[arg(default_value = "text-generation-inference.router", long, env)]
     pub otlp_service_name: String,
 
     /// Origins that browsers may come from; default: any

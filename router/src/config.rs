@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use hub::{HubOptions, ModelRef};
+use process::{OtlpEndpoint, TraceSettings};
 use proto::ShardInfo;
 use proto::v3::WarmupResponse;
 
@@ -159,13 +160,24 @@ fn check_values(args: &Args) -> Vec<String> {
         mistakes
             .push(format!("--max-input-tokens is {input}, expected less than --max-total-tokens, {total}"));
     }
+    mistakes.extend(otlp_endpoint(args).and_then(Result::err));
     mistakes
+}
+
+/// Where spans are sent; nowhere when the address is a mistake, which [`RouterConfig::from_args`] tells.
+pub fn trace_settings(args: &Args) -> Option<TraceSettings> {
+    let endpoint = otlp_endpoint(args)?.ok()?;
+    Some(TraceSettings { endpoint, service_name: args.otlp_service_name.clone(), instance: None })
+}
+
+/// An empty variable counts as unset.
+fn otlp_endpoint(args: &Args) -> Option<Result<OtlpEndpoint, String>> {
+    args.otlp_endpoint.as_deref().filter(|text| !text.trim().is_empty()).map(OtlpEndpoint::parse)
 }
 
 /// Flags of the surface that this version does not honour are refused, never ignored.
 fn refuse_unsupported(args: &Args) -> impl Iterator<Item = String> {
     [
-        ("--otlp-endpoint", args.otlp_endpoint.is_some()),
         ("--ngrok", args.ngrok),
         ("--ngrok-authtoken", args.ngrok_authtoken.is_some()),
         ("--ngrok-edge", args.ngrok_edge.is_some()),
@@ -383,7 +395,7 @@ mod tests {
             "9",
             "--ngrok",
             "--otlp-endpoint",
-            "http://x",
+            "ftp://x",
             "--cors-allow-origin",
             "a\nb",
         ])
@@ -394,7 +406,8 @@ mod tests {
                 "--validation-workers is 0, expected 1 or more",
                 "--max-batch-size is 0, expected 1 or more",
                 "--max-input-tokens is 9, expected less than --max-total-tokens, 9",
-                "--otlp-endpoint is set, but this version does not support it: leave it unset",
+                "--otlp-endpoint is `ftp://x`, expected the address of an OTLP collector for gRPC, such as \
+                 http://localhost:4317",
                 "--ngrok is set, but this version does not support it: leave it unset",
                 "--cors-allow-origin: `a\nb` cannot be sent in an HTTP header",
             ]

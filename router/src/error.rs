@@ -36,6 +36,9 @@ pub enum RouterError {
         /// The operating system's words.
         source: io::Error,
     },
+    /// Spans cannot be exported.
+    #[error(transparent)]
+    Traces(#[from] process::TraceError),
     /// The operating system refused something else.
     #[error("{step}: {source}")]
     System {
@@ -60,6 +63,7 @@ impl RouterError {
             RouterError::Shards { .. }
             | RouterError::Unrecoverable(_)
             | RouterError::Bind { .. }
+            | RouterError::Traces(_)
             | RouterError::System { .. }
             | RouterError::Internal(_) => ExitCode::Failure,
         }

@@ -17,8 +17,10 @@ const MAX_HTTP_THREADS: usize = 16;
 
 fn main() -> std::process::ExitCode {
     let args = Args::parse();
-    process::init_logging(args.log.settings(Program::Router));
-    let exit_code = match run(args) {
+    let traces = router::config::trace_settings(&args);
+    let export = process::init_logging_and_traces(args.log.settings(Program::Router), traces);
+    // The last spans are delivered when `run` is done.
+    let exit_code = match export.map_err(RouterError::from).and_then(|_export| run(args)) {
         Ok(()) => ExitCode::Ok,
         Err(error) => {
             for line in error.to_string().lines() {

@@ -79,7 +79,11 @@ pub struct ServeArgs {
     #[arg(long)]
     pub trust_remote_code: bool,
 
-    /// Accepted; spans are not exported
+    /// OpenTelemetry collector (OTLP over gRPC) to send spans to, such as http://localhost:4317
+    #[arg(long)]
+    pub otlp_endpoint: Option<String>,
+
+    /// Name of this service in traces
     #[arg(long, default_value = "text-generation-inference.server")]
     pub otlp_service_name: String,
 
@@ -218,10 +222,6 @@ pub struct RefusedArgs {
     /// Number of speculated tokens
     #[arg(long)]
     pub speculate: Option<usize>,
-
-    /// Where to send traces
-    #[arg(long)]
-    pub otlp_endpoint: Option<String>,
 
     /// Adapters to load.
     #[arg(long, env = "LORA_ADAPTERS", hide = true)]

@@ -36,6 +36,9 @@ pub enum ShardError {
     /// A mistake in this program.
     #[error("the engine panicked: {0}")]
     EnginePanicked(String),
+    /// Spans cannot be exported.
+    #[error(transparent)]
+    Traces(#[from] process::TraceError),
     /// The operating system refuses something.
     #[error("{action}: {source}")]
     System {
@@ -57,7 +60,7 @@ impl ShardError {
             ShardError::Socket { .. } => ExitCode::SocketUnusable,
             ShardError::EngineFailed(error) => model_exit_code(error, ExitCode::EngineFailed),
             ShardError::EnginePanicked(_) => ExitCode::EngineFailed,
-            ShardError::System { .. } => ExitCode::Failure,
+            ShardError::Traces(_) | ShardError::System { .. } => ExitCode::Failure,
         }
     }
 }

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
-use process::{LogSettings, init_logging};
+use process::{LogSettings, init_logging_and_traces};
 use shard::args::{Args, Command};
 use shard::error::ShardError;
 use shard::{footprint, settings, startup};
@@ -13,8 +13,10 @@ fn main() -> ExitCode {
     let started = Instant::now();
     let args = Args::parse();
     let log = args.log();
-    init_logging(LogSettings::shard(&log.logger_level, log.json_output));
-    match run(&args, started) {
+    let log = LogSettings::shard(&log.logger_level, log.json_output);
+    let export = init_logging_and_traces(log, settings::trace_settings(&args.command));
+    // The last spans are delivered when `run` is done.
+    match export.map_err(ShardError::from).and_then(|_export| run(&args, started)) {
         Ok(()) => process::ExitCode::Ok.into(),
         Err(error) => {
             for line in error.to_string().lines() {

@@ -7,7 +7,9 @@ use backend::{DType, KvDType};
 use hub::{HubOptions, ModelRef, RopeKind, RopeOverride};
 use models::Quantize;
 
-use crate::args::{DownloadArgs, RefusedArgs, RopeArgs, ServeArgs};
+use process::{OtlpEndpoint, TraceSettings};
+
+use crate::args::{Command, DownloadArgs, RefusedArgs, RopeArgs, ServeArgs};
 
 /// What a shard is to run on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -107,6 +109,9 @@ pub fn serve_settings(args: &ServeArgs, num_cores: usize) -> Result<ServeSetting
         }
         dtype
     });
+    if let Some(Err(mistake)) = otlp_endpoint(args) {
+        mistakes.add(mistake);
+    }
     let quantize = quantize(args.quantize.as_deref(), &mut mistakes);
     let kv_dtype = kv_dtype(args.kv_cache_dtype.as_deref(), &mut mistakes);
     let rope_scaling = rope_scaling(&args.rope, &mut mistakes);
@@ -156,6 +161,19 @@ pub fn serve_settings(args: &ServeArgs, num_cores: usize) -> Result<ServeSetting
         max_input_tokens: args.max_input_tokens,
         max_total_tokens,
     })
+}
+
+/// Where a shard that serves sends its spans; nowhere when the address is a mistake, which [`serve_settings`] tells.
+pub fn trace_settings(command: &Command) -> Option<TraceSettings> {
+    let Command::Serve(args) = command else { return None };
+    let endpoint = otlp_endpoint(args)?.ok()?;
+    let instance = args.group.rank.as_ref().map(|rank| format!("rank-{rank}"));
+    Some(TraceSettings { endpoint, service_name: args.otlp_service_name.clone(), instance })
+}
+
+/// An empty address counts as none.
+fn otlp_endpoint(args: &ServeArgs) -> Option<Result<OtlpEndpoint, String>> {
+    args.otlp_endpoint.as_deref().filter(|text| !text.is_empty()).map(OtlpEndpoint::parse)
 }
 
 /// Reads the options of `download-weights`.
@@ -268,7 +286,6 @@ fn refusals(args: &RefusedArgs) -> Vec<String> {
         }
     };
     refuse("--speculate", args.speculate.filter(|&n| n > 0).map(|n| n.to_string()), "leave it out");
-    refuse("--otlp-endpoint", given(&args.otlp_endpoint), "leave it out, traces are not exported");
     refuse("LORA_ADAPTERS", given(&args.lora_adapters), "unset it and merge the adapter into the weights");
     refusals
 }
@@ -433,19 +450,25 @@ mod tests {
 
     #[test]
     fn what_cannot_be_done_is_refused_in_one_line_each() {
-        let mistakes = parse(&[
-            "m",
-            "--sharded",
-            "--kv-cache-dtype",
-            "int8",
-            "--otlp-endpoint",
-            "http://x",
-            "--lora-adapters",
-            "a=b",
-        ])
-        .unwrap_err();
-        assert_eq!(mistakes.len(), 4, "{mistakes:#?}");
+        let mistakes =
+            parse(&["m", "--sharded", "--kv-cache-dtype", "int8", "--lora-adapters", "a=b"]).unwrap_err();
+        assert_eq!(mistakes.len(), 3, "{mistakes:#?}");
         assert!(mistakes.iter().all(|mistake| !mistake.contains('\n')));
+    }
+
+    #[test]
+    fn spans_go_where_they_are_asked_to() {
+        let command = |words: &[&str]| {
+            let words = [&["shard", "serve", "m", "--otlp-service-name", "s", "--rank", "1"], words].concat();
+            Args::try_parse_from(words).unwrap().command
+        };
+        assert_eq!(trace_settings(&command(&[])), None);
+        assert_eq!(trace_settings(&command(&["--otlp-endpoint", ""])), None);
+        let settings = trace_settings(&command(&["--otlp-endpoint", "http://collector:4317"])).unwrap();
+        assert_eq!(settings.service_name, "s");
+        assert_eq!(settings.instance.as_deref(), Some("rank-1"));
+        let mistakes = parse(&["m", "--otlp-endpoint", "ftp://x"]).unwrap_err();
+        assert!(mistakes[0].starts_with("--otlp-endpoint is `ftp://x`, expected"), "{mistakes:?}");
     }
 
     #[test]

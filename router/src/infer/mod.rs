@@ -6,12 +6,15 @@ mod completions;
 mod error;
 mod generate;
 mod permits;
+mod request_log;
 mod stream;
 
 use std::sync::Arc;
 use std::time::Instant;
 
+use process::TRACES_TARGET;
 use tokio::sync::OwnedSemaphorePermit;
+use tracing::{Instrument, Span};
 
 pub use chat::chat_parameters;
 pub use completions::completion_requests;
@@ -107,7 +110,8 @@ impl Infer {
         }
         let arrived = Instant::now();
         let permit = self.permit()?;
-        self.schedule(request, special_tokens, arrived, permit).await
+        let stream = self.schedule(request, special_tokens, arrived, permit).await?;
+        Ok(stream.that_tells_of_its_success())
     }
 
     /// Generates one sequence.
@@ -115,6 +119,17 @@ impl Infer {
     /// # Errors
     /// As [`Self::generate_stream`], and whatever went wrong on the way.
     pub async fn generate(
+        &self,
+        request: GenerateRequest,
+        special_tokens: SpecialTokens,
+    ) -> Result<Generated, InferError> {
+        let generated = self.generate_one(request, special_tokens).await?;
+        request_log::succeeded(&Span::current(), &generated.times, generated.generated_text.seed);
+        Ok(generated)
+    }
+
+    /// As [`Self::generate`], but the caller tells of its success.
+    async fn generate_one(
         &self,
         request: GenerateRequest,
         special_tokens: SpecialTokens,
@@ -137,7 +152,8 @@ impl Infer {
         permit: OwnedSemaphorePermit,
     ) -> Result<GenerateStream, InferError> {
         let add_special_tokens = special_tokens == SpecialTokens::Add;
-        let valid = self.validation.validate(request, add_special_tokens).await;
+        let validating = tracing::info_span!(target: TRACES_TARGET, "validate");
+        let valid = self.validation.validate(request, add_special_tokens).instrument(validating).await;
         let valid = valid.map_err(|error| self.count(error.into()))?;
         let input_length = valid.input_length();
         self.metrics.request_validated(input_length as usize, valid.stopping_parameters.max_new_tokens);
@@ -145,8 +161,9 @@ impl Infer {
         Ok(GenerateStream::new(scheduled, input_length, arrived, permit, Arc::clone(&self.metrics)))
     }
 
-    /// Counts a failure and hands it on.
+    /// Counts a failure, logs it and hands it on.
     fn count(&self, error: InferError) -> InferError {
+        request_log::failed(&Span::current(), &error);
         self.metrics.request_failed(match &error {
             InferError::Overloaded { .. } | InferError::Recovering { .. } | InferError::Stopping => {
                 Failure::Overloaded

@@ -6,8 +6,9 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use tokio::sync::OwnedSemaphorePermit;
+use tracing::Span;
 
-use super::InferError;
+use super::{InferError, request_log};
 use crate::metrics::{Failure, Metrics, RequestTimes};
 use crate::scheduler::{End, Event, Scheduled};
 
@@ -20,6 +21,9 @@ pub struct GenerateStream {
     arrived: Instant,
     is_finished: bool,
     metrics: Arc<Metrics>,
+    /// The request's: a streamed answer outlives its handler.
+    span: Span,
+    tells_of_success: bool,
     _permit: OwnedSemaphorePermit,
 }
 
@@ -31,7 +35,22 @@ impl GenerateStream {
         permit: OwnedSemaphorePermit,
         metrics: Arc<Metrics>,
     ) -> Self {
-        Self { scheduled, input_length, arrived, is_finished: false, metrics, _permit: permit }
+        let (is_finished, span, tells_of_success) = (false, Span::current(), false);
+        Self {
+            scheduled,
+            input_length,
+            arrived,
+            is_finished,
+            metrics,
+            span,
+            tells_of_success,
+            _permit: permit,
+        }
+    }
+
+    /// With a line in the log at its end. Without, whoever collects the tokens writes it.
+    pub(crate) fn that_tells_of_its_success(self) -> Self {
+        Self { tells_of_success: true, ..self }
     }
 
     /// Prompt tokens.
@@ -49,21 +68,30 @@ impl GenerateStream {
             Some(Ok(Event::Last(token, end))) => {
                 self.is_finished = true;
                 let generated_tokens = end.generated_text.generated_tokens;
-                self.metrics.request_succeeded(&self.times(&end), generated_tokens);
+                let times = self.times(&end);
+                self.metrics.request_succeeded(&times, generated_tokens);
+                if self.tells_of_success {
+                    request_log::succeeded(&self.span, &times, end.generated_text.seed);
+                }
                 Ok(Event::Last(token, end))
             }
             Some(Ok(event)) => Ok(event),
             Some(Err(error)) => {
                 self.is_finished = true;
                 self.metrics.request_failed(Failure::Generation);
-                Err(error.into())
+                Err(self.told(error.into()))
             }
             None => {
                 self.is_finished = true;
                 self.metrics.request_failed(Failure::Incomplete);
-                Err(InferError::IncompleteStream)
+                Err(self.told(InferError::IncompleteStream))
             }
         }))
+    }
+
+    fn told(&self, error: InferError) -> InferError {
+        request_log::failed(&self.span, &error);
+        error
     }
 
     /// As [`Self::poll_next`]. Cancel-safe.

@@ -14,12 +14,13 @@ use std::time::Instant;
 use proto::v3::{Batch, CachedBatch};
 use proto::{ClientError, StepResult};
 use tokio::sync::mpsc::UnboundedReceiver;
+use tracing::Instrument;
 
 use super::queue::{BatchLimits, LossCause, NewBatch, Queue};
 use super::running::{self, Afterwards, Entries};
 use super::shard_group::{ShardGroup, Unrecoverable};
 use super::step_client::StepClient;
-use super::{Command, HealthFlag, SchedulerError, wire};
+use super::{Command, HealthFlag, SchedulerError, trace, wire};
 use crate::metrics::{ConcatReason, Failure, Method, Metrics};
 
 /// TGI's knobs.
@@ -210,16 +211,19 @@ impl<G: ShardGroup> Batcher<G> {
     ) -> Option<CachedBatch> {
         let mut ids = vec![batch.id];
         ids.extend(cached.as_ref().map(|cached| cached.id));
+        let span = trace::step_span(Method::Prefill, entries);
         let sent = self.step_sent(Method::Prefill);
-        let answer = self.health.owed(self.group.client().prefill(batch, cached)).await;
-        self.finish_step(Method::Prefill, sent, answer, &ids, entries).await
+        let answer =
+            self.health.owed(self.group.client().prefill(batch, cached)).instrument(span.clone()).await;
+        self.finish_step(Method::Prefill, sent, answer, &ids, entries).instrument(span).await
     }
 
     async fn decode(&mut self, batches: Vec<CachedBatch>, entries: &mut Entries) -> Option<CachedBatch> {
         let ids: Vec<u64> = batches.iter().map(|batch| batch.id).collect();
+        let span = trace::step_span(Method::Decode, entries);
         let sent = self.step_sent(Method::Decode);
-        let answer = self.health.owed(self.group.client().decode(batches)).await;
-        self.finish_step(Method::Decode, sent, answer, &ids, entries).await
+        let answer = self.health.owed(self.group.client().decode(batches)).instrument(span.clone()).await;
+        self.finish_step(Method::Decode, sent, answer, &ids, entries).instrument(span).await
     }
 
     fn step_sent(&self, method: Method) -> Instant {

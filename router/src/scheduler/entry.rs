@@ -7,6 +7,7 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::SchedulerError;
 use super::block_allocator::BlockAllocation;
+use super::trace::RequestTrace;
 
 /// A request that broke no rule, tokenized.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -55,13 +56,16 @@ pub struct Entry {
     pub generated: Vec<u32>,
     /// How often in a row an engine failed while it computed this, without a token in between.
     pub losses: u32,
+    /// Its spans.
+    pub trace: RequestTrace,
 }
 
 impl Entry {
     /// A request that arrives now.
     pub fn new(request: ValidRequest, events: UnboundedSender<Result<Event, SchedulerError>>) -> Self {
         let (queued, started, allocation) = (Instant::now(), None, None);
-        Self { request, events, queued, started, allocation, generated: Vec::new(), losses: 0 }
+        let (generated, losses, trace) = (Vec::new(), 0, RequestTrace::begin());
+        Self { request, events, queued, started, allocation, generated, losses, trace }
     }
 
     /// Tokens to compute before its next one can be chosen: prompt and answer so far.

@@ -14,6 +14,7 @@ mod shard_group;
 mod step_client;
 #[cfg(test)]
 mod testing;
+mod trace;
 mod wire;
 
 use tokio::sync::{mpsc, oneshot};
@@ -25,6 +26,7 @@ pub use health::HealthFlag;
 pub use queue::{BatchLimits, NewBatch, Queue, QueueSettings};
 pub use shard_group::{Regained, ShardGroup, Unrecoverable};
 pub use step_client::StepClient;
+pub use trace::RequestTrace;
 pub use wire::text_chunk;
 
 /// Why a scheduled request got no answer.

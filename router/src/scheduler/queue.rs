@@ -128,6 +128,7 @@ impl Queue {
         let mut resumed = 0;
         for (id, mut entry) in lost {
             entry.allocation = None;
+            entry.trace.queue();
             entry.losses += u32::from(cause == LossCause::Engine);
             let text = if entry.losses >= MAX_LOSSES {
                 format!(
@@ -295,6 +296,7 @@ impl Queue {
         let mut entries = HashMap::with_capacity(draft.taken.len());
         for (id, mut entry, chunk_len) in draft.taken {
             entry.started.get_or_insert(started);
+            entry.trace.run();
             requests.push(wire::request(id, &entry, chunk_len));
             entries.insert(id, entry);
         }

@@ -18,6 +18,10 @@ use crate::types::{
 const ANY_MODEL: &str = "tgi";
 
 /// Continues a conversation. What is wrong with the messages is a status; what goes wrong in a stream is an event.
+#[tracing::instrument(
+    skip_all,
+    fields(total_time, validation_time, queue_time, inference_time, time_per_token, seed)
+)]
 pub(super) async fn chat_completions(
     State(state): State<AppState>,
     Json(request): Json<ChatRequest>,

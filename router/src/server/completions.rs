@@ -16,6 +16,10 @@ use crate::types::{
 };
 
 /// Continues one or several prompts, all at once.
+#[tracing::instrument(
+    skip_all,
+    fields(total_time, validation_time, queue_time, inference_time, time_per_token, seed)
+)]
 pub(super) async fn completions(
     State(state): State<AppState>,
     Json(request): Json<CompletionRequest>,

@@ -16,6 +16,10 @@ use crate::types::{
 };
 
 /// Generates, and answers when everything is there.
+#[tracing::instrument(skip_all, fields(
+    parameters = ?request.parameters,
+    total_time, validation_time, queue_time, inference_time, time_per_token, seed
+))]
 pub(super) async fn generate(
     State(state): State<AppState>,
     Json(request): Json<GenerateRequest>,
@@ -25,6 +29,10 @@ pub(super) async fn generate(
 }
 
 /// Generates, and answers token by token.
+#[tracing::instrument(skip_all, fields(
+    parameters = ?request.parameters,
+    total_time, validation_time, queue_time, inference_time, time_per_token, seed
+))]
 pub(super) async fn generate_stream(
     State(state): State<AppState>,
     Json(request): Json<GenerateRequest>,
@@ -33,6 +41,7 @@ pub(super) async fn generate_stream(
 }
 
 /// Either of the two, as the request says; a whole answer comes as a list of one.
+#[tracing::instrument(skip_all)]
 pub(super) async fn compat_generate(
     State(state): State<AppState>,
     Json(compat): Json<CompatGenerateRequest>,
@@ -41,9 +50,9 @@ pub(super) async fn compat_generate(
     // TGI's default here is true for text-generation models and for all whose kind it does not know.
     request.parameters.return_full_text.get_or_insert(true);
     if compat.stream {
-        return Ok(stream(&state, request).await);
+        return Ok(generate_stream(State(state), Json(request)).await);
     }
-    let (headers, response) = answer(&state, request).await?;
+    let (headers, Json(response)) = generate(State(state), Json(request)).await?;
     Ok((headers, Json([response])).into_response())
 }
 

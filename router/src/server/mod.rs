@@ -13,6 +13,7 @@ mod pulse;
 mod sse;
 mod state;
 mod tokenize;
+mod trace;
 
 use std::future::Future;
 use std::io;
@@ -60,6 +61,8 @@ pub fn app(state: AppState) -> Router {
         .route("/ready", get(health::ready))
         .route("/live", get(health::live))
         .route("/metrics", get(metrics::metrics));
+    // Inside the guard: who has no key writes no spans.
+    routes = routes.route_layer(middleware::from_fn(trace::trace));
     if let Some(key) = &settings.api_key {
         // Around the routes only: a path that does not exist is 404 with or without a key.
         let guard = auth::ApiKey::new(key);

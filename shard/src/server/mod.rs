@@ -9,6 +9,7 @@ mod service;
 mod socket;
 #[cfg(test)]
 mod tests;
+mod trace;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,6 +29,7 @@ use crate::error::ShardError;
 use control::Control;
 use relay::{Connection, Relay};
 use service::GenerationService;
+use trace::TraceCalls;
 
 pub use control::Identity;
 pub use convert::{new_batch, warmup_request};
@@ -73,6 +75,7 @@ async fn serve(socket: BoundSocket, engine: Engine, identity: Identity) -> Resul
     let connections = UnixListenerStream::new(listener)
         .map(move |accepted| accepted.map(|stream| Connection::new(stream, Arc::clone(&relay))));
     let server = Server::builder()
+        .layer(TraceCalls)
         .add_service(reflection)
         .add_service(
             TextGenerationServiceServer::new(generation).max_decoding_message_size(MAX_MESSAGE_BYTES),
