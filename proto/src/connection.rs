@@ -1,4 +1,4 @@
-//! The connection below a client: one, and only ever one.
+//! The connection below a client: one, and only ever one; and the stream below it, which a shard uses too.
 //!
 //! A channel that connects again by itself would hand a call over to the successor of the shard it was meant for, which
 //! has none of its batches. So a client stands for one life of one shard: when that ends, every call fails, and
@@ -14,15 +14,16 @@ use hyper_util::rt::TokioIo;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::UnixStream;
 use tokio::sync::watch;
+use tonic::transport::server::Connected;
 use tonic::transport::{Channel, Endpoint, Error, Uri};
 
 /// Resolves when a connection has ended. Cloning is cheap.
 #[derive(Debug, Clone)]
-pub(crate) struct Closed(watch::Receiver<()>);
+pub struct Closed(watch::Receiver<()>);
 
 impl Closed {
     /// Waits for the end; at once when it has come.
-    pub(crate) async fn wait(mut self) {
+    pub async fn wait(mut self) {
         // Nothing is ever sent: an error says that the sender, and with it the connection, is gone.
         while self.0.changed().await.is_ok() {}
     }
@@ -33,9 +34,9 @@ impl Closed {
 /// # Errors
 /// Nobody listens there, or whoever does speaks another protocol.
 pub(crate) async fn connect(path: &Path) -> Result<(Channel, Closed), ConnectError> {
-    let (open, closed) = watch::channel(());
     let stream = UnixStream::connect(path).await.map_err(ConnectError::Socket)?;
-    let only = Arc::new(Mutex::new(Some(Watched { stream, _open: open })));
+    let (stream, closed) = Watched::new(stream, ());
+    let only = Arc::new(Mutex::new(Some(stream)));
     let connector = tower::service_fn(move |_: Uri| {
         let taken = only.lock().unwrap_or_else(PoisonError::into_inner).take();
         let gone = || io::Error::new(io::ErrorKind::NotConnected, "the shard has closed the connection");
@@ -44,7 +45,7 @@ pub(crate) async fn connect(path: &Path) -> Result<(Channel, Closed), ConnectErr
     // The authority is never resolved: the connector above ignores it.
     let endpoint = Endpoint::from_static("http://shard.invalid");
     let channel = endpoint.connect_with_connector(connector).await.map_err(ConnectError::Protocol)?;
-    Ok((channel, Closed(closed)))
+    Ok((channel, closed))
 }
 
 /// Why there is no connection.
@@ -67,13 +68,31 @@ fn innermost(error: &dyn std::error::Error) -> String {
     cause.to_string()
 }
 
-/// A stream that tells of its end: the channel drops it when the other side has gone.
-struct Watched {
+/// A stream that tells of its end: whoever speaks HTTP over it drops it when the other side has gone. A server finds `info`
+/// in the extensions of every request that came over it.
+pub struct Watched<I> {
     stream: UnixStream,
+    info: I,
     _open: watch::Sender<()>,
 }
 
-impl AsyncRead for Watched {
+impl<I> Watched<I> {
+    /// The stream, and what resolves when it has ended.
+    pub fn new(stream: UnixStream, info: I) -> (Self, Closed) {
+        let (open, closed) = watch::channel(());
+        (Self { stream, info, _open: open }, Closed(closed))
+    }
+}
+
+impl<I: Clone + Send + Sync + 'static> Connected for Watched<I> {
+    type ConnectInfo = I;
+
+    fn connect_info(&self) -> I {
+        self.info.clone()
+    }
+}
+
+impl<I: Unpin> AsyncRead for Watched<I> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -83,7 +102,7 @@ impl AsyncRead for Watched {
     }
 }
 
-impl AsyncWrite for Watched {
+impl<I: Unpin> AsyncWrite for Watched<I> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,

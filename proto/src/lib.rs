@@ -3,6 +3,7 @@
 //! - [`v3`]: TGI's `generate.v3`, field for field.
 //! - [`control`]: what Quartet adds, a second service on the same socket.
 //! - [`CallId`]: what a call that all ranks must carry out is called.
+//! - [`Watched`]: a connection whose end is noticed, on either side.
 //! - [`ShardClient`]: one shard. [`ShardedClient`]: all ranks, merged into one answer.
 
 mod call_id;
@@ -13,6 +14,7 @@ mod sharded_client;
 
 pub use call_id::CallId;
 pub use client::ShardClient;
+pub use connection::{Closed, Watched};
 pub use error::ClientError;
 pub use sharded_client::{ShardInfo, ShardedClient, StepResult, StepTimings};
 

@@ -51,7 +51,19 @@ impl Ledger {
     /// somebody else's business.
     pub(super) fn release(&mut self, input: &str, at: Instant) {
         self.launcher = serde_json::from_str(input).ok();
-        (self.released, self.last) = (at, at);
+        // From the end of the launcher's last phase until this process was woken is the first of ours: it is nobody else's.
+        let hand_over =
+            self.launcher.as_ref().map(|report| self.since_end_of(report, at)).unwrap_or_default();
+        (self.released, self.last) = (at, at.checked_sub(hand_over).unwrap_or(at));
+    }
+
+    /// How long before `at` the launcher's phases ended, by the wall clock that both processes share.
+    fn since_end_of(&self, report: &LauncherReport, at: Instant) -> Duration {
+        let counted: f64 = report.phases.iter().map(|phase| phase.ms / 1e3).sum();
+        let counted = Duration::try_from_secs_f64(counted).unwrap_or_default();
+        let started = UNIX_EPOCH + Duration::from_nanos(report.started_unix_nanos);
+        let now = self.began_unix + at.saturating_duration_since(self.began);
+        now.duration_since(started).unwrap_or_default().saturating_sub(counted)
     }
 
     /// Something that was done beside the rest, from the beginning up to `until`.
@@ -125,6 +137,21 @@ mod tests {
         let difference = (startup.total_ms - sum(&startup.phases)).abs();
         assert!(difference < 0.05 * startup.total_ms, "{startup:?}");
         assert_eq!(startup.router_preparation.len(), 2);
+    }
+
+    #[test]
+    fn what_passes_between_the_launchers_last_phase_and_the_release_is_ours() {
+        let mut ledger = Ledger::new();
+        let since_1970 = ledger.began_unix.duration_since(UNIX_EPOCH).unwrap();
+        let started = (since_1970 - Duration::from_millis(300)).as_nanos();
+        let report = format!(
+            r#"{{"started_unix_nanos":{started},"phases":[{{"phase":"shards","ms":200.0}}],"ranks":[]}}"#
+        );
+        let at = ledger.began;
+        ledger.release(&report, at);
+        ledger.end_phase("warm-up", at);
+        let startup = ledger.finish();
+        assert!((startup.phases[1].ms - 100.0).abs() < 1.0, "{startup:?}");
     }
 
     #[test]

@@ -27,7 +27,7 @@ use crate::engine::{self, Engine, EngineExit};
 use crate::error::ShardError;
 
 use control::Control;
-use relay::{Connection, Relay};
+use relay::Relay;
 use service::GenerationService;
 use trace::TraceCalls;
 
@@ -73,7 +73,7 @@ async fn serve(socket: BoundSocket, engine: Engine, identity: Identity) -> Resul
     let relay = Arc::new(Relay::new(&identity));
     let control = Control::new(handle, identity, Arc::clone(&relay));
     let connections = UnixListenerStream::new(listener)
-        .map(move |accepted| accepted.map(|stream| Connection::new(stream, Arc::clone(&relay))));
+        .map(move |accepted| accepted.map(|stream| relay::accept(stream, &relay)));
     let server = Server::builder()
         .layer(TraceCalls)
         .add_service(reflection)

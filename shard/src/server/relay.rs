@@ -5,18 +5,13 @@
 //! connection ends, its last call is handed on to the other ranks, and each rank carries out every call once, whoever
 //! brings it. The next caller waits until all ranks have begun the same call ([`proto::ShardedClient::connect`]).
 
-use std::io;
 use std::path::PathBuf;
-use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::task::{Context, Poll};
 
 use proto::v3::{DecodeRequest, PrefillRequest, WarmupRequest};
-use proto::{CallId, ClientError, ShardClient};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use proto::{CallId, ClientError, ShardClient, Watched};
 use tokio::net::UnixStream;
 use tonic::Status;
-use tonic::transport::server::Connected;
 
 use super::control::Identity;
 
@@ -70,11 +65,9 @@ impl Relay {
 
     /// Hands a call on to the other ranks, most of which know it already.
     fn hand_on(&self, id: CallId, call: &Call) {
-        // Without an event loop this process is about to end, and its peers will notice.
-        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
         for peer in self.peers.clone() {
             let call = call.clone();
-            runtime.spawn(async move {
+            tokio::spawn(async move {
                 let outcome = match ShardClient::connect(&peer).await {
                     Ok(client) => call.send(client.as_call(id)).await,
                     Err(error) => Err(error),
@@ -117,70 +110,15 @@ impl Caller {
     }
 }
 
-/// A connection that knows its caller, and tells when it has gone.
-pub(super) struct Connection {
-    stream: UnixStream,
-    caller: Arc<Caller>,
-}
-
-impl Connection {
-    pub(super) fn new(stream: UnixStream, relay: Arc<Relay>) -> Self {
-        Self { stream, caller: Arc::new(Caller { relay, last: Mutex::new(None) }) }
-    }
-}
-
-impl Drop for Connection {
-    fn drop(&mut self) {
-        self.caller.gone();
-    }
-}
-
-impl Connected for Connection {
-    type ConnectInfo = Arc<Caller>;
-
-    fn connect_info(&self) -> Arc<Caller> {
-        Arc::clone(&self.caller)
-    }
-}
-
-impl AsyncRead for Connection {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(context, buffer)
-    }
-}
-
-impl AsyncWrite for Connection {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(context, bytes)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        slices: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write_vectored(context, slices)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
-    }
+/// A connection that knows its caller, who is taken for gone when it ends.
+pub(super) fn accept(stream: UnixStream, relay: &Arc<Relay>) -> Watched<Arc<Caller>> {
+    let caller = Arc::new(Caller { relay: Arc::clone(relay), last: Mutex::new(None) });
+    let (connection, closed) = Watched::new(stream, Arc::clone(&caller));
+    tokio::spawn(async move {
+        closed.wait().await;
+        caller.gone();
+    });
+    connection
 }
 
 #[cfg(test)]
