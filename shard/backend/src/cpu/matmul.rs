@@ -109,6 +109,44 @@ pub(super) fn matmul(
             };
             product.compute(tools, x, out)
         }
+        (Storage::Compact(weight), Some(fixed)) if x.rows() >= FIXED_ROWS => {
+            let (weights, compact) = weight.panels(0);
+            let exponents = weight.exponents();
+            let product = Product {
+                weights,
+                steps: weight.steps(),
+                bias,
+                row_elements: (fixed.row_elements)(in_features),
+                max_tile: (fixed.tile_tokens)(x.rows()),
+                padded: fixed.padded,
+                scratch_elements: (fixed.scratch_elements)(in_features),
+                // SAFETY: as above.
+                pack: &|args| unsafe { (fixed.pack)(args) },
+                // SAFETY: as above.
+                multiply: &|args, scratch| unsafe {
+                    (fixed.compact_matmul)(args, &compact, exponents, scratch);
+                },
+            };
+            product.compute(tools, x, out)
+        }
+        (Storage::Compact(weight), _) => {
+            let (typed, compact_kernels) = (kernels.typed(DType::BF16), weight.kernels());
+            let (weights, compact) = weight.panels(0);
+            let product = Product {
+                weights,
+                steps: weight.steps(),
+                bias,
+                row_elements: weight.steps() * typed.step_inputs,
+                max_tile: kernels.max_tile,
+                padded: padded_tile,
+                scratch_elements: weight.scratch_elements(x.rows()),
+                // SAFETY: as above.
+                pack: &|args| unsafe { (typed.pack)(args) },
+                // SAFETY: as above.
+                multiply: &|args, scratch| unsafe { (compact_kernels.matmul)(args, &compact, scratch) },
+            };
+            product.compute(tools, x, out)
+        }
         (Storage::Quantized(weight), _) => {
             let (kernels, layout) = (&kernels.quantized, &weight.layout);
             let product = Product {

@@ -6,6 +6,7 @@
 mod activation;
 mod attention;
 mod cases;
+mod compact;
 #[cfg(feature = "cuda")]
 mod deterministic;
 mod embedding;
