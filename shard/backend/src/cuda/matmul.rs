@@ -9,6 +9,7 @@ use super::elementwise::activation_number;
 use super::few_rows::FewRows;
 use super::fp8_matmul::{Fp8Kernel, Fp8Matmuls};
 use super::gemv::Gemvs;
+use super::hopper_gemm::{End, HopperGemms};
 use super::launch::Queue;
 use super::library::Library;
 use super::linear::NextWeight;
@@ -35,6 +36,8 @@ pub enum MatmulKernel {
     FewRows,
     /// Weights streamed through tensor cores by clusters of blocks, for up to 128 rows of activations; Hopper only.
     Cluster(ClusterPlan),
+    /// Tiles of many rows by warpgroups; Hopper only.
+    Hopper,
     /// With weights of eight bits.
     Fp8(Fp8Kernel),
 }
@@ -64,6 +67,7 @@ pub(super) fn out_type(dtype: DType) -> i32 {
 pub(super) struct Matmuls {
     pub(super) library: Library,
     clusters: Option<ClusterGemms>,
+    hoppers: Option<HopperGemms>,
     gemvs: Gemvs,
     few_rows: FewRows,
     pub(super) fp8: Fp8Matmuls,
@@ -80,6 +84,7 @@ impl Matmuls {
         Ok(Self {
             library: Library::load(&module, options)?,
             clusters: ClusterGemms::load(context, facts)?,
+            hoppers: HopperGemms::load(context, facts)?,
             gemvs: Gemvs::load(context)?,
             few_rows: FewRows::load(context)?,
             fp8: Fp8Matmuls::load(context, facts)?,
@@ -174,10 +179,51 @@ impl Matmuls {
         {
             return clusters.multiply(queue, plan, task, Some(activation)).map(|()| true);
         }
+        if let Some(hoppers) = self.hoppers_for(task, End::Gate(activation)) {
+            return hoppers.multiply(queue, task, End::Gate(activation)).map(|()| true);
+        }
         if task.rows > REGISTER_ROWS {
             return Ok(false);
         }
         self.few_rows.multiply_gated(queue, task, activation)
+    }
+
+    /// `out += x weight^T (+ bias)` where that is one launch and quicker; false: it is not.
+    pub(super) fn add(
+        &mut self,
+        queue: &Queue,
+        x: &CudaBuffer,
+        (weight, bias): (&CudaLinear, Option<&CudaVector>),
+        out: &CudaBuffer,
+    ) -> Result<bool, BackendError> {
+        assert!(
+            x.width() == weight.in_features
+                && out.width() == weight.out_features
+                && out.rows() == x.rows()
+                && out.dtype() == DType::F32,
+            "a product of {} rows of {} with {} x {} added to {} rows of {} of {}",
+            x.rows(),
+            x.width(),
+            weight.out_features,
+            weight.in_features,
+            out.rows(),
+            out.width(),
+            out.dtype()
+        );
+        if x.dtype() != weight.dtype || self.library.is_deterministic() {
+            return Ok(false);
+        }
+        let task = task(x, (weight, bias), out);
+        match self.hoppers_for(task, End::Add) {
+            Some(hoppers) if !queue.is_dry() => hoppers.multiply(queue, task, End::Add).map(|()| true),
+            found => Ok(found.is_some()),
+        }
+    }
+
+    /// The kernels for many rows, where they can compute a product and are the quickest.
+    fn hoppers_for(&mut self, task: Task<'_>, end: End) -> Option<&mut HopperGemms> {
+        let is_wanted = HopperGemms::accepts(task, end) && HopperGemms::is_quickest(task, end);
+        self.hoppers.as_mut().filter(|_| is_wanted)
     }
 
     /// The kernel for a product, by what whole steps took (`step_bench`) and products alone (`cuda_kernels matmul`). Both
@@ -193,7 +239,9 @@ impl Matmuls {
         let cluster = cluster.map(|(plan, _)| MatmulKernel::Cluster(plan));
         let few_rows = FewRows::accepts(task) && task.rows <= REGISTER_ROWS;
         let few_rows = few_rows.then_some(MatmulKernel::FewRows);
-        cluster.or(few_rows).unwrap_or(MatmulKernel::Library)
+        let is_hopper = self.is_hopper(task) && HopperGemms::is_quickest(task, End::Store);
+        let hopper = is_hopper.then_some(MatmulKernel::Hopper);
+        cluster.or(few_rows).or(hopper).unwrap_or(MatmulKernel::Library)
     }
 
     /// All that can compute it.
@@ -201,8 +249,14 @@ impl Matmuls {
         let gemv = self.gemvs.accepts(task).then_some(MatmulKernel::Gemv);
         let few_rows = FewRows::accepts(task).then_some(MatmulKernel::FewRows);
         let cluster = self.cluster(task).map(|(plan, _)| MatmulKernel::Cluster(plan));
-        let own = [gemv, few_rows, cluster].into_iter().flatten();
+        let hopper = self.is_hopper(task).then_some(MatmulKernel::Hopper);
+        let own = [gemv, few_rows, cluster, hopper].into_iter().flatten();
         own.chain([MatmulKernel::Library]).collect()
+    }
+
+    /// Whether the kernels for many rows can compute it.
+    fn is_hopper(&self, task: Task<'_>) -> bool {
+        self.hoppers.is_some() && HopperGemms::accepts(task, End::Store)
     }
 
     /// How clusters of blocks compute it, and whether all blocks run at once.
@@ -221,6 +275,10 @@ impl Matmuls {
     ) -> Result<(), BackendError> {
         let task = task(x, (weight, bias), out);
         match (kernel, &mut self.clusters) {
+            (MatmulKernel::Hopper, _) => {
+                let hoppers = self.hoppers.as_mut();
+                hoppers.map_or(Ok(()), |hoppers| hoppers.multiply(queue, task, End::Store))
+            }
             (MatmulKernel::Fp8(kernel), _) => {
                 let tools = (queue, workspace, self.library.blaslt());
                 self.fp8.multiply(tools, kernel, (x, weight, bias), out)

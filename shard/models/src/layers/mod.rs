@@ -23,6 +23,7 @@ pub(crate) use linear::Linear;
 pub(crate) use mlp::Mlp;
 pub(crate) use norm::Norm;
 pub(crate) use residual::{InputOutput, Residual, Stream};
+use residual::Output;
 
 use crate::ModelError;
 use crate::weights::WeightSource;
