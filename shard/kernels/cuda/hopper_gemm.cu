@@ -26,3 +26,7 @@
 HOPPER_GEMM_TYPES(plain, 256, 2, 4, STORE)
 HOPPER_GEMM_TYPES(gated, 256, 2, 4, GATE)
 HOPPER_GEMM_TYPES(add, 256, 2, 4, ADD)
+// Of few rows more tiles than those, or most multiprocessors would have none.
+HOPPER_GEMM_TYPES(plain, 64, 1, 8, STORE)
+HOPPER_GEMM_TYPES(gated, 128, 1, 6, GATE)
+HOPPER_GEMM_TYPES(add, 64, 1, 8, ADD)

@@ -13,6 +13,9 @@ struct HopperGemm {
     // Tiles of rows of x whose tiles of weights follow one another: what is read again meanwhile stays in the L2 cache.
     int group;
     int activation;
+    // Of a box of x: where there are fewer than a tile has, no more than 8 of them more than needed, as the copy of rows that are
+    // not there takes its time.
+    int box_rows;
 };
 
 // What becomes of the sums: the result; activation(gate) * up; or they are added to a float32 matrix.
@@ -87,24 +90,39 @@ template <typename T, int COLUMNS, int CLUSTER, int STAGES, End END> struct Hopp
         }
     }
 
+    // This block's half of the weights of a stage, or both.
+    __device__ __forceinline__ void copy_weights(const TensorMap* weights, int stage, int step, int column) const {
+        const uint32_t barrier = full + stage * 8, at = ring + stage * STAGE + X_BYTES;
+        const int second = END == GATE ? to.outputs + column : column + COLUMNS / 2;
+        // Rows of x that are not copied are multiplied all the same, to rows that are not stored.
+        barrier_expect(barrier, to.box_rows * ROW + 2 * HALF_BYTES);
+        if constexpr (CLUSTER == 1) {
+            copy_box(at, weights, barrier, step * K, column);
+            copy_box(at + HALF_BYTES, weights, barrier, step * K, second);
+        } else {
+            copy_box_to_all(at + rank * HALF_BYTES, weights, barrier, step * K, rank ? second : column, 3);
+        }
+    }
+
     // One thread.
     __device__ __forceinline__ void produce(const TensorMap* weights, const TensorMap* x) const {
         int stage = 0, phase = 1;
+        // Weights that are on their way before the kernel that makes x has ended.
+        int ahead = min(STAGES, steps);
         for_each_tile([&](int row, int column) {
-            const int second = END == GATE ? to.outputs + column : column + COLUMNS / 2;
+            if (ahead > 0) {
+                for (int step = 0; step < ahead; ++step) copy_weights(weights, step, step, column);
+                pdl_wait();
+            }
             for (int step = 0; step < steps; ++step) {
-                const uint32_t barrier = full + stage * 8, at = ring + stage * STAGE;
-                barrier_wait(empty + stage * 8, phase);
-                barrier_expect(barrier, STAGE);
-                copy_box(at, x, barrier, step * K, row);
-                if constexpr (CLUSTER == 1) {
-                    copy_box(at + X_BYTES, weights, barrier, step * K, column);
-                    copy_box(at + X_BYTES + HALF_BYTES, weights, barrier, step * K, second);
-                } else {
-                    copy_box_to_all(at + X_BYTES + rank * HALF_BYTES, weights, barrier, step * K, rank ? second : column, 3);
+                if (step >= ahead) {
+                    barrier_wait(empty + stage * 8, phase);
+                    copy_weights(weights, stage, step, column);
                 }
+                copy_box(ring + stage * STAGE, x, full + stage * 8, step * K, row);
                 if (++stage == STAGES) stage = 0, phase ^= 1;
             }
+            ahead = 0;
         });
     }
 
@@ -246,12 +264,13 @@ template <typename T, int COLUMNS, int CLUSTER, int STAGES, End END> struct Hopp
             cluster_wait();
         }
         pdl_launch();
-        pdl_wait();
         if (threadIdx.x < 128) {
             asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
             if (threadIdx.x == 0) work.produce(&weights, &x);
         } else {
             asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+            // What ran before may still read what this overwrites.
+            pdl_wait();
             work.consume(&out);
         }
         // The other block may still copy to this one, and count what it has read.

@@ -117,7 +117,7 @@ impl Matmuls {
             let tools = (queue, workspace, self.library.blaslt());
             return self.fp8.multiply(tools, kernel, (x, weight, bias), out);
         }
-        if x.dtype() != weight.dtype || self.library.is_deterministic() {
+        if x.dtype() != weight.dtype {
             return self.library.multiply(queue, workspace, x, (weight, bias), out);
         }
         let kernel = self.choose(task(x, (weight, bias), out));
@@ -148,14 +148,16 @@ impl Matmuls {
             out.width()
         );
         out.resize(x.rows());
-        if self.library.is_deterministic() {
-            return Ok(false);
-        }
         let activation = activation_number(activation);
+        let is_one_type = x.dtype() == weight.dtype && out.dtype() == weight.dtype;
+        if self.library.is_deterministic() {
+            let task = task(x, (weight, bias), out);
+            return if is_one_type { self.by_hopper(queue, task, End::Gate(activation)) } else { Ok(false) };
+        }
         if weight.scales().is_some() {
             return self.fp8.multiply_gated((queue, workspace), x, (weight, bias), activation, out);
         }
-        if x.rows() > GEMV_ROWS && x.dtype() == weight.dtype && out.dtype() == weight.dtype {
+        if x.rows() > GEMV_ROWS && is_one_type {
             let task = task(x, (weight, bias), out);
             return self.gated_by_tensor_cores(queue, task, activation);
         }
@@ -179,11 +181,8 @@ impl Matmuls {
         {
             return clusters.multiply(queue, plan, task, Some(activation)).map(|()| true);
         }
-        if let Some(hoppers) = self.hoppers_for(task, End::Gate(activation)) {
-            return hoppers.multiply(queue, task, End::Gate(activation)).map(|()| true);
-        }
         if task.rows > REGISTER_ROWS {
-            return Ok(false);
+            return self.by_hopper(queue, task, End::Gate(activation));
         }
         self.few_rows.multiply_gated(queue, task, activation)
     }
@@ -210,25 +209,38 @@ impl Matmuls {
             out.width(),
             out.dtype()
         );
-        if x.dtype() != weight.dtype || self.library.is_deterministic() {
+        if x.dtype() != weight.dtype {
             return Ok(false);
         }
-        let task = task(x, (weight, bias), out);
-        match self.hoppers_for(task, End::Add) {
-            Some(hoppers) if !queue.is_dry() => hoppers.multiply(queue, task, End::Add).map(|()| true),
-            found => Ok(found.is_some()),
+        self.by_hopper(queue, task(x, (weight, bias), out), End::Add)
+    }
+
+    /// By the kernels for many rows where they are taken; false: they are not.
+    fn by_hopper(&mut self, queue: &Queue, task: Task<'_>, end: End) -> Result<bool, BackendError> {
+        let is_taken = self.takes_hopper(task, end);
+        match &mut self.hoppers {
+            Some(hoppers) if is_taken && !queue.is_dry() => hoppers.multiply(queue, task, end).map(|()| true),
+            _ => Ok(is_taken),
         }
     }
 
-    /// The kernels for many rows, where they can compute a product and are the quickest.
-    fn hoppers_for(&mut self, task: Task<'_>, end: End) -> Option<&mut HopperGemms> {
-        let is_wanted = HopperGemms::accepts(task, end) && HopperGemms::is_quickest(task, end);
-        self.hoppers.as_mut().filter(|_| is_wanted)
+    /// Whether the kernels for many rows compute a product: where they are the quickest, and wherever they can where a row's bits
+    /// must not depend on the number of rows.
+    fn takes_hopper(&self, task: Task<'_>, end: End) -> bool {
+        let Some(hoppers) = &self.hoppers else { return false };
+        let is_wanted = self.library.is_deterministic() || hoppers.is_quickest(task);
+        is_wanted && HopperGemms::accepts(task, end)
     }
 
     /// The kernel for a product, by what whole steps took (`step_bench`) and products alone (`cuda_kernels matmul`). Both
     /// tables are in `shard/kernels/README.md`.
     fn choose(&self, task: Task<'_>) -> MatmulKernel {
+        if self.takes_hopper(task, End::Store) {
+            return MatmulKernel::Hopper;
+        }
+        if self.library.is_deterministic() {
+            return MatmulKernel::Library;
+        }
         if task.rows <= GEMV_ROWS && self.gemvs.accepts(task) {
             return MatmulKernel::Gemv;
         }
@@ -239,9 +251,7 @@ impl Matmuls {
         let cluster = cluster.map(|(plan, _)| MatmulKernel::Cluster(plan));
         let few_rows = FewRows::accepts(task) && task.rows <= REGISTER_ROWS;
         let few_rows = few_rows.then_some(MatmulKernel::FewRows);
-        let is_hopper = self.is_hopper(task) && HopperGemms::is_quickest(task, End::Store);
-        let hopper = is_hopper.then_some(MatmulKernel::Hopper);
-        cluster.or(few_rows).or(hopper).unwrap_or(MatmulKernel::Library)
+        cluster.or(few_rows).unwrap_or(MatmulKernel::Library)
     }
 
     /// All that can compute it.
@@ -249,14 +259,10 @@ impl Matmuls {
         let gemv = self.gemvs.accepts(task).then_some(MatmulKernel::Gemv);
         let few_rows = FewRows::accepts(task).then_some(MatmulKernel::FewRows);
         let cluster = self.cluster(task).map(|(plan, _)| MatmulKernel::Cluster(plan));
-        let hopper = self.is_hopper(task).then_some(MatmulKernel::Hopper);
+        let is_hopper = self.hoppers.is_some() && HopperGemms::accepts(task, End::Store);
+        let hopper = is_hopper.then_some(MatmulKernel::Hopper);
         let own = [gemv, few_rows, cluster, hopper].into_iter().flatten();
         own.chain([MatmulKernel::Library]).collect()
-    }
-
-    /// Whether the kernels for many rows can compute it.
-    fn is_hopper(&self, task: Task<'_>) -> bool {
-        self.hoppers.is_some() && HopperGemms::accepts(task, End::Store)
     }
 
     /// How clusters of blocks compute it, and whether all blocks run at once.

@@ -196,8 +196,7 @@ fn prefill(
     // Half of the pairs of tokens count: a token sees none after it.
     let attention = count as f64 * 2.0 * (len * len) as f64 * work.attention_width as f64;
     let flops = (count * len) as f64 * work.flops_a_token + attention;
-    let floor_at =
-        |rate: f64| (flops / rate).max(work.weight_bytes as f64 / ceilings.read_bytes_per_second);
+    let floor_at = |rate: f64| (flops / rate).max(work.weight_bytes as f64 / ceilings.read_bytes_per_second);
     let (floor, sustained) = (floor_at(work.rate.burst), floor_at(work.rate.sustained));
     println!(
         "prefill {count:>3} x {len:>5}: {:.2} ms, floor {:.2} ms: {:.3} x; sustained floor {:.2} ms: {:.3} x; {:.0} tokens/s",

@@ -22,8 +22,8 @@ pub(crate) use latent_attention::LatentAttention;
 pub(crate) use linear::Linear;
 pub(crate) use mlp::Mlp;
 pub(crate) use norm::Norm;
-pub(crate) use residual::{InputOutput, Residual, Stream};
 use residual::Output;
+pub(crate) use residual::{InputOutput, Residual, Stream};
 
 use crate::ModelError;
 use crate::weights::WeightSource;
