@@ -8,8 +8,8 @@ use super::cublaslt::{Operands, Product};
 use super::driver::{DeviceMemory, check};
 use super::launch::{Launch, args};
 use super::module::Module;
-use super::{CudaBackend, CudaBuffer, MatmulKernel};
-use crate::{Backend, BackendError, DType, HostMatrix};
+use super::{CudaBackend, CudaBuffer};
+use crate::{BackendError, DType};
 
 /// Limits of the device, as a loop that only reads and a large matrix product reach them.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -163,23 +163,11 @@ impl CudaBackend {
     }
 
     fn measure_multiplying(&mut self, module: &Module) -> Result<MatrixRate, BackendError> {
-        let elements = vec![0_u8; SIZE * SIZE * 2];
-        let matrix = HostMatrix {
-            dtype: DType::BF16,
-            rows: SIZE,
-            cols: SIZE,
-            row_stride: SIZE,
-            bytes: elements.into(),
-        };
-        let weight = self.linear(&[matrix], DType::BF16)?;
-        self.finish_uploads()?;
-        let (mut x, mut out) = (self.square()?, self.square()?);
+        let (x, weight, out) = (self.square()?, self.square()?, self.square()?);
         self.fill(module, x.memory())?;
         self.fill(module, weight.memory())?;
-        x.resize(SIZE);
-        let stream = self.queue.stream().raw();
-        let library = MatmulKernel::Library;
-        Timer::new()?.rate(stream, || self.matmul_with(library, &x, (&weight, None), &mut out))
+        let operands = Operands { x: x.ptr(), weight: weight.ptr(), bias: 0, out: out.ptr(), scales: [0; 2] };
+        self.rate_of_squares(operands, false)
     }
 
     fn measure_multiplying_fp8(&mut self, module: &Module) -> Result<Option<MatrixRate>, BackendError> {
@@ -197,6 +185,11 @@ impl CudaBackend {
             out: out.ptr(),
             scales: [weight_scales.ptr(), scales.ptr()],
         };
+        self.rate_of_squares(operands, true).map(Some)
+    }
+
+    /// By the library, whatever the products of models are taken by.
+    fn rate_of_squares(&mut self, operands: Operands, is_fp8: bool) -> Result<MatrixRate, BackendError> {
         let product = Product {
             rows: SIZE,
             outputs: SIZE,
@@ -205,14 +198,12 @@ impl CudaBackend {
             dtype: DType::BF16,
             out_dtype: DType::BF16,
             out_stride: SIZE,
-            is_fp8: true,
+            is_fp8,
             has_bias: false,
         };
         let (stream, workspace, library) =
             (self.queue.stream(), self.workspace.ptr(), self.matmuls.library.blaslt());
-        let rate =
-            Timer::new()?.rate(stream.raw(), || library.multiply(stream, workspace, product, operands))?;
-        Ok(Some(rate))
+        Timer::new()?.rate(stream.raw(), || library.multiply(stream, workspace, product, operands))
     }
 
     /// A square rounded to eight bits, and its rows' scales.

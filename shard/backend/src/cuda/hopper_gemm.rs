@@ -134,11 +134,14 @@ impl HopperGemms {
     }
 
     /// Whether nothing else computes it quicker, by what products and whole steps took (`shard/kernels/README.md`): where tiles
-    /// are full and leave few multiprocessors without one at the end.
+    /// are full and leave few multiprocessors without one at the end. Of long rows of weights the library is as quick, with the
+    /// sum left to the next norm.
     pub(super) fn is_quickest(&self, task: Task<'_>) -> bool {
-        let blocks = WIDE.tiles(task.rows, task.weight.out_features) * WIDE.cluster;
+        let CudaLinear { out_features, in_features, .. } = *task.weight;
+        let blocks = WIDE.tiles(task.rows, out_features) * WIDE.cluster;
         let room = blocks.next_multiple_of(self.num_sms) * TILE_ROWS * WIDE.columns;
-        task.rows >= LEAST_ROWS && (task.rows * task.weight.out_features) as f64 >= FULL * room as f64
+        let is_full = (task.rows * out_features) as f64 >= FULL * room as f64;
+        task.rows >= LEAST_ROWS && is_full && in_features < 2 * out_features
     }
 
     /// `out = x weight^T (+ bias)`, `activation(gate) * up` of the halves of that, or `out += x weight^T (+ bias)`. Only what it
