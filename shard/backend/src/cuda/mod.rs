@@ -24,6 +24,7 @@ mod fp8_skinny;
 mod gemv;
 mod graph;
 mod heads;
+mod hopper_gemm;
 mod kv_cache;
 mod launch;
 mod library;
@@ -47,7 +48,7 @@ use std::sync::Arc;
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
 
 pub use buffer::CudaBuffer;
-pub use ceilings::Ceilings;
+pub use ceilings::{Ceilings, MatrixRate};
 pub use cluster_gemm::ClusterPlan;
 pub use experts::CudaExperts;
 pub use fp8_matmul::Fp8Kernel;

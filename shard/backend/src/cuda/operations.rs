@@ -363,6 +363,15 @@ impl Backend for CudaBackend {
         self.gated_activation(gate_up, activation, out)
     }
 
+    fn add_matmul(
+        &mut self,
+        x: &CudaBuffer,
+        (weight, bias): (&CudaLinear, Option<&CudaVector>),
+        out: &mut CudaBuffer,
+    ) -> Result<bool, BackendError> {
+        self.matmuls.add(&self.queue, x, (weight, bias), out)
+    }
+
     fn rope_and_store_kv(
         &mut self,
         qkv: &mut CudaBuffer,

@@ -1,5 +1,6 @@
 //! Descriptions of matrices for Hopper's copy engine.
 
+use std::collections::HashMap;
 use std::ffi::c_void;
 use std::{mem, ptr};
 
@@ -8,8 +9,30 @@ use cudarc::driver::sys;
 use super::driver::{DevicePtr, check};
 use crate::{BackendError, DType};
 
-/// A matrix `[rows, columns]` of 16-bit elements, copied in boxes whose rows of 128 bytes have their chunks of 16 bytes
-/// exchanged; what lies outside is zero.
+/// Descriptions that are kept: prompts have many lengths, and the driver takes a microsecond for each.
+const MAX_MAPS: usize = 1 << 14;
+
+/// Descriptions that were made.
+#[derive(Default)]
+pub(super) struct TensorMaps(HashMap<Boxes, sys::CUtensorMap>);
+
+impl TensorMaps {
+    /// The description of a matrix.
+    pub(super) fn of(&mut self, boxes: Boxes) -> Result<sys::CUtensorMap, BackendError> {
+        if let Some(map) = self.0.get(&boxes) {
+            return Ok(*map);
+        }
+        if self.0.len() >= MAX_MAPS {
+            self.0.clear();
+        }
+        let map = boxes.map()?;
+        self.0.insert(boxes, map);
+        Ok(map)
+    }
+}
+
+/// A matrix `[rows, columns]`, copied in boxes whose rows of 128 bytes have their chunks of 16 bytes exchanged; what lies
+/// outside is zero, and not written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Boxes {
     pub(super) address: DevicePtr,
@@ -26,8 +49,9 @@ impl Boxes {
     /// The driver's description.
     pub(super) fn map(&self) -> Result<sys::CUtensorMap, BackendError> {
         let dtype = match self.dtype {
+            DType::F32 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
             DType::F16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-            _ => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            DType::BF16 => sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
         };
         let sizes = [self.columns as u64, self.rows as u64];
         let strides = [self.row_bytes as u64];

@@ -5,7 +5,8 @@
 //!
 //! A step is everything the engine does with a model: inputs up, all layers, logits, a token chosen for each sequence and
 //! brought back, with the share of the time in which the device waited between two of them (by its own clock). Floor: the bytes it must read (weights, and the keys and values of the context) over the read bandwidth, or
-//! its FLOPs over the matrix rate, whichever is longer; both are measured in the same run. Medians.
+//! its FLOPs over the matrix rate, whichever is longer; both are measured in the same run. The matrix rate is that of a burst of
+//! 15 ms; a prompt's sustained floor takes the rate that the device can keep for 0.3 s, which its power limits. Medians.
 
 #![allow(clippy::print_stdout, reason = "the table is what it is for")]
 
@@ -13,7 +14,7 @@ use std::error::Error;
 use std::time::Instant;
 
 use backend::collectives::Single;
-use backend::cuda::{Ceilings, CudaBackend, CudaOptions, StepTime};
+use backend::cuda::{Ceilings, CudaBackend, CudaOptions, MatrixRate, StepTime};
 use backend::sampling::{SamplingParams, SamplingRow};
 use backend::{Backend, DType, KvDType, StepInput};
 use models::spec::{DecoderSpec, ExpectedTensor, MixerSpec};
@@ -57,11 +58,13 @@ fn main() -> Result<(), Failure> {
     let opened = begin.elapsed().as_secs_f64();
     let ceilings = backend.measure_ceilings()?;
     println!(
-        "{}: reads {:.0} GB/s, multiplies {:.0} TFLOP/s in bf16, {:.0} in fp8; opened in {opened:.2} s",
+        "{}: reads {:.0} GB/s, multiplies {:.0} TFLOP/s in bf16 ({:.0} for 0.3 s), {:.0} ({:.0}) in fp8; opened in {opened:.2} s",
         backend.device().description,
         ceilings.read_bytes_per_second / 1e9,
-        ceilings.bf16_flops / 1e12,
-        ceilings.fp8_flops.unwrap_or(0.0) / 1e12
+        ceilings.bf16.burst / 1e12,
+        ceilings.bf16.sustained / 1e12,
+        ceilings.fp8.map_or(0.0, |rate| rate.burst) / 1e12,
+        ceilings.fp8.map_or(0.0, |rate| rate.sustained) / 1e12
     );
     let model = hub::ModelRef { model_id: arguments.model.clone(), revision: None };
     let files = hub::locate(&model, &hub::HubOptions::default())?;
@@ -89,8 +92,10 @@ fn main() -> Result<(), Failure> {
             "model": arguments.model,
             "context": arguments.context,
             "read_bytes_per_second": ceilings.read_bytes_per_second,
-            "bf16_flops": ceilings.bf16_flops,
-            "fp8_flops": ceilings.fp8_flops,
+            "bf16_flops": ceilings.bf16.burst,
+            "bf16_sustained_flops": ceilings.bf16.sustained,
+            "fp8_flops": ceilings.fp8.map(|rate| rate.burst),
+            "fp8_sustained_flops": ceilings.fp8.map(|rate| rate.sustained),
             "quantize": arguments.quantize.map(Quantize::name),
             "kv_cache_dtype": arguments.kv_dtype.map(KvDType::name),
             "results": results,
@@ -191,17 +196,21 @@ fn prefill(
     // Half of the pairs of tokens count: a token sees none after it.
     let attention = count as f64 * 2.0 * (len * len) as f64 * work.attention_width as f64;
     let flops = (count * len) as f64 * work.flops_a_token + attention;
-    let floor = (flops / work.flops).max(work.weight_bytes as f64 / ceilings.read_bytes_per_second);
+    let floor_at = |rate: f64| (flops / rate).max(work.weight_bytes as f64 / ceilings.read_bytes_per_second);
+    let (floor, sustained) = (floor_at(work.rate.burst), floor_at(work.rate.sustained));
     println!(
-        "prefill {count:>3} x {len:>5}: {:.2} ms, floor {:.2} ms: {:.3} x; {:.0} tokens/s",
+        "prefill {count:>3} x {len:>5}: {:.2} ms, floor {:.2} ms: {:.3} x; sustained floor {:.2} ms: {:.3} x; {:.0} tokens/s",
         median * 1e3,
         floor * 1e3,
         median / floor,
+        sustained * 1e3,
+        median / sustained,
         (count * len) as f64 / median
     );
     Ok(
         serde_json::json!({"what": "prefill", "prompts": count, "tokens": len, "ms": median * 1e3, "floor_ms": floor * 1e3,
-        "ratio": median / floor, "runs_ms": seconds.iter().map(|s| s * 1e3).collect::<Vec<_>>()}),
+        "ratio": median / floor, "sustained_floor_ms": sustained * 1e3, "sustained_ratio": median / sustained,
+        "runs_ms": seconds.iter().map(|s| s * 1e3).collect::<Vec<_>>()}),
     )
 }
 
@@ -240,8 +249,8 @@ struct Work {
     weight_bytes: usize,
     /// FLOPs of a prompt's token in matrix products; logits are computed for few tokens.
     flops_a_token: f64,
-    /// FLOPs a second of matrix products with such weights.
-    flops: f64,
+    /// Of matrix products with such weights.
+    rate: MatrixRate,
     /// Elements of all query heads of all layers: 4 FLOPs each for every pair of tokens.
     attention_width: usize,
 }
@@ -265,13 +274,13 @@ impl Work {
                 MixerSpec::LatentAttention(_) => 0,
             })
             .sum();
-        let (bytes, flops) = match quantize {
-            Some(_) => (1, ceilings.fp8_flops.unwrap_or(ceilings.bf16_flops)),
-            None => (dtype.size_bytes(), ceilings.bf16_flops),
+        let (bytes, rate) = match quantize {
+            Some(_) => (1, ceilings.fp8.unwrap_or(ceilings.bf16)),
+            None => (dtype.size_bytes(), ceilings.bf16),
         };
         Self {
             weight_bytes: elements * bytes + spec.vocab_size * spec.hidden_size * dtype.size_bytes(),
-            flops,
+            rate,
             flops_a_token: 2.0 * elements as f64,
             attention_width,
         }
