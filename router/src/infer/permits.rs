@@ -84,7 +84,7 @@ impl Permits {
     /// # Errors
     /// [`InferError::Overloaded`], [`InferError::Recovering`] while the shards are being replaced, [`InferError::Stopping`]
     /// once they are closed.
-    pub(super) fn take(&self) -> Result<Permit, InferError> {
+    pub(crate) fn take(&self) -> Result<Permit, InferError> {
         if self.is_closed() {
             return Err(InferError::Stopping);
         }
