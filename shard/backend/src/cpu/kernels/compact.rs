@@ -485,7 +485,11 @@ compact_kernels!(
     avx2_kernels,
     crate::cpu::kernels::avx2::Avx2,
     Bf16Pairs,
-    |rows, quads| if rows > <crate::cpu::kernels::avx2::Avx2 as Simd>::MAX_TILE { quads * QUAD * LANES } else { 0 },
+    |rows, quads| if rows > <crate::cpu::kernels::avx2::Avx2 as Simd>::MAX_TILE {
+        quads * QUAD * LANES
+    } else {
+        0
+    },
     "avx2,fma,f16c"
 );
 #[cfg(target_arch = "x86_64")]
@@ -535,7 +539,11 @@ mod tests {
             for input in 0..quads * QUAD_INPUTS {
                 for lane in 0..LANES {
                     let found = decode(&encoded, &bases, input, lane).to_bits();
-                    assert_eq!(found, at(&weights, input, lane), "base {base}, input {input} of output {lane}");
+                    assert_eq!(
+                        found,
+                        at(&weights, input, lane),
+                        "base {base}, input {input} of output {lane}"
+                    );
                 }
             }
         }
@@ -543,7 +551,8 @@ mod tests {
 
     #[test]
     fn what_the_window_does_not_reach_is_an_exception_and_zero() {
-        let hostile = [0x7F80, 0xFF80, 0x7FC1, 0x0001, 0x807F, 0x8000, 0x0000, 0x3C80, 0x3880, 0x3F80, 0xBF81];
+        let hostile =
+            [0x7F80, 0xFF80, 0x7FC1, 0x0001, 0x807F, 0x8000, 0x0000, 0x3C80, 0x3880, 0x3F80, 0xBF81];
         let (weights, encoded, bases, exceptions) = panel(9, |index| hostile[index % hostile.len()]);
         let mut expected = 0;
         for input in 0..9 * QUAD_INPUTS {
