@@ -68,11 +68,6 @@ pub(crate) fn load_model(
         if let Some(sizes) = &settings.cuda_graphs {
             cuda.graph_batches.clone_from(sizes);
         }
-        if settings.world_size > 1 {
-            tracing::warn!(
-                "ranks add up their parts through the host's memory, which is slow: NCCL is not used"
-            );
-        }
         let options = LoadOptions { max_rows_sampled: CUDA_ROWS_SAMPLED, ..options };
         load(CudaBackend::new(cuda, communicator)?, files, &options, ledger)
     }
