@@ -1,6 +1,6 @@
 //! How the ranks of one model meet.
 //!
-//! A [`Communicator`] of CPU ranks works on host memory. [`Single`] is the group of one; [`shm`] goes through memory
+//! A [`Communicator`] works on host memory: CPU ranks exchange everything through it, ranks on GPUs what they need to meet there. [`Single`] is the group of one; [`shm`] goes through memory
 //! shared between processes (a memfd handed over a Unix socket), so nothing listens on a TCP port.
 
 mod rendezvous;

@@ -53,7 +53,7 @@ struct Api {
 impl Api {
     fn load() -> Result<Self, BackendError> {
         // SAFETY: NCCL's initialisers do nothing but set up its own state.
-        let library = NAMES.iter().find_map(|name| unsafe { Library::new(name) }.ok()).ok_or_else(|| {
+        let library = NAMES.iter().find_map(|name| unsafe { Library::new(*name) }.ok()).ok_or_else(|| {
             refused(format!(
                 "there is no {}; NVIDIA's package libnccl2 or the Python package nvidia-nccl-cu13 provides it, and \
                  LD_LIBRARY_PATH says where it is",

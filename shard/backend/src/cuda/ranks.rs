@@ -28,6 +28,19 @@ pub enum RankPath {
     Host,
 }
 
+impl RankPath {
+    /// `auto`, `peers`, `nccl` or `host`.
+    pub fn from_name(name: &str) -> Option<Self> {
+        match name {
+            "auto" => Some(Self::Auto),
+            "peers" => Some(Self::Peers),
+            "nccl" => Some(Self::Nccl),
+            "host" => Some(Self::Host),
+            _ => None,
+        }
+    }
+}
+
 /// With more ranks than two every part sent to every rank is more than has to travel; beyond this many bytes NCCL sends less.
 const MANY_RANKS_BYTES: usize = 512 << 10;
 
