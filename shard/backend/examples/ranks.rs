@@ -69,7 +69,11 @@ fn sum_time(backend: &mut CudaBackend, rows: usize, is_recorded: bool) -> Result
         backend.begin_step(&step_of(rows))?;
         let begin = Instant::now();
         let mut sums = |backend: &mut CudaBackend| (0..SUMS).try_for_each(|_| backend.all_reduce(&mut x));
-        if is_recorded { backend.run(StepPart::Layers, sums)? } else { sums(backend)? }
+        if is_recorded {
+            backend.run(StepPart::Layers, sums)?
+        } else {
+            sums(backend)?
+        }
         backend.read(&done)?;
         best = best.min(begin.elapsed().as_secs_f64() / SUMS as f64);
     }
@@ -102,7 +106,8 @@ fn filled(
     dtype: DType,
 ) -> Result<<CudaBackend as Backend>::Buffer, BackendError> {
     let bytes: Vec<u8> = (0..width).flat_map(|at| (at as f32 * 1e-30).to_le_bytes()).collect();
-    let matrix = HostMatrix { dtype: DType::F32, rows: 1, cols: width, row_stride: width, bytes: bytes.into() };
+    let matrix =
+        HostMatrix { dtype: DType::F32, rows: 1, cols: width, row_stride: width, bytes: bytes.into() };
     let table = backend.linear(&[matrix], DType::F32)?;
     let mut buffer = backend.buffer(rows, width, dtype)?;
     backend.begin_step(&step_of(rows))?;

@@ -30,7 +30,8 @@ impl UniqueId {
     const BYTES: usize = 128;
 }
 
-type AllReduceFn = unsafe extern "C" fn(DevicePtr, DevicePtr, usize, c_int, c_int, RawComm, CUstream) -> c_int;
+type AllReduceFn =
+    unsafe extern "C" fn(DevicePtr, DevicePtr, usize, c_int, c_int, RawComm, CUstream) -> c_int;
 type BroadcastFn = AllReduceFn;
 type InitFn = unsafe extern "C" fn(*mut RawComm, c_int, UniqueId, c_int) -> c_int;
 
@@ -200,9 +201,8 @@ impl Nccl {
         (count, dtype): (usize, DType),
     ) -> Result<(), BackendError> {
         // SAFETY: the caller gives an address range of as many elements.
-        let code = unsafe {
-            (self.api.all_reduce)(x, x, count, type_number(dtype), SUM, self.comm, stream.raw())
-        };
+        let code =
+            unsafe { (self.api.all_reduce)(x, x, count, type_number(dtype), SUM, self.comm, stream.raw()) };
         self.api.check("adding up over ranks", code)
     }
 

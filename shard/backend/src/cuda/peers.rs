@@ -181,7 +181,9 @@ impl Peers {
             if !is_right {
                 return Err(BackendError::Device {
                     operation: "a first sum over ranks".to_owned(),
-                    reason: "what the GPUs write to one another does not arrive (an IOMMU or ACS in between?)".to_owned(),
+                    reason:
+                        "what the GPUs write to one another does not arrive (an IOMMU or ACS in between?)"
+                            .to_owned(),
                 });
             }
         }

@@ -56,7 +56,12 @@ fn values_of(rank: usize, round: usize, len: usize) -> Vec<f32> {
 }
 
 /// A buffer with values of `dtype`; the step is one of `rows` tokens.
-fn upload(backend: &mut CudaBackend, values: &[f32], width: usize, dtype: DType) -> <CudaBackend as Backend>::Buffer {
+fn upload(
+    backend: &mut CudaBackend,
+    values: &[f32],
+    width: usize,
+    dtype: DType,
+) -> <CudaBackend as Backend>::Buffer {
     let rows = values.len() / width;
     let table = backend.linear(&[matrix(values, rows, width, DType::F32)], DType::F32).unwrap();
     let mut buffer = backend.buffer(rows, width, dtype).unwrap();
@@ -85,7 +90,9 @@ fn sums(backend: &mut CudaBackend, rank: usize) {
             let sum = backend.read(&x).unwrap();
             let parts: Vec<_> = (0..RANKS).map(|rank| values_of(rank, round, rows * width)).collect();
             check_sum(&sum, &parts, dtype, &format!("{rows} x {width} of {dtype}"));
-            let bits: u64 = sum.iter().fold(7, |hash, value| hash.wrapping_mul(31).wrapping_add(u64::from(value.to_bits())));
+            let bits: u64 = sum
+                .iter()
+                .fold(7, |hash, value| hash.wrapping_mul(31).wrapping_add(u64::from(value.to_bits())));
             println!("bits {dtype} {round} {bits}");
         }
     }
@@ -103,7 +110,8 @@ fn gathers(backend: &mut CudaBackend, rank: usize) {
             backend.embed(&table, 0, &mut local).unwrap();
             gather(backend, &local, (rows, &widths), round);
         } else {
-            let local = upload(backend, &values_of(rank, round, rows * widths[rank]), widths[rank], DType::F32);
+            let local =
+                upload(backend, &values_of(rank, round, rows * widths[rank]), widths[rank], DType::F32);
             gather(backend, &local, (rows, &widths), round);
         }
     }
@@ -153,7 +161,10 @@ fn replays(backend: &mut CudaBackend, rank: usize) {
                     let at = id as usize * WIDTH + column;
                     let once: f32 = tables.iter().map(|table| rounded(table[at], DType::BF16)).sum();
                     let expected = 2.0 * rounded(once, DType::BF16);
-                    assert!(found[row * WIDTH + column] == expected, "replay {replay}, row {row}, column {column}");
+                    assert!(
+                        found[row * WIDTH + column] == expected,
+                        "replay {replay}, row {row}, column {column}"
+                    );
                 }
             }
         } else {
@@ -246,7 +257,9 @@ fn run_everywhere(task: &str) -> Vec<Vec<String>> {
 #[test]
 fn sums_are_right_and_of_equal_bits() {
     for ranks in run_everywhere("sums") {
-        let bits = |text: &String| text.lines().filter(|line| line.starts_with("bits")).map(str::to_owned).collect::<Vec<_>>();
+        let bits = |text: &String| {
+            text.lines().filter(|line| line.starts_with("bits")).map(str::to_owned).collect::<Vec<_>>()
+        };
         assert_eq!(bits(&ranks[0]).len(), 6 * SHAPES.len());
         assert_eq!(bits(&ranks[0]), bits(&ranks[1]));
     }
