@@ -59,11 +59,6 @@ pub(crate) fn load_model(
     }
     #[cfg(feature = "cuda")]
     {
-        if settings.world_size > 1 {
-            tracing::warn!(
-                "ranks add up their parts through the host's memory, which is slow: NCCL is not used"
-            );
-        }
         let options = LoadOptions { max_rows_sampled: CUDA_ROWS_SAMPLED, ..options };
         load(CudaBackend::new(cuda_options(settings), communicator)?, files, &options, ledger)
     }

@@ -4,11 +4,12 @@ use std::cell::{Cell, RefCell};
 use std::ffi::{CStr, c_char, c_void};
 use std::mem;
 use std::ptr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use cudarc::driver::sys;
 
-use super::driver::{DevicePtr, Stream, check};
+use super::driver::{Context, DevicePtr, PinnedMemory, Stream, check};
 use super::module::Function;
 use super::step_clock::StepClock;
 use crate::BackendError;
@@ -58,6 +59,28 @@ pub(super) enum Mode {
 /// A step of the largest legal shape takes seconds at most; after this the device counts as lost.
 const PATIENCE: Duration = Duration::from_secs(60);
 
+/// Where kernels that wait for other ranks say that one did not come: one more than its number.
+pub(super) struct Alarm(PinnedMemory);
+
+impl Alarm {
+    /// One that is silent.
+    pub(super) fn new(context: &Arc<Context>) -> Result<Self, BackendError> {
+        Ok(Self(PinnedMemory::new(context, size_of::<u32>(), "the ranks' alarm")?))
+    }
+
+    /// Where kernels find it.
+    pub(super) fn ptr(&self) -> DevicePtr {
+        self.0.ptr()
+    }
+
+    /// The rank that did not come.
+    fn missing_rank(&self) -> Option<u32> {
+        let word = self.0.as_slice().as_ptr().cast::<u32>();
+        // SAFETY: page-aligned memory of four bytes. The device may write at any time, so it is read as it is.
+        unsafe { word.read_volatile() }.checked_sub(1)
+    }
+}
+
 /// Where operations go.
 pub(crate) struct Queue {
     stream: Stream,
@@ -70,6 +93,8 @@ pub(crate) struct Queue {
     pub(super) clock: RefCell<Option<StepClock>>,
     /// Name of what was launched last, for errors.
     last: Cell<*const c_char>,
+    /// Of kernels that wait for other ranks.
+    alarm: Option<Alarm>,
 }
 
 // SAFETY: the handle is only read, and used from one thread at a time.
@@ -86,7 +111,13 @@ impl Queue {
             shared_percent,
             clock: RefCell::new(None),
             last: Cell::new(ptr::null()),
+            alarm: None,
         }
+    }
+
+    /// Whether ranks have come is looked up there from now on, whenever the device has been waited for.
+    pub(super) fn set_alarm(&mut self, alarm: Option<Alarm>) {
+        self.alarm = alarm;
     }
 
     /// From now on kernels ask for this split of a multiprocessor's memory.
@@ -95,7 +126,15 @@ impl Queue {
     }
 
     fn wait_for_rest(&self) -> Result<(), BackendError> {
-        self.stream.synchronize(PATIENCE).map_err(|error| self.lost("waiting for a step", error))
+        self.stream.synchronize(PATIENCE).map_err(|error| self.lost("waiting for a step", error))?;
+        match self.alarm.as_ref().and_then(Alarm::missing_rank) {
+            None => Ok(()),
+            Some(rank) => Err(BackendError::DeviceLost {
+                device: self.device.clone(),
+                operation: "exchanging with the other ranks".to_owned(),
+                reason: format!("rank {rank} did not come: its process is gone, stopped or far behind"),
+            }),
+        }
     }
 
     /// A step begins with what is put on the stream next. What a step that failed or was not sampled left there is over.

@@ -31,9 +31,12 @@ mod library;
 mod linear;
 mod matmul;
 mod module;
+mod nccl;
 mod neighbours;
 mod norm;
 mod operations;
+mod peers;
+mod ranks;
 mod rope;
 mod sampling;
 mod shared_split;
@@ -55,6 +58,7 @@ pub use fp8_matmul::Fp8Kernel;
 pub use kv_cache::CudaKvCache;
 pub use linear::{CudaLinear, CudaVector};
 pub use matmul::MatmulKernel;
+pub use ranks::RankPath;
 pub use rope::CudaRope;
 pub use step_clock::StepTime;
 
@@ -84,6 +88,8 @@ pub struct CudaOptions {
     pub is_deterministic: bool,
     /// Threads that copy weights while they are loaded.
     pub loader_threads: usize,
+    /// How ranks exchange.
+    pub rank_path: RankPath,
 }
 
 impl Default for CudaOptions {
@@ -97,6 +103,7 @@ impl Default for CudaOptions {
             graph_batches,
             is_deterministic: false,
             loader_threads: 8,
+            rank_path: RankPath::Auto,
         }
     }
 }
@@ -115,6 +122,8 @@ const WORKSPACE_BYTES: usize = 64 << 20;
 
 /// One rank on one GPU.
 pub struct CudaBackend {
+    // First: work on the stream may wait for the other ranks, and the stream's end waits for its work.
+    ranks: ranks::Ranks,
     options: CudaOptions,
     description: String,
     facts: DeviceFacts,
@@ -139,7 +148,7 @@ pub struct CudaBackend {
     heads: heads::Heads,
     experts: experts::ExpertKernels,
     samplers: sampling::Samplers,
-    /// Where collectives of ranks without a device of their own to meet on happen.
+    /// Where collectives of ranks happen that have no way between their devices.
     host: Vec<f32>,
     // Last, so that everything that uses it is gone before.
     context: Arc<Context>,
@@ -169,7 +178,7 @@ impl CudaBackend {
     ///
     /// # Errors
     /// One line that says what is missing: driver, device, kernels for it, libraries.
-    pub fn new(options: CudaOptions, communicator: Box<dyn Communicator>) -> Result<Self, BackendError> {
+    pub fn new(options: CudaOptions, mut communicator: Box<dyn Communicator>) -> Result<Self, BackendError> {
         let context = Context::new(options.ordinal)?;
         if let Some(others) = context.uuid().ok().and_then(neighbours::on_device) {
             tracing::warn!("device {}: {others}", options.ordinal);
@@ -184,9 +193,13 @@ impl CudaBackend {
         let is_deterministic = options.is_deterministic;
         let (tokens, seqs) = (options.max_step_tokens, options.max_seqs);
         let step = StepInputs::new(&context, tokens, seqs, options.max_table_elements, is_deterministic)?;
+        let mut queue = Queue::new(Stream::new(&context)?, &description);
+        let path = (options.rank_path, is_deterministic);
+        let ranks = ranks::Ranks::meet(&context, communicator.as_mut(), &mut queue, path)?;
         Ok(Self {
             facts,
-            queue: Queue::new(Stream::new(&context)?, &description),
+            queue,
+            ranks,
             description,
             uploader: RefCell::new(None),
             communicator,
@@ -234,6 +247,6 @@ impl CudaBackend {
 
     /// Whether steps of one token a sequence are recorded. Collectives that meet on the host cannot be.
     fn records_graphs(&self) -> bool {
-        !self.options.graph_batches.is_empty() && self.communicator.world_size() == 1
+        !self.options.graph_batches.is_empty() && self.ranks.is_on_device()
     }
 }

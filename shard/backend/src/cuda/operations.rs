@@ -153,6 +153,7 @@ impl Backend for CudaBackend {
     fn begin_step(&mut self, step: &StepInput) -> Result<(), BackendError> {
         self.context.make_current()?;
         self.finish_uploads()?;
+        self.ranks.finish_joining()?;
         // Afterwards nothing reads the pinned arrays any more.
         self.queue.begin_step()?;
         self.step.upload(self.queue.stream(), step)?;
@@ -451,7 +452,7 @@ impl Backend for CudaBackend {
     }
 
     fn all_reduce(&mut self, x: &mut CudaBuffer) -> Result<(), BackendError> {
-        if self.communicator.world_size() == 1 {
+        if self.ranks.all_reduce(&self.queue, x)? {
             return Ok(());
         }
         self.host = self.read(x)?;
@@ -466,8 +467,11 @@ impl Backend for CudaBackend {
         widths: &[usize],
         out: &mut CudaBuffer,
     ) -> Result<(), BackendError> {
-        let values = self.read(local)?;
         out.resize(local.rows());
+        if self.ranks.all_gather(&self.queue, local, widths, out)? {
+            return Ok(());
+        }
+        let values = self.read(local)?;
         let mut all = vec![0.0; out.rows() * out.width()];
         self.communicator.all_gather(&values, local.rows(), widths, &mut all)?;
         self.write(out, &all)

@@ -19,6 +19,8 @@ mod many_rows;
 mod matmul;
 mod norm;
 mod quantized;
+#[cfg(feature = "cuda")]
+mod ranks;
 mod rope;
 mod sampling;
 mod sampling_distribution;

@@ -2,8 +2,10 @@
 //!
 //!     cargo run --release -p models --features cuda --example step_bench -- MODEL_DIR [--context N] [--steps N] [--decode 1,8,32] [--prefill 1x128,8x2048] [--deterministic] [--json FILE]
 //!         [--quantize fp8] [--kv-cache-dtype fp8_e4m3fn|fp8_e5m2]
+//!         [--rank R/N --rendezvous SOCKET [--rank-path auto|peers|nccl|host]]
 //!
-//! A step is everything the engine does with a model: inputs up, all layers, logits, a token chosen for each sequence and
+//! With `--rank` it is one of N processes that share a model, each with a device of its own (CUDA_VISIBLE_DEVICES); the floor is then
+//! that of an N-th of the bytes and FLOPs. A step is everything the engine does with a model: inputs up, all layers, logits, a token chosen for each sequence and
 //! brought back, with the share of the time in which the device waited between two of them (by its own clock). Floor: the bytes it must read (weights, and the keys and values of the context) over the read bandwidth, or
 //! its FLOPs over the matrix rate, whichever is longer; both are measured in the same run. The matrix rate is that of a burst of
 //! 15 ms; a prompt's sustained floor takes the rate that the device can keep for 0.3 s, which its power limits. Medians.
@@ -11,10 +13,10 @@
 #![allow(clippy::print_stdout, reason = "the table is what it is for")]
 
 use std::error::Error;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use backend::collectives::Single;
-use backend::cuda::{Ceilings, CudaBackend, CudaOptions, MatrixRate, StepTime};
+use backend::collectives::shm::{Rendezvous, join};
+use backend::cuda::{Ceilings, CudaBackend, CudaOptions, MatrixRate, RankPath, StepTime};
 use backend::sampling::{SamplingParams, SamplingRow};
 use backend::{Backend, DType, KvDType, StepInput};
 use models::spec::{DecoderSpec, ExpectedTensor, MixerSpec};
@@ -22,7 +24,7 @@ use models::{CausalLm, Decoder, LoadOptions, Quantize, decoder_spec, load};
 
 type Failure = Box<dyn Error + Send + Sync>;
 
-const USAGE: &str = "usage: step_bench MODEL_DIR [--context N] [--steps N] [--decode 1,8,32] [--prefill 1x128,8x2048] [--deterministic] [--json FILE] [--quantize fp8] [--kv-cache-dtype fp8_e4m3fn|fp8_e5m2]";
+const USAGE: &str = "usage: step_bench MODEL_DIR [--context N] [--steps N] [--decode 1,8,32] [--prefill 1x128,8x2048] [--deterministic] [--json FILE] [--quantize fp8] [--kv-cache-dtype fp8_e4m3fn|fp8_e5m2] [--rank R/N --rendezvous SOCKET [--rank-path auto|peers|nccl|host]]";
 const BLOCK_SIZE: usize = 16;
 /// Decode steps that are not counted.
 const WARM_STEPS: usize = 4;
@@ -48,13 +50,25 @@ struct Arguments {
     json: Option<String>,
     quantize: Option<Quantize>,
     kv_dtype: Option<KvDType>,
+    /// This rank, of how many.
+    rank: (usize, usize),
+    rendezvous: String,
+    rank_path: RankPath,
 }
 
 fn main() -> Result<(), Failure> {
     let arguments = parse_arguments()?;
+    let communicator = join(&Rendezvous {
+        socket: arguments.rendezvous.clone().into(),
+        rank: arguments.rank.0,
+        world_size: arguments.rank.1,
+        fingerprint: "step_bench".to_owned(),
+        timeout: Duration::from_secs(60),
+    })?;
     let begin = Instant::now();
-    let options = CudaOptions { is_deterministic: arguments.is_deterministic, ..CudaOptions::default() };
-    let mut backend = CudaBackend::new(options, Box::new(Single))?;
+    let (is_deterministic, rank_path) = (arguments.is_deterministic, arguments.rank_path);
+    let options = CudaOptions { is_deterministic, rank_path, ..CudaOptions::default() };
+    let mut backend = CudaBackend::new(options, Box::new(communicator))?;
     let opened = begin.elapsed().as_secs_f64();
     let ceilings = backend.measure_ceilings()?;
     println!(
@@ -73,7 +87,8 @@ fn main() -> Result<(), Failure> {
     let options =
         LoadOptions { max_rows_sampled: 256, threads: 8, quantize, kv_dtype, ..LoadOptions::default() };
     let mut decoder = load(backend, &files, &options)?;
-    let work = Work::new(&decoder_spec(&files.config()?)?, decoder.info().dtype, quantize, &ceilings);
+    let spec = decoder_spec(&files.config()?)?;
+    let work = Work::new(&spec, decoder.info().dtype, quantize, &ceilings).shared_by(arguments.rank.1);
     println!("loaded in {:.2} s", begin.elapsed().as_secs_f64());
     let largest = arguments.decode.iter().map(|batch| batch * (arguments.context + arguments.steps + 16));
     let prompts = arguments.prefill.iter().map(|(count, len)| count * len);
@@ -98,6 +113,7 @@ fn main() -> Result<(), Failure> {
             "fp8_sustained_flops": ceilings.fp8.map(|rate| rate.sustained),
             "quantize": arguments.quantize.map(Quantize::name),
             "kv_cache_dtype": arguments.kv_dtype.map(KvDType::name),
+            "ranks": arguments.rank.1,
             "results": results,
         });
         std::fs::write(path, serde_json::to_vec_pretty(&report)?)?;
@@ -285,6 +301,16 @@ impl Work {
             attention_width,
         }
     }
+
+    /// One rank's part of it.
+    fn shared_by(self, ranks: usize) -> Self {
+        Self {
+            weight_bytes: self.weight_bytes / ranks,
+            flops_a_token: self.flops_a_token / ranks as f64,
+            attention_width: self.attention_width / ranks,
+            ..self
+        }
+    }
 }
 
 /// The share of their time in which the device had nothing to do, in the median of the steps.
@@ -309,6 +335,9 @@ fn parse_arguments() -> Result<Arguments, Failure> {
         json: None,
         quantize: None,
         kv_dtype: None,
+        rank: (0, 1),
+        rendezvous: String::new(),
+        rank_path: RankPath::Auto,
     };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
@@ -337,6 +366,12 @@ fn parse_arguments() -> Result<Arguments, Failure> {
             "--quantize" => arguments.quantize = Some(Quantize::from_name(&value).ok_or(USAGE)?),
             "--kv-cache-dtype" => arguments.kv_dtype = Some(KvDType::from_fp8_name(&value).ok_or(USAGE)?),
             "--json" => arguments.json = Some(value),
+            "--rank" => {
+                let (rank, ranks) = value.split_once('/').ok_or(USAGE)?;
+                arguments.rank = (rank.parse()?, ranks.parse::<usize>()?.max(1));
+            }
+            "--rendezvous" => arguments.rendezvous = value,
+            "--rank-path" => arguments.rank_path = RankPath::from_name(&value).ok_or(USAGE)?,
             _ => return Err(USAGE.into()),
         }
     }
