@@ -24,7 +24,8 @@ fn any_rows<B: Backend>(backend: &mut B) {
     }
     let mut random = Random(41);
     for rows in 1..=40 {
-        let (inputs, outputs) = [(576, 40), (64, 16), (65, 31), (200, 33), (1, 1), (7, 50), (130, 17)][rows % 7];
+        let (inputs, outputs) =
+            [(576, 40), (64, 16), (65, 31), (200, 33), (1, 1), (7, 50), (130, 17)][rows % 7];
         let (x, values) = (random.vector(rows * inputs), weights(&mut random, outputs * inputs));
         check(backend, &format!("{rows} x {inputs} -> {outputs}"), &x, &values, inputs);
     }
@@ -75,7 +76,8 @@ fn not_a_number<B: Backend>(backend: &mut B) {
                 x[inputs + 70] = bad;
             }
             let input = crate::cases::upload(backend, &x, inputs);
-            let packed = backend.linear(&[matrix(&values, outputs, inputs, DType::BF16)], DType::BF16).unwrap();
+            let packed =
+                backend.linear(&[matrix(&values, outputs, inputs, DType::BF16)], DType::BF16).unwrap();
             let mut out = backend.buffer(rows, outputs, DType::F32).unwrap();
             backend.matmul(&input, &packed, None, &mut out).unwrap();
             for (index, found) in backend.read(&out).unwrap().into_iter().enumerate() {

@@ -30,7 +30,13 @@ pub(crate) fn keeps_activations<B: Backend>(backend: &B) -> bool {
     backend.device().device_type == "cpu"
 }
 
-pub(crate) fn check<B: Backend>(backend: &mut B, what: &str, x: &[f32], values: &[f32], inputs: usize) -> Vec<f32> {
+pub(crate) fn check<B: Backend>(
+    backend: &mut B,
+    what: &str,
+    x: &[f32],
+    values: &[f32],
+    inputs: usize,
+) -> Vec<f32> {
     let (rows, outputs) = (x.len() / inputs, values.len() / inputs);
     let weight: Vec<f32> = values.iter().map(|&x| rounded(x, DType::BF16)).collect();
     let input = upload(backend, x, inputs);

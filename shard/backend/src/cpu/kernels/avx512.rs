@@ -106,7 +106,8 @@ impl CompactWeight<Avx512> for Bf16Dot {
     unsafe fn activation(x: *const u32, input: usize) -> f32 {
         // SAFETY: the contract of `Weight`: two elements, the two parts of both inputs.
         let parts = unsafe { [x.read(), x.add(1).read()] };
-        let [high, low] = parts.map(|part| f32::from_bits(if input == 0 { part << 16 } else { part & 0xFFFF_0000 }));
+        let [high, low] =
+            parts.map(|part| f32::from_bits(if input == 0 { part << 16 } else { part & 0xFFFF_0000 }));
         high + low
     }
 }

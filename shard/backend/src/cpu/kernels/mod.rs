@@ -18,8 +18,8 @@ pub(super) use attention::{
     AttentionArgs, AttentionConfig, KeysValues, QueryRow, Target, merge, partial_len, scratch_len,
 };
 pub(super) use compact::{
-    CompactKernels, CompactPanels, EncodedPanel, Exception, GROUP, QUAD_BYTES, QUAD_INPUTS, bases_len, decode, is_worth_it,
-    max_exceptions,
+    CompactKernels, CompactPanels, EncodedPanel, Exception, GROUP, QUAD_BYTES, QUAD_INPUTS, bases_len,
+    decode, is_worth_it, max_exceptions,
 };
 pub(super) use matmul::{MatmulArgs, PackArgs, padded_tile};
 pub(super) use quantized::{GroupLayout, STEP, STEP_BYTES, padded_tokens};
@@ -257,7 +257,15 @@ macro_rules! kernels {
 
 kernels!(portable_kernels, portable::Portable, matmul::Bf16Pairs, portable::Portable, None, None);
 #[cfg(target_arch = "x86_64")]
-kernels!(avx2_kernels, avx2::Avx2, matmul::Bf16Pairs, avx2::Avx2, None, Some(&compact::AVX2), "avx2,fma,f16c");
+kernels!(
+    avx2_kernels,
+    avx2::Avx2,
+    matmul::Bf16Pairs,
+    avx2::Avx2,
+    None,
+    Some(&compact::AVX2),
+    "avx2,fma,f16c"
+);
 #[cfg(target_arch = "x86_64")]
 kernels!(avx512_kernels, avx512::Avx512, matmul::Bf16Pairs, avx2::Avx2, None, None, "avx512f,avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
