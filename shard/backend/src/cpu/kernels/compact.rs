@@ -32,6 +32,8 @@ const GROUP_QUADS: usize = GROUP / QUAD_INPUTS;
 pub(super) const SIGN_EXPONENT_MANTISSA: u16 = 0x87FF;
 /// Exponents of a window, and the smallest base: so no exponent of the window is a denormal's.
 pub(super) const WINDOW: u16 = 15;
+/// Tiles that decode in registers, each anew; of more a panel is decoded into memory once.
+const IN_REGISTERS_TILES: usize = 2;
 /// How far ahead of the arithmetic a weight stream is asked for, as for other weights.
 const PREFETCH_BYTES: usize = 2048;
 
@@ -321,7 +323,7 @@ unsafe fn panels<S: CompactSimd, W: CompactWeight<S>>(
         unsafe {
             let from = args.weights.add(panel * quads * QUAD_BYTES);
             let bases = compact.bases(panel, quads);
-            if args.rows > S::MAX_TILE && scratch.len() >= args.steps * LANES {
+            if args.rows > IN_REGISTERS_TILES * S::MAX_TILE && scratch.len() >= args.steps * LANES {
                 let restored = &mut scratch[..args.steps * LANES];
                 restore::<S>(from, bases, compact.exceptions(panel), restored);
                 super::matmul::panel::<S, W>(args, panel, restored.as_ptr().cast());
@@ -390,7 +392,11 @@ unsafe fn panel_in_registers<S: CompactSimd, W: CompactWeight<S>>(
             let place = Place { args, panel, row, count };
             match padded_tile(count) {
                 1 => place.store::<S, 1>(tile::<S, W, 1, 4>(w, bases, x)),
+                // Two registers a vector leave no room for more accumulators.
+                2 if S::MAX_TILE < 6 => place.store::<S, 2>(tile::<S, W, 2, 2>(w, bases, x)),
                 2 => place.store::<S, 2>(tile::<S, W, 2, 4>(w, bases, x)),
+                3 if S::MAX_TILE < 6 => place.store::<S, 3>(tile::<S, W, 3, 1>(w, bases, x)),
+                4 if S::MAX_TILE < 6 => place.store::<S, 4>(tile::<S, W, 4, 1>(w, bases, x)),
                 3 => place.store::<S, 3>(tile::<S, W, 3, 2>(w, bases, x)),
                 4 => place.store::<S, 4>(tile::<S, W, 4, 2>(w, bases, x)),
                 6 if S::MAX_TILE >= 6 => place.store::<S, 6>(tile::<S, W, 6, 1>(w, bases, x)),
@@ -485,10 +491,12 @@ compact_kernels!(
     avx2_kernels,
     crate::cpu::kernels::avx2::Avx2,
     Bf16Pairs,
-    |rows, quads| if rows > <crate::cpu::kernels::avx2::Avx2 as Simd>::MAX_TILE {
-        quads * QUAD * LANES
-    } else {
-        0
+    |rows, quads| {
+        if rows > IN_REGISTERS_TILES * crate::cpu::kernels::avx2::Avx2::MAX_TILE {
+            quads * QUAD * LANES
+        } else {
+            0
+        }
     },
     "avx2,fma,f16c"
 );

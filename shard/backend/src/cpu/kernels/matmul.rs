@@ -184,6 +184,10 @@ pub(super) unsafe fn panel<S: Simd, W: Weight<S>>(args: &MatmulArgs<'_>, panel: 
             let place = Place { args, panel, row, count };
             match padded_tile(count) {
                 1 => place.store::<S, 1>(tile::<S, W, 1, 8>(w, x, args.steps)),
+                // Two registers a vector leave no room for more accumulators.
+                2 if S::MAX_TILE < 6 => place.store::<S, 2>(tile::<S, W, 2, 2>(w, x, args.steps)),
+                3 if S::MAX_TILE < 6 => place.store::<S, 3>(tile::<S, W, 3, 1>(w, x, args.steps)),
+                4 if S::MAX_TILE < 6 => place.store::<S, 4>(tile::<S, W, 4, 1>(w, x, args.steps)),
                 2 => place.store::<S, 2>(tile::<S, W, 2, 4>(w, x, args.steps)),
                 3 => place.store::<S, 3>(tile::<S, W, 3, 2>(w, x, args.steps)),
                 4 => place.store::<S, 4>(tile::<S, W, 4, 2>(w, x, args.steps)),
