@@ -43,8 +43,10 @@ struct Merged {
     unsigned* arrived;
     int num_layers, hidden, inner, num_heads, num_kv_heads, pages_per_block, activation;
     float attention_scale, eps, rope_scale;
-    // Bytes of shared memory for activations and places of the ring.
-    int x_bytes, stages;
+    // Bytes of shared memory for activations, places of the ring, and how many pieces are on their way at most: what waits in a
+    // queue for memory stands in the way of all else.
+    int x_bytes, stages, in_flight;
+    int flags;
 #ifdef MERGED_STAMPS
     long long* stamps;
 #endif
@@ -174,6 +176,8 @@ template <typename T, int DIM, int ROWS, int PIECE> struct Step {
 
     __device__ __forceinline__ void produce() {
         int stage = 0, phase = 1;
+        // The piece that must have come before the next is asked for.
+        int awaited = 0, awaited_phase = 0, count = 0;
         for (int at = 0; at < m.num_layers; ++at) {
             const MergedLayer layer = m.layers[at];
             for (int kind = QKV; kind <= DOWN; ++kind) {
@@ -191,6 +195,10 @@ template <typename T, int DIM, int ROWS, int PIECE> struct Step {
 #ifdef MERGED_STAMPS
                         waited += clock64() - before;
 #endif
+                        if (count++ >= m.in_flight) {
+                            barrier_wait(shared_address(&shared.full[awaited]), awaited_phase);
+                            if (++awaited == m.stages) awaited = 0, awaited_phase ^= 1;
+                        }
                         if (lane == 0) barrier_expect(barrier, TILE * bytes);
                         __syncwarp();
                         if (lane < TILE) copy_row(ring + stage * Ring::BYTES + lane * Ring::PITCH, from + k, bytes, barrier);
@@ -213,12 +221,12 @@ template <typename T, int DIM, int ROWS, int PIECE> struct Step {
         meet();
         ++meetings;
         if (threadIdx.x == 0) {
-            __threadfence();
+            if (m.flags & 2) __threadfence();
             asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(m.arrived) : "memory");
         }
     }
     __device__ __forceinline__ void await() const {
-        if (lane == 0) {
+        if (lane == 0 && (!(m.flags & 1) || warp == 0)) {
             const unsigned wanted = meetings * static_cast<unsigned>(blocks);
             const long long begin = clock64();
             unsigned seen;
@@ -228,7 +236,8 @@ template <typename T, int DIM, int ROWS, int PIECE> struct Step {
                 if (clock64() - begin > PATIENCE) __trap();
             }
         }
-        __syncwarp();
+        if (m.flags & 1) meet();
+        else __syncwarp();
     }
 
     // --- Activations.
@@ -332,6 +341,8 @@ template <typename T, int DIM, int ROWS, int PIECE> struct Step {
         const int row = min(group, ROWS - 1);
         const uint32_t weights = ring + slot * Ring::BYTES + group * Ring::PITCH + quad * 16;
         const uint32_t full = shared_address(&shared.full[slot]);
+        // Whose turn a place has shows only while nobody is a whole turn behind: another warp may still have the piece before.
+        barrier_wait(shared_address(&shared.empty[slot]), parity ^ 1);
         const auto add = [&](int i, const uint4& b) {
             const uint4 low = read_shared(weights + i * 64), high = read_shared(weights + 8 * Ring::PITCH + i * 64);
             const uint32_t first[4] = {low.x, high.x, low.y, high.y}, second[4] = {low.z, high.z, low.w, high.w};

@@ -262,12 +262,14 @@
         if (!is_whole) {
             const int begin = shared.first_page[place.seq] * m.num_kv_heads + place.head * place.pages;
             const int first = begin / run, last = (begin + place.pages - 1) / run;
-            __threadfence();
             meet();
-            if (threadIdx.x == 0) shared.is_last = atomicAdd(m.finished + first, 1) == last - first;
+            if (threadIdx.x == 0) {
+                int before;
+                asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;" : "=r"(before) : "l"(m.finished + first) : "memory");
+                shared.is_last = before == last - first;
+            }
             meet();
             if (shared.is_last) {
-                __threadfence();
                 merge_parts(out, heads, first, last - first + 1);
                 if (threadIdx.x == 0) m.finished[first] = 0;
             }

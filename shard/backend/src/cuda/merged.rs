@@ -3,6 +3,8 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use cudarc::driver::sys::CUdevice_attribute as Attribute;
+
 use super::driver::{Context, DeviceMemory, DevicePtr};
 use super::kv_cache::PAGE_KEYS;
 use super::launch::{Argument, Launch, Queue, args};
@@ -148,7 +150,8 @@ impl MergedSteps {
         if !is_hopper || options.is_deterministic {
             return Ok(None);
         }
-        let most = context.shared_of_block()?;
+        let most = context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
+        let most = usize::try_from(most).unwrap_or(0);
         let module = Module::load(context, "merged")?;
         let mut kernels = HashMap::new();
         for (dtype, name) in [(DType::BF16, "bf16"), (DType::F16, "f16")] {

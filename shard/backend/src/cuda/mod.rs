@@ -29,10 +29,13 @@ mod launch;
 mod library;
 mod linear;
 mod matmul;
+mod merged;
 mod module;
 mod neighbours;
 mod norm;
 mod operations;
+mod program;
+mod recording;
 mod rope;
 mod sampling;
 mod shared_split;
@@ -127,6 +130,10 @@ pub struct CudaBackend {
     /// What the result of the next operation is for.
     next_weight: Cell<Option<linear::NextWeight>>,
     graphs: Graphs,
+    /// Where layers can be one launch.
+    merged: Option<merged::MergedSteps>,
+    /// What operations launch, while a step is prepared for recording.
+    notes: Option<program::Notes>,
     /// Addresses that graphs hold have changed.
     has_stale_graphs: Cell<bool>,
     norms: norm::Norms,
@@ -192,6 +199,8 @@ impl CudaBackend {
             workspace: DeviceMemory::zeroed(&context, WORKSPACE_BYTES, "the workspace")?,
             next_weight: Cell::new(None),
             graphs: Graphs::default(),
+            merged: merged::MergedSteps::load(&context, facts, &options)?,
+            notes: None,
             has_stale_graphs: Cell::new(false),
             norms: norm::Norms::load(&context)?,
             elementwise: elementwise::Elementwise::load(&context)?,

@@ -16,6 +16,8 @@ mod fp8;
 mod heads;
 mod many_rows;
 mod matmul;
+#[cfg(feature = "cuda")]
+mod merged;
 mod norm;
 mod quantized;
 mod rope;
