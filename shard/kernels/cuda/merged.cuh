@@ -16,14 +16,15 @@
 
 // The host knows all of this too: shard/backend/src/cuda/merged.rs.
 struct MergedLayer {
-    // Row-major, without gaps.
-    const void *qkv, *out, *gate_up, *down;
     const float *norm, *mlp_norm;
     void *keys, *values;
 };
 
 struct Merged {
     const MergedLayer* layers;
+    // [num_layers, 4]: of the weights of queries, keys and values; out; gates and ups; down. A weight is [64 columns, rows, blocks of
+    // columns], a box 64 columns, 8 rows and as many blocks as a piece has.
+    const TensorMap* weights;
     // [rows, hidden], what the layers add to; all but the last product of all.
     float* residual;
     // [rows, hidden]: the last product.
@@ -43,10 +44,11 @@ struct Merged {
     unsigned* arrived;
     int num_layers, hidden, inner, num_heads, num_kv_heads, pages_per_block, activation;
     float attention_scale, eps, rope_scale;
-    // Bytes of shared memory for activations, places of the ring, and how many pieces are on their way at most: what waits in a
-    // queue for memory stands in the way of all else.
-    int x_bytes, stages, in_flight;
-    int flags;
+    // Bytes of shared memory for activations, and places of the ring: at least as many as warps take pieces.
+    int x_bytes, stages;
+    // Pieces that are on their way at most, and where more than `level` lie in the ring: what queues up for memory stands in the way of
+    // what the other warps ask the L2 for.
+    int in_flight, few_in_flight, level;
 #ifdef MERGED_STAMPS
     long long* stamps;
 #endif
@@ -65,38 +67,40 @@ constexpr long long PATIENCE = 4000000000ll;
 
 enum Kind { QKV = 0, OUT = 1, GATE_UP = 2, DOWN = 3 };
 
-// Columns of a piece; its rows in the ring are 64 bytes apart from multiples of 128, so that two rows lie in different banks.
+// Columns of a piece. In the ring it is two halves of 8 rows, each in blocks of 64 columns whose chunks of 16 bytes are exchanged.
 template <int PIECE> struct Pieces {
-    static constexpr int PITCH = PIECE * 2 + 64, BYTES = TILE * PITCH;
+    static constexpr int BLOCK = 1024, HALF = PIECE / 64 * BLOCK, BYTES = 2 * HALF;
 };
 
 struct Product {
-    const void* weight;
     // `stride` rows of weights from a tile to the next; its rows from the eighth on are `second` after the first.
     int tiles, inputs, stride, second;
 };
 
-__device__ __forceinline__ Product product_of(const Merged& m, const MergedLayer& layer, int kind, int head_dim) {
+__device__ __forceinline__ Product product_of(const Merged& m, int kind, int head_dim) {
     switch (kind) {
-        case QKV: return {layer.qkv, (m.num_heads + 2 * m.num_kv_heads) * head_dim / TILE, m.hidden, TILE, 8};
-        case OUT: return {layer.out, m.hidden / TILE, m.num_heads * head_dim, TILE, 8};
-        case GATE_UP: return {layer.gate_up, m.inner / 8, m.hidden, 8, m.inner};
-        default: return {layer.down, m.hidden / TILE, m.inner, TILE, 8};
+        case QKV: return {(m.num_heads + 2 * m.num_kv_heads) * head_dim / TILE, m.hidden, TILE, 8};
+        case OUT: return {m.hidden / TILE, m.num_heads * head_dim, TILE, 8};
+        case GATE_UP: return {m.inner / 8, m.hidden, 8, m.inner};
+        default: return {m.hidden / TILE, m.inner, TILE, 8};
     }
 }
 
-__device__ __forceinline__ void copy_row(uint32_t to, const void* from, int bytes, uint32_t barrier) {
+__device__ __forceinline__ void copy_half(uint32_t to, const TensorMap* map, int row, int block, uint32_t barrier) {
     asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
-        "l"(from), "r"(bytes), "r"(barrier), "l"(READ_ONCE)
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(to),
+        "l"(map), "r"(barrier), "r"(0), "r"(row), "r"(block), "l"(READ_ONCE)
         : "memory");
 }
-__device__ __forceinline__ uint4 read_shared(uint32_t at) {
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
-    return v;
-}
 __device__ __forceinline__ uint4 read_l2(const void* p) { return __ldcg(static_cast<const uint4*>(p)); }
+__device__ __forceinline__ bool has_passed(uint32_t barrier, int phase) {
+    uint32_t has;
+    asm volatile("{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(has)
+                 : "r"(barrier), "r"(phase)
+                 : "memory");
+    return has != 0;
+}
 __device__ __forceinline__ void meet() { sync_some<1, THREADS>(); }
 
 template <typename T, int DIM, int ROWS, int PIECE> struct Step {
@@ -132,7 +136,6 @@ template <typename T, int DIM, int ROWS, int PIECE> struct Step {
     float squares;
 #ifdef MERGED_STAMPS
     int stamp_at = 0;
-    long long waited = 0;
     __device__ __forceinline__ void stamp() {
         if (threadIdx.x == 0 && stamp_at < MERGED_STAMPS) {
             long long now;
@@ -145,7 +148,7 @@ template <typename T, int DIM, int ROWS, int PIECE> struct Step {
 #endif
 
     __device__ __forceinline__ Step(const Merged& m, Shared& shared, unsigned char* x) : m(m), shared(shared), x(x) {
-        ring = shared_address(x) + m.x_bytes;
+        ring = (shared_address(x) + m.x_bytes + 1023) & ~1023u;
         blocks = gridDim.x;
         block = blockIdx.x;
         warp = threadIdx.x / 32;
@@ -172,45 +175,41 @@ template <typename T, int DIM, int ROWS, int PIECE> struct Step {
     __device__ __forceinline__ int first_tile() const { return block >= first_block ? block - first_block : block - first_block + blocks; }
     __device__ __forceinline__ void end_tiles(int tiles) { first_block = (first_block + tiles) % blocks; }
 
-    // --- The warp that copies.
+    // --- The thread that copies.
+
+    // A piece, and its place in the ring.
+    struct Cursor {
+        int count = 0, stage = 0, phase = 0;
+        __device__ __forceinline__ void advance(int stages) {
+            ++count;
+            if (++stage == stages) stage = 0, phase ^= 1;
+        }
+    };
 
     __device__ __forceinline__ void produce() {
-        int stage = 0, phase = 1;
-        // The piece that must have come before the next is asked for.
-        int awaited = 0, awaited_phase = 0, count = 0;
+        Cursor next, landed, freed;
         for (int at = 0; at < m.num_layers; ++at) {
-            const MergedLayer layer = m.layers[at];
             for (int kind = QKV; kind <= DOWN; ++kind) {
-                const Product p = product_of(m, layer, kind, DIM);
-                const int row = (lane & 7) + (lane & 8 ? p.second : 0);
+                const Product p = product_of(m, kind, DIM);
+                const TensorMap* const map = m.weights + at * 4 + kind;
                 for (int tile = first_tile(); tile < p.tiles; tile += blocks) {
-                    const T* const from = static_cast<const T*>(p.weight) + static_cast<int64_t>(tile * p.stride + row) * p.inputs;
                     for (int k = 0; k < p.inputs; k += PIECE) {
-                        const int bytes = min(PIECE, p.inputs - k) * 2;
-                        const uint32_t barrier = shared_address(&shared.full[stage]);
-#ifdef MERGED_STAMPS
-                        const long long before = clock64();
-#endif
-                        barrier_wait(shared_address(&shared.empty[stage]), phase);
-#ifdef MERGED_STAMPS
-                        waited += clock64() - before;
-#endif
-                        if (count++ >= m.in_flight) {
-                            barrier_wait(shared_address(&shared.full[awaited]), awaited_phase);
-                            if (++awaited == m.stages) awaited = 0, awaited_phase ^= 1;
-                        }
-                        if (lane == 0) barrier_expect(barrier, TILE * bytes);
-                        __syncwarp();
-                        if (lane < TILE) copy_row(ring + stage * Ring::BYTES + lane * Ring::PITCH, from + k, bytes, barrier);
-                        if (++stage == m.stages) stage = 0, phase ^= 1;
+                        const uint32_t barrier = shared_address(&shared.full[next.stage]), to = ring + next.stage * Ring::BYTES;
+                        barrier_wait(shared_address(&shared.empty[next.stage]), next.phase ^ 1);
+                        // Pieces that lie in the ring say that the other warps wait for something.
+                        while (freed.count < next.count && has_passed(shared_address(&shared.empty[freed.stage]), freed.phase)) freed.advance(m.stages);
+                        const int on_the_way = next.count - freed.count > m.level ? m.few_in_flight : m.in_flight;
+                        for (; landed.count <= next.count - on_the_way; landed.advance(m.stages))
+                            barrier_wait(shared_address(&shared.full[landed.stage]), landed.phase);
+                        barrier_expect(barrier, Ring::BYTES);
+                        copy_half(to, map, tile * p.stride, k / 64, barrier);
+                        copy_half(to + Ring::HALF, map, tile * p.stride + p.second, k / 64, barrier);
+                        next.advance(m.stages);
                     }
                 }
                 end_tiles(p.tiles);
             }
         }
-#ifdef MERGED_STAMPS
-        if (lane == 0) m.stamps[blocks * MERGED_STAMPS + block] = waited;
-#endif
     }
 
     // --- Meeting the other blocks.
@@ -221,12 +220,11 @@ template <typename T, int DIM, int ROWS, int PIECE> struct Step {
         meet();
         ++meetings;
         if (threadIdx.x == 0) {
-            if (m.flags & 2) __threadfence();
             asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(m.arrived) : "memory");
         }
     }
     __device__ __forceinline__ void await() const {
-        if (lane == 0 && (!(m.flags & 1) || warp == 0)) {
+        if (threadIdx.x == 0) {
             const unsigned wanted = meetings * static_cast<unsigned>(blocks);
             const long long begin = clock64();
             unsigned seen;
@@ -236,13 +234,12 @@ template <typename T, int DIM, int ROWS, int PIECE> struct Step {
                 if (clock64() - begin > PATIENCE) __trap();
             }
         }
-        if (m.flags & 1) meet();
-        else __syncwarp();
+        meet();
     }
 
     // --- Activations.
 
-    static __device__ __forceinline__ int x_pitch(int inputs) { return inputs * 2 + 64; }
+    static __device__ __forceinline__ int x_pitch(int inputs) { return inputs * 2 + 16; }
 
     __device__ __forceinline__ void prefetch(const float* weight) const {
         for (int at = threadIdx.x * 32; at < m.hidden; at += THREADS * 32) asm volatile("prefetch.global.L2 [%0];" ::"l"(weight + at));
@@ -251,51 +248,30 @@ template <typename T, int DIM, int ROWS, int PIECE> struct Step {
     // The residual's rows over the roots of their mean squares, times the weight. `which`: where the sums of squares are; before the
     // first layer (negative) nobody has left any.
     __device__ __forceinline__ void load_normed(const float* weight, int which) {
-        float factor[ROWS];
-        if (which < 0) {
-#pragma unroll
-            for (int row = 0; row < ROWS; ++row) {
-                float sum = 0.0f;
-                for (int at = threadIdx.x * 4; at < m.hidden; at += THREADS * 4) {
-                    const float4 v = __ldcg(reinterpret_cast<const float4*>(m.residual + row * m.hidden + at));
-                    sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-                }
-                sum = warp_sum(sum);
-                if (lane == 0) shared.scratch[warp] = sum;
-                meet();
-                sum = 0.0f;
-#pragma unroll
-                for (int w = 0; w < WARPS; ++w) sum += shared.scratch[w];
-                factor[row] = sum;
-                meet();
-            }
-        } else {
-#pragma unroll
-            for (int row = 0; row < ROWS; ++row) factor[row] = 0.0f;
-            const float* const from = m.squares + which * 8 * blocks;
-            for (int at = lane; at < blocks; at += 32) {
-#pragma unroll
-                for (int row = 0; row < ROWS; ++row) factor[row] += __ldcg(from + row * blocks + at);
-            }
-#pragma unroll
-            for (int row = 0; row < ROWS; ++row) factor[row] = warp_sum(factor[row]);
-        }
-#pragma unroll
-        for (int row = 0; row < ROWS; ++row) factor[row] = 1.0f / sqrtf(factor[row] / m.hidden + m.eps);
         const int pitch = x_pitch(m.hidden);
-        constexpr int AHEAD = ROWS > 4 ? 1 : 4 / ROWS;
-        for (int first = threadIdx.x * 4; first < m.hidden; first += AHEAD * THREADS * 4) {
-            float4 v[AHEAD][ROWS], w[AHEAD];
+        constexpr int AHEAD = ROWS > 4 ? 1 : 4 / ROWS, STRIDE = THREADS * 4;
+        float4 v[AHEAD][ROWS], w[AHEAD];
+        const auto load = [&](int first) {
 #pragma unroll
             for (int i = 0; i < AHEAD; ++i) {
-                const int at = min(first + i * THREADS * 4, m.hidden - 4);
+                const int at = min(first + i * STRIDE, m.hidden - 4);
                 w[i] = *reinterpret_cast<const float4*>(weight + at);
 #pragma unroll
                 for (int row = 0; row < ROWS; ++row) v[i][row] = __ldcg(reinterpret_cast<const float4*>(m.residual + row * m.hidden + at));
             }
+        };
+        // On their way while the sums of squares are.
+        load(threadIdx.x * 4);
+        float factor[ROWS];
+        if (which < 0) add_squares(factor);
+        else gather_squares(factor, which);
+#pragma unroll
+        for (int row = 0; row < ROWS; ++row) factor[row] = 1.0f / sqrtf(factor[row] / m.hidden + m.eps);
+        for (int first = threadIdx.x * 4; first < m.hidden; first += AHEAD * STRIDE) {
+            if (first >= AHEAD * STRIDE) load(first);
 #pragma unroll
             for (int i = 0; i < AHEAD; ++i) {
-                const int at = first + i * THREADS * 4;
+                const int at = first + i * STRIDE;
                 if (at >= m.hidden) continue;
 #pragma unroll
                 for (int row = 0; row < ROWS; ++row) {
@@ -309,10 +285,42 @@ template <typename T, int DIM, int ROWS, int PIECE> struct Step {
         meet();
     }
 
-    // Rows of `inputs` elements as they are; false: there is no room for them.
-    __device__ __forceinline__ bool load_plain(const void* from, int inputs) {
+    // Sums of squares of the rows of the residual.
+    __device__ __forceinline__ void add_squares(float (&sums)[ROWS]) {
+#pragma unroll
+        for (int row = 0; row < ROWS; ++row) {
+            float sum = 0.0f;
+            for (int at = threadIdx.x * 4; at < m.hidden; at += THREADS * 4) {
+                const float4 v = __ldcg(reinterpret_cast<const float4*>(m.residual + row * m.hidden + at));
+                sum += v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+            }
+            sum = warp_sum(sum);
+            if (lane == 0) shared.scratch[warp] = sum;
+            meet();
+            sum = 0.0f;
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w) sum += shared.scratch[w];
+            sums[row] = sum;
+            meet();
+        }
+    }
+    // The same of what the blocks left.
+    __device__ __forceinline__ void gather_squares(float (&sums)[ROWS], int which) const {
+#pragma unroll
+        for (int row = 0; row < ROWS; ++row) sums[row] = 0.0f;
+        const float* const from = m.squares + which * 8 * blocks;
+#pragma unroll 5
+        for (int at = lane; at < blocks; at += 32) {
+#pragma unroll
+            for (int row = 0; row < ROWS; ++row) sums[row] += __ldcg(from + row * blocks + at);
+        }
+#pragma unroll
+        for (int row = 0; row < ROWS; ++row) sums[row] = warp_sum(sums[row]);
+    }
+
+    // Rows of `inputs` elements as they are.
+    __device__ __forceinline__ void load_plain(const void* from, int inputs) {
         const int pitch = x_pitch(inputs), chunks = inputs / 8;
-        if (ROWS * pitch > m.x_bytes) return false;
         constexpr int AHEAD = 4;
 #pragma unroll
         for (int row = 0; row < ROWS; ++row) {
@@ -329,55 +337,35 @@ template <typename T, int DIM, int ROWS, int PIECE> struct Step {
             }
         }
         meet();
-        return true;
     }
 
     // --- Products.
 
-    // Takes in a piece from column `k` on. `global_x`: where the rows are, if not in shared memory.
-    __device__ __forceinline__ void multiply_piece(float (&d)[2][4], int k, int inputs, const T* global_x) {
-        constexpr int STEPS = PIECE / 32;
-        const int steps = min(PIECE, inputs - k) / 32;
-        const int row = min(group, ROWS - 1);
-        const uint32_t weights = ring + slot * Ring::BYTES + group * Ring::PITCH + quad * 16;
-        const uint32_t full = shared_address(&shared.full[slot]);
+    // Takes in a piece from column `k` on.
+    __device__ __forceinline__ void multiply_piece(float (&d)[2][4], int k, int inputs) {
+        constexpr int BLOCKS = PIECE / 64;
+        const int there = min(PIECE, inputs - k) / 64, row = lane % 8, matrix = lane / 8;
+        const uint32_t weights = ring + slot * Ring::BYTES + (matrix & 1) * Ring::HALF + row * 128;
+        const uint32_t from = shared_address(x) + min(row, ROWS - 1) * x_pitch(inputs) + k * 2 + matrix * 16;
+        const auto add = [&](int block) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                uint32_t first[4], second[4], b[4];
+                load_matrices(b, from + block * 128 + half * 64);
+                load_matrices(first, weights + block * Ring::BLOCK + (((half * 4 + matrix / 2) ^ row) << 4));
+                load_matrices(second, weights + block * Ring::BLOCK + (((half * 4 + 2 + matrix / 2) ^ row) << 4));
+                multiply<T>(d[0], first, b[0], b[1]);
+                multiply<T>(d[1], second, b[2], b[3]);
+            }
+        };
         // Whose turn a place has shows only while nobody is a whole turn behind: another warp may still have the piece before.
         barrier_wait(shared_address(&shared.empty[slot]), parity ^ 1);
-        const auto add = [&](int i, const uint4& b) {
-            const uint4 low = read_shared(weights + i * 64), high = read_shared(weights + 8 * Ring::PITCH + i * 64);
-            const uint32_t first[4] = {low.x, high.x, low.y, high.y}, second[4] = {low.z, high.z, low.w, high.w};
-            multiply<T>(d[0], first, b.x, b.y);
-            multiply<T>(d[1], second, b.z, b.w);
-        };
-        if (global_x != nullptr) {
-            // On their way while the weights are awaited.
-            constexpr int AHEAD = STEPS < 8 ? STEPS : 8;
-            const T* const from = global_x + static_cast<int64_t>(row) * inputs + k + quad * 8;
-            uint4 b[AHEAD];
-#pragma unroll
-            for (int i = 0; i < AHEAD; ++i) b[i] = read_l2(from + min(i, steps - 1) * 32);
-            barrier_wait(full, parity);
-            for (int first = 0; first < steps; first += AHEAD) {
-                uint4 now[AHEAD];
-#pragma unroll
-                for (int i = 0; i < AHEAD; ++i) now[i] = b[i];
-                if (first + AHEAD < steps) {
-#pragma unroll
-                    for (int i = 0; i < AHEAD; ++i) b[i] = read_l2(from + min(first + AHEAD + i, steps - 1) * 32);
-                }
-#pragma unroll
-                for (int i = 0; i < AHEAD; ++i)
-                    if (first + i < steps) add(first + i, now[i]);
-            }
+        barrier_wait(shared_address(&shared.full[slot]), parity);
+        if (there == BLOCKS) {
+#pragma unroll 4
+            for (int block = 0; block < BLOCKS; ++block) add(block);
         } else {
-            const uint32_t from = shared_address(x) + row * x_pitch(inputs) + k * 2 + quad * 16;
-            barrier_wait(full, parity);
-            if (steps == STEPS) {
-#pragma unroll 8
-                for (int i = 0; i < STEPS; ++i) add(i, read_shared(from + i * 64));
-            } else {
-                for (int i = 0; i < steps; ++i) add(i, read_shared(from + i * 64));
-            }
+            for (int block = 0; block < there; ++block) add(block);
         }
         __syncwarp();
         if (lane == 0) barrier_arrive(shared_address(&shared.empty[slot]));
@@ -407,8 +395,8 @@ template <typename T, int DIM, int ROWS, int PIECE> struct Step {
         }
     }
 
-    template <int KIND> __device__ __forceinline__ void multiply_tiles(const MergedLayer& layer, const T* global_x, bool is_last) {
-        const Product p = product_of(m, layer, KIND, DIM);
+    template <int KIND> __device__ __forceinline__ void multiply_tiles(bool is_last) {
+        const Product p = product_of(m, KIND, DIM);
         const int pieces = (p.inputs + PIECE - 1) / PIECE;
         const int x_row = threadIdx.x / TILE, row = threadIdx.x % TILE;
         // Warps without a row of x only multiply.
@@ -419,7 +407,7 @@ template <typename T, int DIM, int ROWS, int PIECE> struct Step {
         for (int tile = first_tile(); tile < p.tiles; tile += blocks, turn ^= 1) {
             const float before = adds ? __ldcg(m.residual + there * m.hidden + tile * TILE + row) : 0.0f;
             float d[2][4] = {};
-            for (; next < pieces; next += WARPS) multiply_piece(d, next * PIECE, p.inputs, global_x);
+            for (; next < pieces; next += WARPS) multiply_piece(d, next * PIECE, p.inputs);
             next -= pieces;
             float(&sums)[WARPS][ROWS][TILE] = shared.sums[turn];
 #pragma unroll
@@ -455,15 +443,15 @@ template <typename T, int DIM, int ROWS, int PIECE> struct Step {
         stamp();
         load_normed(layer.norm, at > 0 ? 1 : -1);
         stamp();
-        multiply_tiles<QKV>(layer, nullptr, false);
+        multiply_tiles<QKV>(false);
         arrive();
         attend(layer);
         arrive();
         await();
         stamp();
-        const bool has_heads = load_plain(m.heads, m.num_heads * DIM);
+        load_plain(m.heads, m.num_heads * DIM);
         stamp();
-        multiply_tiles<OUT>(layer, has_heads ? nullptr : static_cast<const T*>(m.heads), false);
+        multiply_tiles<OUT>(false);
         put_squares(0);
         arrive();
         prefetch(layer.mlp_norm);
@@ -471,14 +459,14 @@ template <typename T, int DIM, int ROWS, int PIECE> struct Step {
         stamp();
         load_normed(layer.mlp_norm, 0);
         stamp();
-        multiply_tiles<GATE_UP>(layer, nullptr, false);
+        multiply_tiles<GATE_UP>(false);
         arrive();
         await();
         stamp();
-        const bool has_activated = load_plain(m.activated, m.inner);
+        load_plain(m.activated, m.inner);
         if (is_last) pdl_launch();
         stamp();
-        multiply_tiles<DOWN>(layer, has_activated ? nullptr : static_cast<const T*>(m.activated), is_last);
+        multiply_tiles<DOWN>(is_last);
         if (is_last) return;
         put_squares(1);
         arrive();
@@ -518,8 +506,8 @@ template <typename T, int DIM, int ROWS, int PIECE> struct Step {
         Step step(m, shared, dynamic);
         if (threadIdx.x == THREADS) step.make_barriers();
         __syncthreads();
-        if (step.warp == WARPS) step.produce();
-        else step.consume();
+        if (threadIdx.x == THREADS) step.produce();
+        else if (threadIdx.x < THREADS) step.consume();
     }
 };
 

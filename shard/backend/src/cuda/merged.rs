@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use cudarc::driver::sys::CUdevice_attribute as Attribute;
+use cudarc::driver::sys::{self, CUdevice_attribute as Attribute};
 
 use super::driver::{Context, DeviceMemory, DevicePtr};
 use super::kv_cache::PAGE_KEYS;
@@ -11,24 +11,36 @@ use super::launch::{Argument, Launch, Queue, args};
 use super::module::{Function, Module};
 use super::program::Program;
 use super::step::{StepFacts, StepInputs};
+use super::tensor_map::Boxes;
 use super::{CudaOptions, DeviceFacts};
 use crate::{BackendError, DType};
 
 /// Numbers of sequences of the instantiations.
-const ROWS: [usize; 4] = [1, 2, 4, 8];
+const ROWS: [usize; 2] = [1, 2];
 const HEAD_DIMS: [usize; 2] = [64, 128];
 /// Eight warps that multiply and one that copies.
 const WARPS: usize = 8;
 const THREADS: u32 = 32 * (WARPS as u32 + 1);
 /// Columns of a piece of weights.
 const PIECE: usize = 512;
-/// Bytes of a place of the ring: 16 rows, and 64 bytes between them.
-const STAGE_BYTES: usize = 16 * (2 * PIECE + 64);
+/// Rows of half a piece, which is copied at once.
+const HALF_ROWS: usize = 8;
+/// Bytes of a place of the ring.
+const STAGE_BYTES: usize = 2 * HALF_ROWS * 2 * PIECE;
+/// The ring begins at a multiple of this.
+const ALIGNMENT: usize = 1024;
 const MOST_STAGES: usize = 32;
-/// A ring of fewer covers too little.
-const LEAST_STAGES: usize = 4;
+/// Weights of a layer, and bytes of a description of one.
+const WEIGHTS: usize = 4;
+const MAP_BYTES: usize = size_of::<sys::CUtensorMap>();
+/// As many as warps, each of which has one.
+const LEAST_STAGES: usize = WARPS;
+/// Pieces on their way at most, and where more than [`LEVEL`] lie in the ring.
+const IN_FLIGHT: i32 = 3;
+const FEW_IN_FLIGHT: i32 = 1;
+const LEVEL: i32 = 4;
 /// What a row of activations takes in shared memory beside its elements.
-const ROW_GAP: usize = 64;
+const ROW_GAP: usize = 16;
 /// Query heads of a KV head that the parts of attention have room for.
 const PART_HEADS: usize = 8;
 /// Most keys of all sequences together, for which attention need not run at memory's full speed.
@@ -39,6 +51,7 @@ const MOST_KEYS: usize = 32_768;
 #[repr(C)]
 struct Parameters {
     layers: DevicePtr,
+    weights: DevicePtr,
     residual: DevicePtr,
     delta: DevicePtr,
     qkv: DevicePtr,
@@ -66,6 +79,9 @@ struct Parameters {
     rope_scale: f32,
     x_bytes: i32,
     stages: i32,
+    in_flight: i32,
+    few_in_flight: i32,
+    level: i32,
 }
 
 impl Argument for Parameters {}
@@ -87,16 +103,14 @@ impl Room {
         let row_bytes = |width: usize| rows * (2 * width + ROW_GAP);
         let group = heads.num_heads / heads.num_kv_heads;
         let parts = WARPS * group * (heads.head_dim + 4) * size_of::<f32>();
-        let least = row_bytes(program.hidden.max(heads.num_heads * heads.head_dim)).max(parts);
-        // What goes into the projection down is read from the L2 where it has no room.
-        let all = least.max(row_bytes(program.inner));
-        let x_bytes = if rows == 1 { all } else { least }.next_multiple_of(128);
-        let stages = (most.checked_sub(x_bytes)? / STAGE_BYTES).min(MOST_STAGES);
+        let widest = program.hidden.max(heads.num_heads * heads.head_dim).max(program.inner);
+        let x_bytes = row_bytes(widest).max(parts).next_multiple_of(128);
+        let stages = (most.checked_sub(x_bytes + ALIGNMENT)? / STAGE_BYTES).min(MOST_STAGES);
         (stages >= LEAST_STAGES).then_some(Self { x_bytes, stages })
     }
 
     fn bytes(self) -> usize {
-        self.x_bytes + self.stages * STAGE_BYTES
+        self.x_bytes + ALIGNMENT + self.stages * STAGE_BYTES
     }
 }
 
@@ -114,7 +128,7 @@ pub(super) struct MergedSteps {
     /// Parts of heads, their weights, counters of them, sums of squares and the counters of meetings; the counters are zero between
     /// launches.
     scratch: DeviceMemory,
-    /// Programs that recordings refer to, with their layers on the device.
+    /// Programs that recordings refer to: descriptions of their weights, then the rest of their layers.
     programs: Vec<DeviceMemory>,
 }
 
@@ -197,10 +211,31 @@ impl MergedSteps {
     ///
     /// # Errors
     /// The device's.
-    pub(super) fn upload(&mut self, context: &Arc<Context>, queue: &Queue, program: &Program) -> Result<(), BackendError> {
-        let bytes = bytemuck::cast_slice(&program.layers);
+    pub(super) fn upload(
+        &mut self,
+        context: &Arc<Context>,
+        queue: &Queue,
+        program: &Program,
+    ) -> Result<(), BackendError> {
+        let mut bytes = Vec::new();
+        for layer in &program.layers {
+            for (&weight, [rows, columns]) in layer.weights.iter().zip(program.weight_sizes()) {
+                let boxes = Boxes {
+                    address: weight,
+                    dtype: program.dtype,
+                    rows,
+                    columns,
+                    row_bytes: 2 * columns,
+                    box_size: [HALF_ROWS, PIECE],
+                };
+                bytes.extend(boxes.map_of_blocks()?.opaque.iter().flat_map(|word| word.to_ne_bytes()));
+            }
+        }
+        for layer in &program.layers {
+            bytes.extend_from_slice(bytemuck::cast_slice(&layer.rest));
+        }
         let memory = DeviceMemory::new(context, bytes.len(), "a merged step")?;
-        queue.stream().upload(memory.ptr(), bytes)?;
+        queue.stream().upload(memory.ptr(), &bytes)?;
         self.programs.push(memory);
         Ok(())
     }
@@ -209,7 +244,12 @@ impl MergedSteps {
     ///
     /// # Errors
     /// The device's.
-    pub(super) fn launch(&self, queue: &Queue, step: &StepInputs, program: &Program) -> Result<(), BackendError> {
+    pub(super) fn launch(
+        &self,
+        queue: &Queue,
+        step: &StepInputs,
+        program: &Program,
+    ) -> Result<(), BackendError> {
         let rows = step.facts().num_seqs;
         let (Some((kernel, room)), Some(layers)) = (self.room(program, rows), self.programs.last()) else {
             return Ok(());
@@ -217,7 +257,8 @@ impl MergedSteps {
         let layout = Layout::new(self.num_sms);
         let at = |offset: usize| self.scratch.ptr() + offset as DevicePtr;
         let parameters = Parameters {
-            layers: layers.ptr(),
+            layers: layers.ptr() + (program.layers.len() * WEIGHTS * MAP_BYTES) as DevicePtr,
+            weights: layers.ptr(),
             residual: program.residual,
             delta: program.delta,
             qkv: program.qkv,
@@ -245,6 +286,9 @@ impl MergedSteps {
             rope_scale: program.rope.scale,
             x_bytes: room.x_bytes as i32,
             stages: room.stages as i32,
+            in_flight: IN_FLIGHT,
+            few_in_flight: FEW_IN_FLIGHT,
+            level: LEVEL,
         };
         let launch = Launch {
             function: kernel.function,

@@ -10,7 +10,7 @@ use crate::DType;
 const TILE: usize = 16;
 const GATES: usize = 8;
 /// Columns that a product takes at once.
-const STEP: usize = 32;
+const STEP: usize = 64;
 /// Most query heads of a KV head.
 const MOST_GROUP: usize = 8;
 /// Operations of a layer.
@@ -117,13 +117,21 @@ impl Notes {
     }
 }
 
+/// Where a layer's weights are, and its part of the cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct LayerPlaces {
+    /// Of queries, keys and values; out; gate and up; down.
+    pub(super) weights: [DevicePtr; 4],
+    /// Both norms' weights, keys and values.
+    pub(super) rest: [DevicePtr; 4],
+}
+
 /// Layers for `merged.cu`.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Program {
     /// Launches that come before it.
     pub(super) prefix: usize,
-    /// For each: weights of queries, keys and values, out, gate and up, down; of both norms; keys and values.
-    pub(super) layers: Vec<[DevicePtr; 8]>,
+    pub(super) layers: Vec<LayerPlaces>,
     pub(super) dtype: DType,
     pub(super) heads: Heads,
     pub(super) hidden: usize,
@@ -176,16 +184,10 @@ impl Program {
         let has_one_type = [out, gate_up, down].iter().all(|product| product.dtype == qkv.dtype);
         (is_chain && has_widths && has_one_type).then(|| Self {
             prefix,
-            layers: vec![[
-                qkv.weight,
-                out.weight,
-                gate_up.weight,
-                down.weight,
-                norm,
-                mlp_norm,
-                cache.keys,
-                cache.values,
-            ]],
+            layers: vec![LayerPlaces {
+                weights: [qkv.weight, out.weight, gate_up.weight, down.weight],
+                rest: [norm, mlp_norm, cache.keys, cache.values],
+            }],
             dtype: qkv.dtype,
             heads,
             hidden,
@@ -201,6 +203,17 @@ impl Program {
             activation,
             first_delta,
         })
+    }
+
+    /// Rows and columns of a layer's weights, in the order of [`LayerPlaces::weights`].
+    pub(super) fn weight_sizes(&self) -> [[usize; 2]; 4] {
+        let Heads { num_heads, num_kv_heads, head_dim, .. } = self.heads;
+        [
+            [(num_heads + 2 * num_kv_heads) * head_dim, self.hidden],
+            [self.hidden, num_heads * head_dim],
+            [2 * self.inner, self.hidden],
+            [self.hidden, self.inner],
+        ]
     }
 
     /// Whether a layer has the same shape and goes on where this ends.
@@ -264,7 +277,12 @@ mod tests {
     #[test]
     fn layers_in_order_are_a_program() {
         let program = noted(&two_layers()).program(17).unwrap();
-        assert_eq!(program.layers, [core::array::from_fn(|i| 100 + i as u64), core::array::from_fn(|i| 200 + i as u64)]);
+        let places = |at: DevicePtr| LayerPlaces {
+            weights: [at, at + 1, at + 2, at + 3],
+            rest: [at + 4, at + 5, at + 6, at + 7],
+        };
+        assert_eq!(program.layers, [places(100), places(200)]);
+        assert_eq!(program.weight_sizes(), [[768, 512], [512, 512], [2048, 512], [512, 1024]]);
         assert_eq!((program.prefix, program.hidden, program.inner), (1, 512, 1024));
         assert_eq!((program.residual, program.delta, program.activated), (1, 5, 6));
     }
@@ -305,7 +323,7 @@ mod tests {
     fn sizes_that_the_kernel_does_not_take_are_no_program() {
         let mut program = noted(&two_layers()).program(17).unwrap();
         assert!(program.fits());
-        program.hidden = 520;
+        program.hidden = 544;
         assert!(!program.fits());
         program.hidden = 512;
         program.heads.num_kv_heads = 3;

@@ -74,7 +74,8 @@ impl CudaBackend {
         let notes = self.notes.take();
         result?;
         let program = notes.and_then(|notes| notes.program(self.queue.launched()));
-        let is_taken = |program: &Program| self.merged.as_ref().is_some_and(|merged| merged.accepts(program, rows));
+        let is_taken =
+            |program: &Program| self.merged.as_ref().is_some_and(|merged| merged.accepts(program, rows));
         Ok(program.filter(is_taken))
     }
 
