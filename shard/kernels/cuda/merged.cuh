@@ -1,10 +1,11 @@
-// All layers of a decode step of one to eight sequences in one launch, on Hopper.
+// All layers of a decode step of one or two sequences in one launch, on Hopper.
 //
 // A step reads every weight once; launch by launch, memory rests between one product's last load and the next one's first, which
-// must wait for activations. Here a block a multiprocessor runs through the whole step. One of its warps does nothing but copy the
+// must wait for activations. Here a block a multiprocessor runs through the whole step. One of its threads does nothing but copy the
 // block's share of all weights, product after product, layer after layer, into one ring in shared memory: it waits for free places,
 // never for activations, so that memory works on while the other warps meet the other blocks, norm, attend and merge. The ring
-// covers 8 us of such pauses.
+// covers 8 us of such pauses. While it fills, less is asked for at once: what queues up for memory is in the way of what the other
+// warps ask the L2 for.
 //
 // A product's tile is 16 rows of weights (of a gated product 8 gates and their 8 ups); tiles go round the blocks, beginning where the
 // product before ended. A tile comes in pieces of some columns; each warp takes every eighth piece, and the warps' sums meet in
@@ -49,9 +50,6 @@ struct Merged {
     // Pieces that are on their way at most, and where more than `level` lie in the ring: what queues up for memory stands in the way of
     // what the other warps ask the L2 for.
     int in_flight, few_in_flight, level;
-#ifdef MERGED_STAMPS
-    long long* stamps;
-#endif
 };
 
 #ifdef HAS_WGMMA
@@ -62,7 +60,7 @@ constexpr int TILE = 16;
 constexpr int MOST_STAGES = 32;
 // How the L2 cache keeps weights: evict first.
 constexpr uint64_t READ_ONCE = 0x12F0000000000000ull;
-// Clocks that blocks wait for one another: whoever waits two seconds ends the program.
+// Clocks that blocks wait for one another, two seconds: then the kernel fails, and the device counts as lost.
 constexpr long long PATIENCE = 4000000000ll;
 
 enum Kind { QKV = 0, OUT = 1, GATE_UP = 2, DOWN = 3 };
@@ -134,18 +132,6 @@ template <typename T, int DIM, int ROWS, int PIECE> struct Step {
     unsigned meetings;
     // Rows of sums of squares that this thread has added up.
     float squares;
-#ifdef MERGED_STAMPS
-    int stamp_at = 0;
-    __device__ __forceinline__ void stamp() {
-        if (threadIdx.x == 0 && stamp_at < MERGED_STAMPS) {
-            long long now;
-            asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
-            m.stamps[block * MERGED_STAMPS + stamp_at++] = now;
-        }
-    }
-#else
-    __device__ __forceinline__ void stamp() {}
-#endif
 
     __device__ __forceinline__ Step(const Merged& m, Shared& shared, unsigned char* x) : m(m), shared(shared), x(x) {
         ring = (shared_address(x) + m.x_bytes + 1023) & ~1023u;
@@ -216,7 +202,6 @@ template <typename T, int DIM, int ROWS, int PIECE> struct Step {
 
     // What this block wrote may be read by those that wait for as many meetings.
     __device__ __forceinline__ void arrive() {
-        stamp();
         meet();
         ++meetings;
         if (threadIdx.x == 0) {
@@ -440,32 +425,24 @@ template <typename T, int DIM, int ROWS, int PIECE> struct Step {
         const bool is_last = at + 1 == m.num_layers;
         prefetch(layer.norm);
         if (at > 0) await();
-        stamp();
         load_normed(layer.norm, at > 0 ? 1 : -1);
-        stamp();
         multiply_tiles<QKV>(false);
         arrive();
         attend(layer);
         arrive();
         await();
-        stamp();
         load_plain(m.heads, m.num_heads * DIM);
-        stamp();
         multiply_tiles<OUT>(false);
         put_squares(0);
         arrive();
         prefetch(layer.mlp_norm);
         await();
-        stamp();
         load_normed(layer.mlp_norm, 0);
-        stamp();
         multiply_tiles<GATE_UP>(false);
         arrive();
         await();
-        stamp();
         load_plain(m.activated, m.inner);
         if (is_last) pdl_launch();
-        stamp();
         multiply_tiles<DOWN>(is_last);
         if (is_last) return;
         put_squares(1);
@@ -492,7 +469,6 @@ template <typename T, int DIM, int ROWS, int PIECE> struct Step {
             const MergedLayer layer = m.layers[at];
             run_layer(layer, at);
         }
-        stamp();
         // Nobody waits any more once all are here.
         if (threadIdx.x == 0 && atomicAdd(m.arrived + 1, 1u) == static_cast<unsigned>(blocks) - 1) {
             m.arrived[0] = 0;

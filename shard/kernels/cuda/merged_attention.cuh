@@ -297,7 +297,6 @@
             }
             if (!has_waited) await();
             has_waited = true;
-            stamp();
             Sums s = {};
             s.highest[0] = s.highest[1] = -INFINITY;
             if (page < last) {
@@ -321,6 +320,5 @@
         }
         if (!has_waited) {
             await();
-            stamp();
         }
     }

@@ -161,7 +161,7 @@ impl MergedSteps {
         options: &CudaOptions,
     ) -> Result<Option<Self>, BackendError> {
         let is_hopper = facts.capability == (9, 0) && kernels::architectures().contains(&"sm_90a");
-        if !is_hopper || options.is_deterministic {
+        if !is_hopper || options.is_deterministic || !options.merges_steps {
             return Ok(None);
         }
         let most = context.attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;

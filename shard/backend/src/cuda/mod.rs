@@ -84,6 +84,8 @@ pub struct CudaOptions {
     pub graph_batches: Vec<usize>,
     /// Every token's result is the same bits whatever is computed beside it, at the cost of speed.
     pub is_deterministic: bool,
+    /// Layers of recorded decode steps are one launch where that is quicker.
+    pub merges_steps: bool,
     /// Threads that copy weights while they are loaded.
     pub loader_threads: usize,
 }
@@ -98,6 +100,7 @@ impl Default for CudaOptions {
             max_table_elements: 1 << 20,
             graph_batches,
             is_deterministic: false,
+            merges_steps: true,
             loader_threads: 8,
         }
     }

@@ -1,6 +1,6 @@
 //! How long the steps of a model take on a GPU, beside what the hardware allows.
 //!
-//!     cargo run --release -p models --features cuda --example step_bench -- MODEL_DIR [--context N] [--steps N] [--decode 1,8,32] [--prefill 1x128,8x2048] [--deterministic] [--json FILE]
+//!     cargo run --release -p models --features cuda --example step_bench -- MODEL_DIR [--context N] [--steps N] [--decode 1,8,32] [--prefill 1x128,8x2048] [--deterministic] [--launch-by-launch] [--json FILE]
 //!         [--quantize fp8] [--kv-cache-dtype fp8_e4m3fn|fp8_e5m2]
 //!
 //! A step is everything the engine does with a model: inputs up, all layers, logits, a token chosen for each sequence and
@@ -21,7 +21,7 @@ use models::{CausalLm, Decoder, LoadOptions, Quantize, decoder_spec, load};
 
 type Failure = Box<dyn Error + Send + Sync>;
 
-const USAGE: &str = "usage: step_bench MODEL_DIR [--context N] [--steps N] [--decode 1,8,32] [--prefill 1x128,8x2048] [--deterministic] [--json FILE] [--quantize fp8] [--kv-cache-dtype fp8_e4m3fn|fp8_e5m2]";
+const USAGE: &str = "usage: step_bench MODEL_DIR [--context N] [--steps N] [--decode 1,8,32] [--prefill 1x128,8x2048] [--deterministic] [--launch-by-launch] [--json FILE] [--quantize fp8] [--kv-cache-dtype fp8_e4m3fn|fp8_e5m2]";
 const BLOCK_SIZE: usize = 16;
 /// Decode steps that are not counted.
 const WARM_STEPS: usize = 4;
@@ -44,6 +44,8 @@ struct Arguments {
     prefill: Vec<(usize, usize)>,
     /// Batch-invariant arithmetic.
     is_deterministic: bool,
+    /// No step is merged into one launch.
+    is_launch_by_launch: bool,
     json: Option<String>,
     quantize: Option<Quantize>,
     kv_dtype: Option<KvDType>,
@@ -52,7 +54,11 @@ struct Arguments {
 fn main() -> Result<(), Failure> {
     let arguments = parse_arguments()?;
     let begin = Instant::now();
-    let options = CudaOptions { is_deterministic: arguments.is_deterministic, ..CudaOptions::default() };
+    let options = CudaOptions {
+        is_deterministic: arguments.is_deterministic,
+        merges_steps: !arguments.is_launch_by_launch,
+        ..CudaOptions::default()
+    };
     let mut backend = CudaBackend::new(options, Box::new(Single))?;
     let opened = begin.elapsed().as_secs_f64();
     let ceilings = backend.measure_ceilings()?;
@@ -297,6 +303,7 @@ fn parse_arguments() -> Result<Arguments, Failure> {
         decode: vec![1, 8, 32, 128],
         prefill: vec![(1, 128), (1, 1024), (1, 4096), (8, 2048)],
         is_deterministic: false,
+        is_launch_by_launch: false,
         json: None,
         quantize: None,
         kv_dtype: None,
@@ -309,6 +316,10 @@ fn parse_arguments() -> Result<Arguments, Failure> {
         }
         if word == "--deterministic" {
             arguments.is_deterministic = true;
+            continue;
+        }
+        if word == "--launch-by-launch" {
+            arguments.is_launch_by_launch = true;
             continue;
         }
         let value = words.next().ok_or(USAGE)?;
