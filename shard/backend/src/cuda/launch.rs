@@ -54,6 +54,8 @@ pub(super) enum Mode {
     Launch,
     /// Nothing: a recorded graph is about to run them.
     Dry,
+    /// As many as this, from [`Queue::count_anew`] on, and of the others nothing.
+    First(usize),
 }
 
 /// A step of the largest legal shape takes seconds at most; after this the device counts as lost.
@@ -91,6 +93,8 @@ pub(crate) struct Queue {
     shared_percent: Cell<Option<u32>>,
     /// Whoever wants to know when steps begin and end on the device.
     pub(super) clock: RefCell<Option<StepClock>>,
+    /// Launches since [`Queue::count_anew`], those that were left out too.
+    launched: Cell<usize>,
     /// Name of what was launched last, for errors.
     last: Cell<*const c_char>,
     /// Of kernels that wait for other ranks.
@@ -110,6 +114,7 @@ impl Queue {
             device: device.to_owned(),
             shared_percent,
             clock: RefCell::new(None),
+            launched: Cell::new(0),
             last: Cell::new(ptr::null()),
             alarm: None,
         }
@@ -187,13 +192,40 @@ impl Queue {
 
     /// Whether launches are left out.
     pub(super) fn is_dry(&self) -> bool {
-        self.mode == Mode::Dry
+        match self.mode {
+            Mode::Launch => false,
+            Mode::Dry => true,
+            Mode::First(count) => self.launched.get() >= count,
+        }
+    }
+
+    /// Launches are counted from here on.
+    pub(super) fn count_anew(&self) {
+        self.launched.set(0);
+    }
+
+    /// Launches since [`Queue::count_anew`]. Those of cuBLASLt are none.
+    pub(super) fn launched(&self) -> usize {
+        self.launched.get()
     }
 
     /// Launches a kernel. It may start while the one before it ends (programmatic dependent launch), so every kernel waits
     /// by itself before it touches anything but weights.
     pub(crate) fn launch(&self, launch: &Launch, args: &mut [*mut c_void]) -> Result<(), BackendError> {
         self.launch_clusters(launch, 1, args)
+    }
+
+    /// Launches a kernel whose blocks wait for one another: the driver runs all of them at the same time or refuses.
+    pub(super) fn launch_cooperative(
+        &self,
+        launch: &Launch,
+        args: &mut [*mut c_void],
+    ) -> Result<(), BackendError> {
+        // SAFETY: an attribute is plain data; its kind says which part of the union is read.
+        let mut attribute: sys::CUlaunchAttribute = unsafe { mem::zeroed() };
+        attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
+        attribute.value.cooperative = 1;
+        self.launch_with(launch, &mut [attribute], args)
     }
 
     /// The same in clusters of `blocks` blocks, of which the grid is a multiple. More than one: Hopper and later.
@@ -203,10 +235,6 @@ impl Queue {
         blocks: u32,
         args: &mut [*mut c_void],
     ) -> Result<(), BackendError> {
-        if self.is_dry() || launch.grid.contains(&0) {
-            return Ok(());
-        }
-        let [x, y, z] = launch.grid;
         // SAFETY: an attribute is plain data; its kind says which part of the union is read.
         let mut attributes: [sys::CUlaunchAttribute; 3] = unsafe { mem::zeroed() };
         attributes[0].id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
@@ -224,6 +252,24 @@ impl Queue {
                 sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: blocks, y: 1, z: 1 };
             count += 1;
         }
+        self.launch_with(launch, &mut attributes[..count], args)
+    }
+
+    fn launch_with(
+        &self,
+        launch: &Launch,
+        attributes: &mut [sys::CUlaunchAttribute],
+        args: &mut [*mut c_void],
+    ) -> Result<(), BackendError> {
+        if launch.grid.contains(&0) {
+            return Ok(());
+        }
+        let is_dry = self.is_dry();
+        self.launched.set(self.launched.get() + 1);
+        if is_dry {
+            return Ok(());
+        }
+        let [x, y, z] = launch.grid;
         let config = sys::CUlaunchConfig {
             gridDimX: x,
             gridDimY: y,
@@ -234,7 +280,7 @@ impl Queue {
             sharedMemBytes: launch.shared_bytes,
             hStream: self.stream.raw(),
             attrs: attributes.as_mut_ptr(),
-            numAttrs: count as u32,
+            numAttrs: attributes.len() as u32,
         };
         // SAFETY: the arguments are as many and of the types the kernel has; each operation is tested against its reference.
         let code = unsafe {

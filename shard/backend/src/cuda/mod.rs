@@ -30,13 +30,16 @@ mod launch;
 mod library;
 mod linear;
 mod matmul;
+mod merged;
 mod module;
 mod nccl;
 mod neighbours;
 mod norm;
 mod operations;
 mod peers;
+mod program;
 mod ranks;
+mod recording;
 mod rope;
 mod sampling;
 mod shared_split;
@@ -86,6 +89,8 @@ pub struct CudaOptions {
     pub graph_batches: Vec<usize>,
     /// Every token's result is the same bits whatever is computed beside it, at the cost of speed.
     pub is_deterministic: bool,
+    /// Layers of recorded decode steps are one launch where that is quicker.
+    pub merges_steps: bool,
     /// Threads that copy weights while they are loaded.
     pub loader_threads: usize,
     /// How ranks exchange.
@@ -102,6 +107,7 @@ impl Default for CudaOptions {
             max_table_elements: 1 << 20,
             graph_batches,
             is_deterministic: false,
+            merges_steps: true,
             loader_threads: 8,
             rank_path: RankPath::Auto,
         }
@@ -137,6 +143,10 @@ pub struct CudaBackend {
     /// What the result of the next operation is for.
     next_weight: Cell<Option<linear::NextWeight>>,
     graphs: Graphs,
+    /// Where layers can be one launch.
+    merged: Option<merged::MergedSteps>,
+    /// What operations launch, while a step is prepared for recording.
+    notes: Option<program::Notes>,
     /// Addresses that graphs hold have changed.
     has_stale_graphs: Cell<bool>,
     norms: norm::Norms,
@@ -206,6 +216,8 @@ impl CudaBackend {
             workspace: DeviceMemory::zeroed(&context, WORKSPACE_BYTES, "the workspace")?,
             next_weight: Cell::new(None),
             graphs: Graphs::default(),
+            merged: merged::MergedSteps::load(&context, facts, &options)?,
+            notes: None,
             has_stale_graphs: Cell::new(false),
             norms: norm::Norms::load(&context)?,
             elementwise: elementwise::Elementwise::load(&context)?,

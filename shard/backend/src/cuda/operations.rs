@@ -4,8 +4,6 @@ use std::ops::Range;
 
 use super::driver::DevicePtr;
 use super::elementwise;
-use super::graph::{Graph, GraphKey, Plan};
-use super::launch::Mode;
 use super::shared_split;
 use super::{CudaBackend, CudaBuffer, CudaExperts, CudaKvCache, CudaLinear, CudaRope, CudaVector};
 use crate::sampling::{Sampled, SamplingRow};
@@ -167,39 +165,7 @@ impl Backend for CudaBackend {
         part: StepPart,
         mut operations: impl FnMut(&mut Self) -> Result<(), E>,
     ) -> Result<(), E> {
-        if self.has_stale_graphs.take() {
-            self.graphs.clear();
-        }
-        let facts = self.step.facts();
-        let is_recorded = part == StepPart::Layers
-            && facts.is_decode
-            && self.records_graphs()
-            && self.options.graph_batches.contains(&facts.num_seqs);
-        if !is_recorded {
-            return operations(self);
-        }
-        let key = GraphKey { part, rows: facts.num_seqs };
-        match self.graphs.plan(key) {
-            Plan::Eager => return operations(self),
-            Plan::Record => {
-                // A recording takes longer than the step: the device works meanwhile.
-                operations(self)?;
-                Graph::begin(self.queue.stream())?;
-                let result = operations(self);
-                // The stream must not stay in recording, whatever happened.
-                let graph = Graph::end(self.queue.stream());
-                result?;
-                self.graphs.insert(key, graph?);
-            }
-            Plan::Replay => {
-                self.graphs.launch(key, self.queue.stream())?;
-                self.queue.mode = Mode::Dry;
-                let result = operations(self);
-                self.queue.mode = Mode::Launch;
-                result?;
-            }
-        }
-        Ok(())
+        self.run_or_replay(part, &mut operations)
     }
 
     fn embed(
@@ -228,7 +194,10 @@ impl Backend for CudaBackend {
         out: &mut CudaBuffer,
     ) -> Result<(), BackendError> {
         self.next_weight.take();
-        self.norms.rms(&self.queue, x, (weight, eps), out)
+        let begin = self.queue.launched();
+        self.norms.rms(&self.queue, x, (weight, eps), out)?;
+        self.note_norm(begin, (x, None), (weight, eps), out);
+        Ok(())
     }
 
     fn rms_norm_in_place(
@@ -248,12 +217,15 @@ impl Backend for CudaBackend {
         out: &mut CudaBuffer,
     ) -> Result<(), BackendError> {
         let next = self.next_weight.take();
+        let begin = self.queue.launched();
         if next.is_some_and(|next| self.matmuls.rounds(delta.rows(), &next, delta.dtype()))
             && self.norms.add_rms_rounded(&self.queue, (residual, delta), norm, out)?
         {
             return Ok(());
         }
-        self.norms.add_rms(&self.queue, (residual, delta), norm, out)
+        self.norms.add_rms(&self.queue, (residual, delta), norm, out)?;
+        self.note_norm(begin, (residual, Some(delta)), norm, out);
+        Ok(())
     }
 
     fn layer_norm(
@@ -342,7 +314,10 @@ impl Backend for CudaBackend {
         bias: Option<&CudaVector>,
         out: &mut CudaBuffer,
     ) -> Result<(), BackendError> {
-        self.matmuls.matmul(&self.queue, &self.workspace, x, (weight, bias), out)
+        let begin = self.queue.launched();
+        self.matmuls.matmul(&self.queue, &self.workspace, x, (weight, bias), out)?;
+        self.note_product(begin, x, (weight, bias), out);
+        Ok(())
     }
 
     fn gated_matmul(
@@ -353,7 +328,9 @@ impl Backend for CudaBackend {
         (gate_up, out): (&mut CudaBuffer, &mut CudaBuffer),
     ) -> Result<(), BackendError> {
         let next = self.next_weight.take();
+        let begin = self.queue.launched();
         if self.matmuls.gated((&self.queue, &self.workspace), x, (weight, bias), activation, out)? {
+            self.note_gated(begin, x, (weight, bias), activation, out);
             return Ok(());
         }
         self.matmul(x, weight, bias, gate_up)?;
@@ -381,7 +358,10 @@ impl Backend for CudaBackend {
         layer: usize,
         cache: &mut CudaKvCache,
     ) -> Result<(), BackendError> {
-        self.ropes.rotate_and_store(&self.queue, &self.step, (qkv, rope, shape), (layer, cache))
+        let begin = self.queue.launched();
+        self.ropes.rotate_and_store(&self.queue, &self.step, (qkv, rope, shape), (layer, cache))?;
+        self.note_rope(begin, qkv, rope, (layer, cache));
+        Ok(())
     }
 
     fn comes_next(&self, weight: &CudaLinear) {
@@ -397,7 +377,10 @@ impl Backend for CudaBackend {
         out: &mut CudaBuffer,
     ) -> Result<(), BackendError> {
         let (queue, step, workspace) = (&self.queue, &self.step, &self.workspace);
-        self.attentions.attend((queue, step, workspace), (qkv, shape), (layer, cache), out)
+        let begin = queue.launched();
+        self.attentions.attend((queue, step, workspace), (qkv, shape), (layer, cache), out)?;
+        self.note_attention(begin, (qkv, shape), (layer, cache), out);
+        Ok(())
     }
 
     fn gated_activation(

@@ -17,6 +17,8 @@ mod fp8;
 mod heads;
 mod many_rows;
 mod matmul;
+#[cfg(feature = "cuda")]
+mod merged;
 mod norm;
 mod quantized;
 #[cfg(feature = "cuda")]

@@ -1,6 +1,6 @@
 //! How long the steps of a model take on a GPU, beside what the hardware allows.
 //!
-//!     cargo run --release -p models --features cuda --example step_bench -- MODEL_DIR [--context N] [--steps N] [--decode 1,8,32] [--prefill 1x128,8x2048] [--deterministic] [--json FILE]
+//!     cargo run --release -p models --features cuda --example step_bench -- MODEL_DIR [--context N] [--steps N] [--decode 1,8,32] [--prefill 1x128,8x2048] [--deterministic] [--launch-by-launch] [--json FILE]
 //!         [--quantize fp8] [--kv-cache-dtype fp8_e4m3fn|fp8_e5m2]
 //!         [--rank R/N --rendezvous SOCKET [--rank-path auto|peers|nccl|host]]
 //!
@@ -24,7 +24,7 @@ use models::{CausalLm, Decoder, LoadOptions, Quantize, decoder_spec, load};
 
 type Failure = Box<dyn Error + Send + Sync>;
 
-const USAGE: &str = "usage: step_bench MODEL_DIR [--context N] [--steps N] [--decode 1,8,32] [--prefill 1x128,8x2048] [--deterministic] [--json FILE] [--quantize fp8] [--kv-cache-dtype fp8_e4m3fn|fp8_e5m2] [--rank R/N --rendezvous SOCKET [--rank-path auto|peers|nccl|host]]";
+const USAGE: &str = "usage: step_bench MODEL_DIR [--context N] [--steps N] [--decode 1,8,32] [--prefill 1x128,8x2048] [--deterministic] [--launch-by-launch] [--json FILE] [--quantize fp8] [--kv-cache-dtype fp8_e4m3fn|fp8_e5m2] [--rank R/N --rendezvous SOCKET [--rank-path auto|peers|nccl|host]]";
 const BLOCK_SIZE: usize = 16;
 /// Decode steps that are not counted.
 const WARM_STEPS: usize = 4;
@@ -47,6 +47,8 @@ struct Arguments {
     prefill: Vec<(usize, usize)>,
     /// Batch-invariant arithmetic.
     is_deterministic: bool,
+    /// No step is merged into one launch.
+    is_launch_by_launch: bool,
     json: Option<String>,
     quantize: Option<Quantize>,
     kv_dtype: Option<KvDType>,
@@ -66,8 +68,12 @@ fn main() -> Result<(), Failure> {
         timeout: Duration::from_secs(60),
     })?;
     let begin = Instant::now();
-    let (is_deterministic, rank_path) = (arguments.is_deterministic, arguments.rank_path);
-    let options = CudaOptions { is_deterministic, rank_path, ..CudaOptions::default() };
+    let options = CudaOptions {
+        is_deterministic: arguments.is_deterministic,
+        merges_steps: !arguments.is_launch_by_launch,
+        rank_path: arguments.rank_path,
+        ..CudaOptions::default()
+    };
     let mut backend = CudaBackend::new(options, Box::new(communicator))?;
     let opened = begin.elapsed().as_secs_f64();
     let ceilings = backend.measure_ceilings()?;
@@ -332,6 +338,7 @@ fn parse_arguments() -> Result<Arguments, Failure> {
         decode: vec![1, 8, 32, 128],
         prefill: vec![(1, 128), (1, 1024), (1, 4096), (8, 2048)],
         is_deterministic: false,
+        is_launch_by_launch: false,
         json: None,
         quantize: None,
         kv_dtype: None,
@@ -347,6 +354,10 @@ fn parse_arguments() -> Result<Arguments, Failure> {
         }
         if word == "--deterministic" {
             arguments.is_deterministic = true;
+            continue;
+        }
+        if word == "--launch-by-launch" {
+            arguments.is_launch_by_launch = true;
             continue;
         }
         let value = words.next().ok_or(USAGE)?;
