@@ -25,7 +25,8 @@ const PIECE_BYTES: usize = 32768;
 pub(super) const MAX_RANKS: usize = 16;
 
 /// Messages of at most as many bytes carry a number beside every four bytes, which doubles what travels and saves a round trip.
-/// Measured on two H200, see `shard/kernels/README.md`.
+/// As many as the small kernel has room for: where the other one overtakes it between two GPUs is not measured yet (the example
+/// `ranks` does).
 const SMALL_BYTES: usize = BLOCKS * SMALL_THREADS * UNIT_BYTES;
 
 /// How long a rank waits on the device for another. Ranks get each call within milliseconds of one another; the host's own patience

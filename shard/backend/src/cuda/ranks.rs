@@ -42,6 +42,7 @@ impl RankPath {
 }
 
 /// With more ranks than two every part sent to every rank is more than has to travel; beyond this many bytes NCCL sends less.
+/// Not measured yet.
 const MANY_RANKS_BYTES: usize = 512 << 10;
 
 /// The ways there are. With neither, ranks meet on the host.
