@@ -235,6 +235,11 @@ impl CudaBackend {
         })
     }
 
+    /// The way that ranks exchange by; [`RankPath::Auto`] is our own kernels for short messages and NCCL for long ones.
+    pub fn rank_path(&self) -> RankPath {
+        self.ranks.path()
+    }
+
     /// Copies weights: made when the first one comes, gone with the first step.
     fn with_uploader<T>(
         &self,

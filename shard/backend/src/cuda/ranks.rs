@@ -111,6 +111,16 @@ impl Ranks {
         self.world == 1 || self.peers.is_some() || self.nccl.is_some()
     }
 
+    /// What was found: [`RankPath::Auto`] is both ways on the device.
+    pub(super) fn path(&self) -> RankPath {
+        match (&self.peers, &self.nccl) {
+            (None, None) => RankPath::Host,
+            (Some(_), None) => RankPath::Peers,
+            (None, Some(_)) => RankPath::Nccl,
+            (Some(_), Some(_)) => RankPath::Auto,
+        }
+    }
+
     /// Waits until the ranks have met in NCCL, where they use it. Before the first step.
     pub(super) fn finish_joining(&mut self) -> Result<(), BackendError> {
         self.nccl = match self.nccl.take() {

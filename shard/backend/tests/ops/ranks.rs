@@ -40,6 +40,8 @@ fn rank_process() {
         ..CudaOptions::default()
     };
     let mut backend = CudaBackend::new(options, communicator).unwrap();
+    // The host's memory would give the same sums.
+    assert_eq!(Some(backend.rank_path()), RankPath::from_name(path));
     match task {
         "sums" => sums(&mut backend, rank),
         "gathers" => gathers(&mut backend, rank),
