@@ -106,7 +106,7 @@ impl CudaRope {
     /// What it is, if it turns halves and never changes.
     pub(super) fn plain(&self) -> Option<PlainRope> {
         let Frequencies { inv_freq, pairs, is_interleaved, long_context, scale, .. } = self.frequencies;
-        (is_interleaved == 0 && long_context == 0).then(|| PlainRope {
+        (is_interleaved == 0 && long_context == 0).then_some(PlainRope {
             inv_freq,
             pairs: pairs as usize,
             scale,

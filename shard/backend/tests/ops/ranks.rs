@@ -1,6 +1,8 @@
 //! Sums and gathers of ranks on GPUs, each rank a process as in a service: on one GPU both share it, where there are two each has its
 //! own. Nothing is tested where there is none, which the output says.
 
+#![allow(clippy::print_stdout, reason = "a rank tells the test that started it what it found")]
+
 use std::io::{BufRead, Write};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
