@@ -8,7 +8,8 @@
 //! Each round waits up to `--pause-ms` (3 s a round on average make 200 rounds of about ten minutes), then kills one
 //! process with SIGKILL: a shard, or, once in `--router-one-in` rounds, the router, whose streams are lost with it and
 //! asked for again; once in `--stop-one-in` rounds a shard is stopped instead (`--stall-timeout` is 2 s). Every answer is
-//! compared with the one of an undisturbed run. Prints one JSON object; exits with 1 when anything was noticed.
+//! compared with the one of an undisturbed run; a token that differs is excused only where the distribution at that step, asked for
+//! again when all is over, is a near-tie. Prints one JSON object; exits with 1 when anything else was noticed.
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -18,6 +19,7 @@ use anyhow::{Context, Result, bail};
 use integration_tests::Server;
 use integration_tests::chaos::{self, Chaos, Report};
 use integration_tests::golden::fixture;
+use integration_tests::near_tie;
 use integration_tests::workload::{requests, undisturbed};
 use serde_json::json;
 
@@ -92,7 +94,8 @@ fn main() -> Result<()> {
     let flags = ["--num-shard".to_string(), options.num_shard.to_string()];
     // Every kill is meant to be answered; the budget is not what is tested here.
     let unlimited = ["--max-restarts", "1000000", "--stall-timeout", "2"].map(str::to_string);
-    let server = Server::of(&options.model).args(flags).args(unlimited).start()?;
+    let judged = ["--max-top-n-tokens".to_string(), near_tie::CHOICES.to_string()];
+    let server = Server::of(&options.model).args(flags).args(unlimited).args(judged).start()?;
     let known = undisturbed(server.port(), requests(2 * options.chaos.streams, options.tokens))?;
     let report = chaos::run(&server, &options.chaos, &known)?;
     writeln!(std::io::stdout(), "{}", summary(&report))?;

@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 use serde::Serialize;
 
 use crate::workload::{Answer, AskError, Known, ask};
-use crate::{Server, http, process_tree};
+use crate::{Server, http, near_tie, process_tree};
 
 /// Longer than any recovery, on any machine.
 const RECOVERY_DEADLINE: Duration = Duration::from_secs(60);
@@ -51,8 +51,7 @@ pub struct Report {
     pub tokens: usize,
     /// Streams that ended otherwise, or said something else, with the reason.
     pub errors: Vec<String>,
-    /// Streams that said something else than the known answer, and what is also said when nothing is killed, see
-    /// [`Known::is_also_given`].
+    /// Streams that said something else than the known answer from a near-tie on, see [`near_tie::parts_answers`].
     pub near_ties_met: Vec<String>,
     #[serde(skip)]
     differences: Vec<Difference>,
@@ -105,7 +104,8 @@ impl Progress {
     }
 }
 
-/// Runs the known requests over and over on `server`, which must be ready, and compares the answers.
+/// Runs the known requests over and over on `server`, which must be ready, and compares the answers. It must have been started
+/// with `--max-top-n-tokens` [`near_tie::CHOICES`].
 ///
 /// # Errors
 /// When the server does not recover.
@@ -128,8 +128,12 @@ pub fn run(server: &Server, chaos: &Chaos, known: &Known) -> Result<Report> {
     report.router_recovery_ms.sort_by(f64::total_cmp);
     report.near_ties_left_out = known.near_ties;
     for Difference { number, answer, text } in std::mem::take(&mut report.differences) {
-        let is_near_tie = known.is_also_given(server.port(), number, &answer)?;
-        if is_near_tie { &mut report.near_ties_met } else { &mut report.errors }.push(text);
+        let (request, undisturbed) = (&known.requests[number], &known.answers[number]);
+        match near_tie::parts_answers(server.port(), request, &answer, undisturbed) {
+            Ok(true) => report.near_ties_met.push(text),
+            Ok(false) => report.errors.push(text),
+            Err(error) => report.errors.push(format!("{text}; whether it is a near-tie: {error:#}")),
+        }
     }
     report.blocks_left = server.blocks_used()?;
     Ok(report)
@@ -150,10 +154,10 @@ fn keep_asking(port: u16, first: usize, known: &Known, progress: &Progress) {
                 report.answers += 1;
                 report.longest_gap_ms = report.longest_gap_ms.max(answer.longest_gap.as_secs_f64() * 1e3);
                 if let Err(difference) = answer.check(&undisturbed[number]) {
-                    report.errors.push(format!(
-                        "request {number}, {}: {difference:#}",
-                        requests[number]["parameters"]
-                    ));
+                    let text =
+                        format!("request {number}, {}: {difference:#}", requests[number]["parameters"]);
+                    // Judged when nothing is killed any more.
+                    report.differences.push(Difference { number, answer, text });
                 }
             }
             Err(AskError::Connection(_)) if report.router_kills > 0 => {

@@ -5,7 +5,9 @@
 //! - [`conformance`]: every way of asking for the same thing gives the reference's tokens.
 //! - [`collector`]: an OTLP collector that keeps the spans it gets.
 //! - [`fake_hub`]: a Hub that cuts, stalls, refuses and lies.
+//! - [`fake_ngrok`]: ngrok's end of a tunnel, and an edge on a port.
 //! - [`golden`]: reference outputs and the one table of tolerances.
+//! - [`near_tie`]: which differences between answers are the arithmetic's last bits.
 //! - [`workload`] and [`chaos`]: streams with known answers, and processes that are killed under them.
 //! - [`faults`]: one fault in one phase, and what is seen of it.
 //! - [`process_tree`]: which processes live, for the tests that kill some.
@@ -15,9 +17,11 @@ pub mod chaos;
 pub mod collector;
 pub mod conformance;
 pub mod fake_hub;
+pub mod fake_ngrok;
 pub mod faults;
 pub mod golden;
 pub mod http;
+pub mod near_tie;
 pub mod process_tree;
 mod server;
 pub mod workload;

@@ -8,9 +8,6 @@ use serde_json::{Value, json};
 use crate::golden::{FLOAT32, Token};
 use crate::http;
 
-/// How many companies [`Known::is_also_given`] tries.
-const TRIALS: usize = 200;
-
 /// What a stream said.
 #[derive(Debug, Clone)]
 pub struct Answer {
@@ -167,39 +164,4 @@ pub fn undisturbed(port: u16, requests: Vec<Value>) -> Result<Known> {
     let known = requests.into_iter().zip(alone).zip(is_stable).filter(|(_, is_stable)| *is_stable);
     let (requests, answers) = known.map(|(known, _)| known).unzip();
     Ok(Known { requests, answers, near_ties })
-}
-
-impl Known {
-    /// Whether `answer` to the request of that number is given without any disturbance too, in some company of other requests:
-    /// then it differs from the known one by a near-tie that had not shown.
-    ///
-    /// # Errors
-    /// When there is no answer.
-    pub fn is_also_given(&self, port: u16, number: usize, answer: &Answer) -> Result<bool> {
-        for trial in 0..TRIALS {
-            // Any number at once, at the head of a batch or in the middle of one.
-            let company = 1 + trial * 13 % 32;
-            let place = trial * 7 % company;
-            let answers: Vec<_> = std::thread::scope(|scope| {
-                let ask = |seat: usize| {
-                    // The same neighbours do not meet twice.
-                    let other = (number + (seat + company - place) * (trial + 1)) % self.requests.len();
-                    let other = if seat == place { number } else { other };
-                    // All at once, or one after the other.
-                    let wait = Duration::from_millis((seat * (trial % 4)) as u64);
-                    scope.spawn(move || {
-                        std::thread::sleep(wait);
-                        ask(port, &self.requests[other], || ())
-                    })
-                };
-                let threads: Vec<_> = (0..company).map(ask).collect();
-                threads.into_iter().map(std::thread::ScopedJoinHandle::join).collect()
-            });
-            let first = answers.into_iter().nth(place).context("no company")?;
-            if answer.check(&first.ok().context("a client panicked")??).is_ok() {
-                return Ok(true);
-            }
-        }
-        Ok(false)
-    }
 }

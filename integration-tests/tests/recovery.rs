@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use integration_tests::chaos::{self, Chaos};
 use integration_tests::golden::fixture;
+use integration_tests::near_tie;
 use integration_tests::workload::{Answer, AskError, Known, ask, requests, undisturbed};
 use integration_tests::{Server, http, process_tree};
 use nix::sys::signal::Signal;
@@ -219,7 +220,8 @@ fn a_stop_while_shards_are_replaced_still_finishes_the_streams() {
 
 #[test]
 fn random_kills_are_noticed_by_nobody() {
-    let server = server(&["--num-shard", "2", "--max-restarts", "1000"]);
+    let choices = near_tie::CHOICES.to_string();
+    let server = server(&["--num-shard", "2", "--max-restarts", "1000", "--max-top-n-tokens", &choices]);
     let known = known(&server, 12);
     let chaos = Chaos {
         streams: STREAMS,
@@ -234,4 +236,42 @@ fn random_kills_are_noticed_by_nobody() {
     assert_eq!((report.shard_kills, report.lost_with_router, report.blocks_left), (12, 0, 0));
     assert!(report.answers > 0);
     check_end(server, 2);
+}
+
+#[test]
+fn a_near_tie_is_what_the_distribution_says_is_one() {
+    let choices = near_tie::CHOICES.to_string();
+    let server = server(&["--max-top-n-tokens", &choices]);
+    let Known { requests, answers, .. } = known(&server, 8);
+    let judge = |number: usize, answer: &Answer| {
+        near_tie::parts_answers(server.port(), &requests[number], answer, &answers[number]).unwrap()
+    };
+    for (number, request) in requests.iter().enumerate() {
+        // Some end early.
+        let length = answers[number].tokens.len();
+        for step in [0, 7, 20, length - 1].into_iter().filter(|&step| step < length) {
+            // The draw and the distribution that are computed here are those the shard chose by.
+            let fork = near_tie::fork(server.port(), request, step).unwrap();
+            assert!(fork.is_near_tie(fork.chosen), "{request}, step {step}: {fork:?}");
+            let unlikely = fork.choices.last().unwrap().0;
+            let mut other = answers[number].clone();
+            assert_eq!(other.tokens[step].id, fork.chosen);
+            other.tokens[step].id = unlikely;
+            assert_eq!(judge(number, &other), fork.is_near_tie(unlikely), "{request}, step {step}: {fork:?}");
+        }
+        let mut other = answers[number].clone();
+        assert!(!judge(number, &other), "the same tokens part nowhere");
+        // What comes before the step where answers part has no excuse.
+        other.tokens[0].logprob += 1.0;
+        other.tokens[1].id ^= 1;
+        assert!(!judge(number, &other));
+    }
+    // Another draw than the seed's is no near-tie, although both answers are likely ones.
+    let sampled = requests.iter().position(|request| request["parameters"]["do_sample"] == true).unwrap();
+    let is_excused = (100..110).filter(|seed| {
+        let mut request = requests[sampled].clone();
+        request["parameters"]["seed"] = json!(seed);
+        judge(sampled, &ask(server.port(), &request, || ()).unwrap())
+    });
+    assert_eq!(is_excused.count(), 0);
 }

@@ -374,15 +374,15 @@ pub struct ServingArgs {
     #[arg(long, short, env, default_value = "90")]
     pub graceful_termination_timeout: u64,
 
-    /// Tunnel through ngrok. Not available.
+    /// Serve through an ngrok tunnel too, beside `--port`; needs the next two.
     #[arg(long, env)]
     pub ngrok: bool,
 
-    /// Token for `--ngrok`.
+    /// Token of the ngrok account, for `--ngrok`. Better set in the environment, where other users cannot read it.
     #[arg(long, env, hide_env_values = true)]
     pub ngrok_authtoken: Option<Redacted>,
 
-    /// Edge for `--ngrok`.
+    /// The ngrok edge whose visitors are served, such as `edghts_…`, for `--ngrok`.
     #[arg(long, env)]
     pub ngrok_edge: Option<String>,
 

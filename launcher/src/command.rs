@@ -7,6 +7,9 @@ use hub::RopeOverride;
 use crate::args::{Args, Dtype, Redacted, UsageStats, spelled};
 use crate::devices::{Device, Devices};
 
+/// Who has it may open tunnels in its owner's name.
+const NGROK_AUTHTOKEN: &str = "NGROK_AUTHTOKEN";
+
 /// Arguments and environment of one child; the program is found elsewhere.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Invocation {
@@ -106,7 +109,9 @@ impl ShardSpec {
     ///
     /// What Quartet adds travels in the environment, so that the arguments stay exactly upstream's.
     pub fn command(&self, rank: usize, runtime: &ShardRuntime) -> Invocation {
-        let mut command = Invocation { env_removed: vec!["LOG_LEVEL"], ..Invocation::default() };
+        // The level travels as an argument; a secret of the router's is none of the shards' business.
+        let env_removed = vec!["LOG_LEVEL", NGROK_AUTHTOKEN];
+        let mut command = Invocation { env_removed, ..Invocation::default() };
         self.add_arguments(&mut command, runtime);
         self.add_upstream_environment(&mut command, rank);
         command.set("QUARTET_DEVICE", self.device.name());
@@ -264,5 +269,13 @@ impl RouterSpec {
             command.option("--cors-allow-origin", origin);
         }
         command.option_if_some("--api-key", &serving.api_key.as_ref().map(Redacted::expose));
+        if serving.ngrok {
+            command.flag("--ngrok");
+            command.option_if_some("--ngrok-edge", &serving.ngrok_edge);
+            // Upstream gives it as an argument, which everybody on the machine can read.
+            command.set_if_some(NGROK_AUTHTOKEN, &serving.ngrok_authtoken.as_ref().map(Redacted::expose));
+        } else {
+            command.env_removed.extend([NGROK_AUTHTOKEN, "NGROK_EDGE"]);
+        }
     }
 }

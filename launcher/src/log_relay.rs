@@ -20,7 +20,7 @@ pub struct LastWords(Arc<Mutex<VecDeque<String>>>);
 
 impl LastWords {
     fn push(&self, line: &str) {
-        let line = line.trim_end();
+        let line = without_colours(line.trim_end());
         if line.is_empty() {
             return;
         }
@@ -28,13 +28,23 @@ impl LastWords {
         if lines.len() == LAST_WORDS {
             lines.pop_front();
         }
-        lines.push_back(line.to_owned());
+        lines.push_back(line);
     }
 
     /// All remembered lines.
     pub fn lines(&self) -> Vec<String> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect()
     }
+}
+
+/// Without the terminal's control sequences: inside another log line they are noise.
+fn without_colours(line: &str) -> String {
+    let mut pieces = line.split("\u{1b}[");
+    let first = pieces.next().unwrap_or_default();
+    let after = pieces.map(|piece| {
+        piece.trim_start_matches(|byte: char| matches!(byte, '0'..='?')).get(1..).unwrap_or_default()
+    });
+    std::iter::once(first).chain(after).collect()
 }
 
 /// Logs a shard's JSON lines again within `span`; other lines are only remembered, except at debug level.
@@ -138,6 +148,15 @@ mod tests {
         assert_eq!(lines[..3], ["one", "", "tw\u{fffd}"]);
         assert_eq!(lines[3].len(), MAX_LINE_BYTES);
         assert_eq!(lines[4..], ["last"]);
+    }
+
+    #[test]
+    fn last_words_have_no_colours() {
+        let words = LastWords::default();
+        words.push("\u{1b}[2m12:00\u{1b}[0m \u{1b}[31mERROR\u{1b}[0m \u{1b}[1;4mé\u{1b}[0m[0]  ");
+        words.push("\u{1b}[");
+        words.push("\u{1b}[0m");
+        assert_eq!(words.lines(), ["12:00 ERROR é[0]"]);
     }
 
     #[tokio::test]

@@ -202,7 +202,7 @@ fn out_of_range(args: &Args) -> Vec<LauncherError> {
 
 /// Options that would have to change something and cannot: refused, never ignored.
 fn not_available(args: &Args) -> Vec<String> {
-    let (model, features, serving) = (&args.model, &args.features, &args.serving);
+    let (model, features) = (&args.model, &args.features);
     let mut found = Vec::new();
     let mut refuse =
         |option: String, remedy: &str| found.push(format!("{option} is not available yet; {remedy}"));
@@ -226,9 +226,6 @@ fn not_available(args: &Args) -> Vec<String> {
         if let Some(value) = value {
             refuse(format!("{option} {value}"), "leave it out");
         }
-    }
-    if serving.ngrok {
-        refuse("--ngrok".to_owned(), "leave it out and put a tunnel of your own before --port");
     }
     found
 }
@@ -255,6 +252,10 @@ fn notices(args: &Args, devices: &Devices, num_shard: usize, prefill_tokens: u32
     say(
         args.devices.disable_custom_kernels,
         "--disable-custom-kernels changes nothing: there are no other kernels to fall back to",
+    );
+    say(
+        !args.serving.ngrok && (args.serving.ngrok_authtoken.is_some() || args.serving.ngrok_edge.is_some()),
+        "--ngrok-authtoken and --ngrok-edge change nothing without --ngrok",
     );
     if devices.device == Device::Cpu {
         say(args.devices.cuda_graphs.is_some(), "--cuda-graphs changes nothing on the CPU");

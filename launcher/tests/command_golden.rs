@@ -71,6 +71,11 @@ const EVERYTHING: &[&str] = &[
     "token",
     "--compute-type",
     "1-cpu",
+    "--ngrok",
+    "--ngrok-authtoken",
+    "secret",
+    "--ngrok-edge",
+    "edghts_1",
 ];
 
 fn planned(words: &[&str]) -> LaunchPlan {
@@ -101,7 +106,7 @@ fn shard_by_default() {
         "serve org/model --uds-path /run/s --logger-level INFO --json-output --otlp-service-name \
          text-generation-inference.router"
     );
-    assert_eq!(shard.env_removed, ["LOG_LEVEL"]);
+    assert_eq!(shard.env_removed, ["LOG_LEVEL", "NGROK_AUTHTOKEN"]);
     let mut env = environment(&shard);
     env.remove("HF_HUB_ENABLE_HF_TRANSFER");
     let expected = [
@@ -220,7 +225,8 @@ fn router_by_default() {
          --tokenizer-name org/model --payload-limit 2000000 --usage-stats on --otlp-service-name \
          text-generation-inference.router"
     );
-    assert!(router.env_removed.is_empty(), "the router reads LOG_LEVEL itself");
+    // It reads LOG_LEVEL itself; a token without a tunnel stays with the launcher.
+    assert_eq!(router.env_removed, ["NGROK_AUTHTOKEN", "NGROK_EDGE"]);
 }
 
 #[test]
@@ -237,12 +243,15 @@ fn router_with_everything() {
         "--max-input-tokens 100 --max-total-tokens 200 --usage-stats no-stack --disable-grammar-support \
          --tokenizer-config-path /t.json --max-batch-total-tokens 400 --max-batch-size 8 --revision refs/pr/1 \
          --trust-remote-code --json-output --otlp-endpoint http://collector:4317 --otlp-service-name svc \
-         --cors-allow-origin http://a --cors-allow-origin http://b --api-key key"
+         --cors-allow-origin http://a --cors-allow-origin http://b --api-key key \
+         --ngrok --ngrok-edge edghts_1"
     );
     let expected = [
         ("COMPUTE_TYPE", "1-cpu"),
         ("HF_TOKEN", "token"),
         ("HUGGINGFACE_HUB_CACHE", "/cache"),
+        // Arguments are for everybody to read.
+        ("NGROK_AUTHTOKEN", "secret"),
         ("QUARTET_LIVENESS_TIMEOUT", "120"),
         ("WEIGHTS_CACHE_OVERRIDE", "/weights"),
     ];

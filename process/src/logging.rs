@@ -6,7 +6,7 @@ use std::time::{Instant, SystemTime, UNIX_EPOCH};
 use tracing::field::{Field, Visit};
 use tracing::level_filters::LevelFilter;
 use tracing::{Event, Subscriber};
-use tracing_subscriber::filter::EnvFilter;
+use tracing_subscriber::filter::{EnvFilter, FilterExt, Targets};
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::FormatTime;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields, time};
@@ -74,6 +74,7 @@ pub fn init_logging(settings: LogSettings) {
     let _ = tracing_subscriber::registry()
         .with(format_layer(&settings))
         .with(parse_filter(&settings.filter))
+        .with(without_secrets())
         .try_init();
 }
 
@@ -93,7 +94,8 @@ pub fn init_logging_and_traces(
         }
     };
     // A filter for each: the collector gets its spans whatever the log shows, and nothing but them.
-    let logs = format_layer(&settings).with_filter(parse_filter(&settings.filter)).boxed();
+    let logs =
+        format_layer(&settings).with_filter(parse_filter(&settings.filter).and(without_secrets())).boxed();
     // As above.
     let _ = tracing_subscriber::registry().with(vec![logs, export.layer()]).try_init();
     Ok(Some(export))
@@ -101,6 +103,13 @@ pub fn init_logging_and_traces(
 
 fn parse_filter(filter: &str) -> EnvFilter {
     EnvFilter::builder().with_default_directive(LevelFilter::INFO.into()).parse_lossy(filter)
+}
+
+/// The agent of ngrok logs every frame it sends, the token among them, and the answers that repeat it: nothing below `info` gets
+/// out of it, whatever the filter says.
+fn without_secrets() -> Targets {
+    let targets = ["ngrok", "muxado"].map(|target| (target, LevelFilter::INFO));
+    Targets::new().with_default(LevelFilter::TRACE).with_targets(targets)
 }
 
 fn format_layer(settings: &LogSettings) -> Box<dyn Layer<Registry> + Send + Sync> {

@@ -104,17 +104,25 @@ pub struct Args {
     #[arg(long, env)]
     pub cors_allow_origin: Option<Vec<String>>,
 
-    /// Not supported by this version
-    #[arg(long, env, hide = true)]
+    /// Serve through an ngrok tunnel too
+    #[arg(long, env)]
     pub ngrok: bool,
 
-    /// Not supported by this version
-    #[arg(long, env, hide = true, hide_env_values = true)]
+    /// Token of the ngrok account, for `--ngrok`
+    #[arg(long, env, hide_env_values = true)]
     pub ngrok_authtoken: Option<String>,
 
-    /// Not supported by this version
-    #[arg(long, env, hide = true)]
+    /// The ngrok edge whose visitors are served, for `--ngrok`
+    #[arg(long, env)]
     pub ngrok_edge: Option<String>,
+
+    /// HOST:PORT of ngrok's ingress, where it is not the public one
+    #[arg(long, env, hide = true)]
+    pub ngrok_server_addr: Option<String>,
+
+    /// PEM file of the authority that certifies ngrok's ingress, or `host` for those of the machine; default: ngrok's own
+    #[arg(long, env, hide = true)]
+    pub ngrok_root_cas: Option<String>,
 
     /// Refuse requests with a grammar
     #[arg(long, env, default_value_t = false)]

@@ -13,6 +13,7 @@ use proto::v3::WarmupResponse;
 
 use crate::args::Args;
 use crate::server::{HeaderValue, ServerSettings};
+use crate::tunnel::TunnelSettings;
 
 /// Without a number from the shards (padding models) the running batch may have at least this many tokens.
 const MIN_PADDING_BATCH_TOKENS: u32 = 16_000;
@@ -32,6 +33,8 @@ pub struct RouterConfig {
     pub tokenizer_config_path: Option<PathBuf>,
     /// HTTP.
     pub server: ServerSettings,
+    /// A tunnel that is served too.
+    pub tunnel: Option<TunnelSettings>,
     /// Sequences in flight.
     pub max_concurrent_requests: usize,
     /// Largest `best_of`.
@@ -87,7 +90,6 @@ impl RouterConfig {
     /// Every mistake, one line each.
     pub fn from_args(args: Args) -> Result<Self, Vec<String>> {
         let mut mistakes = check_values(&args);
-        mistakes.extend(refuse_unsupported(&args));
         let mut header = |flag: &str, text: &str| match HeaderValue::from_str(text) {
             Ok(value) => value,
             Err(_) => {
@@ -108,9 +110,10 @@ impl RouterConfig {
             return Err(mistakes);
         }
         let mut notes = notes(&args);
-        let ip = parse_hostname(&args.hostname, &mut notes);
+        let address = SocketAddr::new(parse_hostname(&args.hostname, &mut notes), args.port);
         Ok(Self {
-            address: SocketAddr::new(ip, args.port),
+            address,
+            tunnel: tunnel(&args, address),
             master_shard_uds_path: args.master_shard_uds_path.into(),
             model: ModelRef { model_id: args.tokenizer_name, revision: given(args.revision) },
             hub: args.hub.options(),
@@ -161,6 +164,7 @@ fn check_values(args: &Args) -> Vec<String> {
             .push(format!("--max-input-tokens is {input}, expected less than --max-total-tokens, {total}"));
     }
     mistakes.extend(otlp_endpoint(args).and_then(Result::err));
+    mistakes.extend(missing_for_ngrok(args));
     mistakes
 }
 
@@ -175,16 +179,24 @@ fn otlp_endpoint(args: &Args) -> Option<Result<OtlpEndpoint, String>> {
     args.otlp_endpoint.as_deref().filter(|text| !text.trim().is_empty()).map(OtlpEndpoint::parse)
 }
 
-/// Flags of the surface that this version does not honour are refused, never ignored.
-fn refuse_unsupported(args: &Args) -> impl Iterator<Item = String> {
-    [
-        ("--ngrok", args.ngrok),
-        ("--ngrok-authtoken", args.ngrok_authtoken.is_some()),
-        ("--ngrok-edge", args.ngrok_edge.is_some()),
-    ]
-    .into_iter()
-    .filter(|(_, is_set)| *is_set)
-    .map(|(flag, _)| format!("{flag} is set, but this version does not support it: leave it unset"))
+/// What `--ngrok` needs and is not given, as upstream's launcher says it.
+fn missing_for_ngrok(args: &Args) -> impl Iterator<Item = String> {
+    [("ngrok-authtoken", given(args.ngrok_authtoken.clone())), ("ngrok-edge", given(args.ngrok_edge.clone()))]
+        .into_iter()
+        .filter(|(_, value)| args.ngrok && value.is_none())
+        .map(|(flag, _)| format!("`{flag}` must be set when using ngrok tunneling; add --{flag}"))
+}
+
+/// The tunnel that is asked for.
+fn tunnel(args: &Args, address: SocketAddr) -> Option<TunnelSettings> {
+    let (authtoken, edge) = (given(args.ngrok_authtoken.clone())?, given(args.ngrok_edge.clone())?);
+    args.ngrok.then(|| TunnelSettings {
+        authtoken,
+        edge,
+        server_addr: given(args.ngrok_server_addr.clone()),
+        root_cas: given(args.ngrok_root_cas.clone()).map(PathBuf::from),
+        forwards_to: format!("http://{address}"),
+    })
 }
 
 /// What `--prometheus-port` is when nobody asks for another; launchers always pass it on.
@@ -215,6 +227,9 @@ fn notes(args: &Args) -> Vec<String> {
     }
     if args.trust_remote_code {
         notes.push("--trust-remote-code is accepted, but no code that comes with a model is run".to_string());
+    }
+    if !args.ngrok && (args.ngrok_authtoken.is_some() || args.ngrok_edge.is_some()) {
+        notes.push("--ngrok-authtoken and --ngrok-edge change nothing without --ngrok".to_string());
     }
     if args.usage_stats != crate::args::UsageStats::Off {
         notes.push(
@@ -394,6 +409,8 @@ mod tests {
             "--max-total-tokens",
             "9",
             "--ngrok",
+            "--ngrok-authtoken",
+            "hunter2",
             "--otlp-endpoint",
             "ftp://x",
             "--cors-allow-origin",
@@ -408,7 +425,7 @@ mod tests {
                 "--max-input-tokens is 9, expected less than --max-total-tokens, 9",
                 "--otlp-endpoint is `ftp://x`, expected the address of an OTLP collector for gRPC, such as \
                  http://localhost:4317",
-                "--ngrok is set, but this version does not support it: leave it unset",
+                "`ngrok-edge` must be set when using ngrok tunneling; add --ngrok-edge",
                 "--cors-allow-origin: `a\nb` cannot be sent in an HTTP header",
             ]
         );

@@ -36,6 +36,9 @@ pub enum RouterError {
         /// The operating system's words.
         source: io::Error,
     },
+    /// ngrok will not open the tunnel that was asked for.
+    #[error(transparent)]
+    Tunnel(#[from] crate::tunnel::Refused),
     /// Spans cannot be exported.
     #[error(transparent)]
     Traces(#[from] process::TraceError),
@@ -56,7 +59,7 @@ impl RouterError {
     /// What the process exits with.
     pub fn exit_code(&self) -> ExitCode {
         match self {
-            RouterError::Configuration(_) => ExitCode::Usage,
+            RouterError::Configuration(_) | RouterError::Tunnel(_) => ExitCode::Usage,
             RouterError::Model(_) => ExitCode::ModelUnusable,
             // Their death is the cause, and whoever starts them starts this program too.
             RouterError::Shards { source, .. } if source.is_lost() => ExitCode::PeerLost,

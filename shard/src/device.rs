@@ -59,22 +59,8 @@ pub(crate) fn load_model(
     }
     #[cfg(feature = "cuda")]
     {
-        let mut cuda = CudaOptions {
-            ordinal: settings.cuda_ordinal,
-            loader_threads: settings.threads,
-            is_deterministic: settings.is_deterministic,
-            ..CudaOptions::default()
-        };
-        if let Some(sizes) = &settings.cuda_graphs {
-            cuda.graph_batches.clone_from(sizes);
-        }
-        if settings.world_size > 1 {
-            tracing::warn!(
-                "ranks add up their parts through the host's memory, which is slow: NCCL is not used"
-            );
-        }
         let options = LoadOptions { max_rows_sampled: CUDA_ROWS_SAMPLED, ..options };
-        load(CudaBackend::new(cuda, communicator)?, files, &options, ledger)
+        load(CudaBackend::new(cuda_options(settings), communicator)?, files, &options, ledger)
     }
     #[cfg(not(feature = "cuda"))]
     Err(BackendError::Device {
@@ -82,6 +68,19 @@ pub(crate) fn load_model(
         reason: "this program was built without its feature `cuda`; use --device cpu".to_owned(),
     }
     .into())
+}
+
+/// What the settings mean to a GPU.
+#[cfg(feature = "cuda")]
+fn cuda_options(settings: &ServeSettings) -> CudaOptions {
+    let defaults = CudaOptions::default();
+    CudaOptions {
+        ordinal: settings.cuda_ordinal,
+        loader_threads: settings.threads,
+        is_deterministic: settings.is_deterministic,
+        graph_batches: settings.cuda_graphs.clone().unwrap_or(defaults.graph_batches),
+        ..defaults
+    }
 }
 
 /// Refuses `--deterministic` where it is not kept.
@@ -160,5 +159,35 @@ mod tests {
                 assert!(error.to_string().contains("leave it out, or use --device cuda"), "{error}");
             }
         }
+    }
+
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn a_gpu_gets_what_the_options_say_and_the_backends_choice_otherwise() {
+        use clap::Parser;
+
+        use crate::args::{Args, Command};
+        use crate::settings::serve_settings;
+
+        let options = |words: &[&str]| {
+            let words = ["shard", "serve", "org/model"].iter().chain(words);
+            let Command::Serve(args) = Args::try_parse_from(words).unwrap().command else { unreachable!() };
+            cuda_options(&serve_settings(&args, 8).unwrap())
+        };
+        let defaults = CudaOptions::default();
+        assert!(defaults.loader_threads == 8 && defaults.ordinal == 0 && defaults.graph_batches.contains(&8));
+        assert_eq!(options(&[]), defaults);
+        assert_eq!(
+            options(&["--cuda-ordinal", "3", "--threads", "5", "--deterministic", "--cuda-graphs", "1,6"]),
+            CudaOptions {
+                ordinal: 3,
+                loader_threads: 5,
+                is_deterministic: true,
+                graph_batches: vec![1, 6],
+                ..defaults.clone()
+            }
+        );
+        let nothing_recorded = CudaOptions { graph_batches: Vec::new(), ..defaults };
+        assert_eq!(options(&["--cuda-graphs", "0"]), nothing_recorded);
     }
 }

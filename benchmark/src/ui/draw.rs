@@ -14,6 +14,9 @@ use crate::stats::{Summary, histogram};
 
 const KEYS: &str = "<- | tab | ->: change batch | +/-: zoom | q / CTRL + c: quit";
 
+/// The same where there is no room for it beside the title.
+const SHORT_KEYS: &str = "tab | +/- | q";
+
 /// Columns of a histogram's bar: a latency such as `1234.5` fits below it.
 const BAR_WIDTH: u16 = 6;
 
@@ -51,14 +54,18 @@ pub(super) fn draw(frame: &mut Frame<'_>, settings: &Settings, measurements: &Me
 }
 
 fn draw_title(frame: &mut Frame<'_>, area: Rect, settings: &Settings) {
-    let [left, right] = area.layout(&Layout::horizontal([Constraint::Fill(1); 2]));
     let title = format!(
         "Model: {} | Sequence Length: {} | Decode Length: {}",
         settings.model, settings.sequence_length, settings.decode_length
     );
+    let fits = |keys: &str| Line::from(title.as_str()).width() + keys.len() < usize::from(area.width);
+    let keys = if fits(KEYS) { KEYS } else { SHORT_KEYS };
+    // A long title is cut, not run into.
+    let columns = [Constraint::Fill(1), Constraint::Length(keys.len() as u16 + 1)];
+    let [left, right] = area.layout(&Layout::horizontal(columns));
     frame.render_widget(Paragraph::new(title).style(Style::default().fg(Color::White)), left);
     frame.render_widget(
-        Paragraph::new(KEYS).alignment(Alignment::Right).style(Style::default().fg(Color::Gray)),
+        Paragraph::new(keys).alignment(Alignment::Right).style(Style::default().fg(Color::Gray)),
         right,
     );
 }
@@ -215,6 +222,13 @@ mod tests {
             assert!(text.contains(part), "`{part}` is missing in\n{text}");
         }
         assert!(text.contains('█') || text.contains('•') || text.contains('■'), "points are drawn");
+    }
+
+    #[test]
+    fn a_narrow_frame_has_a_short_list_of_keys_beside_the_whole_title() {
+        let text = drawn(&measured(), &App::new(2), 80, 45);
+        let title = text.lines().next().unwrap();
+        assert!(title.contains("| Decode Length: 8 ") && title.contains(" tab | +/- | q"), "{title}");
     }
 
     #[test]

@@ -23,7 +23,7 @@ use crate::runtime_dir::DEFAULT_PREFIX;
 const HIDDEN: &str = "***";
 
 /// Variables whose values must not be shown.
-const SECRETS: [&str; 1] = ["HF_TOKEN"];
+const SECRETS: [&str; 2] = ["HF_TOKEN", "NGROK_AUTHTOKEN"];
 
 /// Everything `launcher plan` shows.
 #[derive(Clone, Debug, Serialize)]
@@ -250,7 +250,11 @@ mod tests {
     fn secrets_are_not_shown() {
         let invocation = Invocation {
             args: ["--api-key", "hunter2", "--port", "1"].map(str::to_owned).to_vec(),
-            env: vec![("HF_TOKEN", "hunter3".into()), ("RANK", "0".into())],
+            env: vec![
+                ("HF_TOKEN", "hunter3".into()),
+                ("NGROK_AUTHTOKEN", "hunter4".into()),
+                ("RANK", "0".into()),
+            ],
             env_removed: Vec::new(),
         };
         let shown = format!("{:?}", command("router", Path::new("/bin/router"), invocation));

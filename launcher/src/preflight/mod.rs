@@ -155,8 +155,8 @@ fn apart(devices: &Devices, plan: &LaunchPlan) -> Option<String> {
     }
     (!pairs.is_empty()).then(|| {
         format!(
-            "GPUs that cannot exchange memory directly: {}; their ranks exchange results through the host's memory, which \
-             is slower; choose GPUs that can with CUDA_VISIBLE_DEVICES (`nvidia-smi topo -p2p r` shows which)",
+            "GPUs that cannot exchange memory directly: {}; their ranks exchange results by NCCL (libnccl.so.2 must be there) \
+             through the host's memory, which is slower; choose GPUs that can with CUDA_VISIBLE_DEVICES (`nvidia-smi topo -p2p r` shows which)",
             pairs.join(", ")
         )
     })

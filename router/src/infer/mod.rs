@@ -13,14 +13,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use process::TRACES_TARGET;
-use tokio::sync::OwnedSemaphorePermit;
 use tracing::{Instrument, Span};
 
 pub use chat::chat_parameters;
 pub use completions::completion_requests;
 pub use error::InferError;
 pub use generate::Generated;
-pub use permits::Permits;
+pub use permits::{Permit, Permits};
 pub use stream::GenerateStream;
 
 use crate::chat_template::{ChatTemplate, TemplateError};
@@ -140,7 +139,7 @@ impl Infer {
         generate::collect(stream).await
     }
 
-    fn permit(&self) -> Result<OwnedSemaphorePermit, InferError> {
+    fn permit(&self) -> Result<Permit, InferError> {
         self.permits.take().map_err(|error| self.count(error))
     }
 
@@ -149,7 +148,7 @@ impl Infer {
         request: GenerateRequest,
         special_tokens: SpecialTokens,
         arrived: Instant,
-        permit: OwnedSemaphorePermit,
+        permit: Permit,
     ) -> Result<GenerateStream, InferError> {
         let add_special_tokens = special_tokens == SpecialTokens::Add;
         let validating = tracing::info_span!(target: TRACES_TARGET, "validate");

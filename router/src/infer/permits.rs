@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 use super::InferError;
 use crate::scheduler::HealthFlag;
@@ -23,7 +23,23 @@ pub struct Permits {
     semaphore: Arc<Semaphore>,
     total: u32,
     is_closed: Arc<AtomicBool>,
+    returned: Arc<Notify>,
     health: HealthFlag,
+}
+
+/// One request's right to be served; it is given back when this is dropped.
+#[derive(Debug)]
+pub struct Permit {
+    /// Some until it is given back.
+    permit: Option<OwnedSemaphorePermit>,
+    returned: Arc<Notify>,
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        drop(self.permit.take());
+        self.returned.notify_waiters();
+    }
 }
 
 impl Permits {
@@ -32,7 +48,7 @@ impl Permits {
         // More than can ever be connected, and as many as can be asked for at once.
         let total = u32::try_from(max_concurrent_requests).unwrap_or(u32::MAX);
         let semaphore = Arc::new(Semaphore::new((total as usize).min(Semaphore::MAX_PERMITS)));
-        Self { semaphore, total, is_closed: Arc::default(), health }
+        Self { semaphore, total, is_closed: Arc::default(), returned: Arc::default(), health }
     }
 
     /// From now on nobody is let in. `/ready` knows of it before the first refusal does, because both read the same flag.
@@ -52,8 +68,15 @@ impl Permits {
 
     /// Resolves when every permit is back. Of use only after [`Self::close`].
     pub async fn all_returned(&self) {
-        // The semaphore is never closed, so the only answer is that they are there; they are given back at once.
-        drop(self.semaphore.acquire_many(self.total).await);
+        // Not by asking the semaphore for all of them: it sets aside what it has for whoever waits, and every permit counts as
+        // taken from then on.
+        loop {
+            let returned = self.returned.notified();
+            if self.num_taken() == 0 {
+                return;
+            }
+            returned.await;
+        }
     }
 
     /// Never waits: a full server says so at once.
@@ -61,15 +84,18 @@ impl Permits {
     /// # Errors
     /// [`InferError::Overloaded`], [`InferError::Recovering`] while the shards are being replaced, [`InferError::Stopping`]
     /// once they are closed.
-    pub(super) fn take(&self) -> Result<OwnedSemaphorePermit, InferError> {
+    pub(crate) fn take(&self) -> Result<Permit, InferError> {
         if self.is_closed() {
             return Err(InferError::Stopping);
         }
         // The semaphore is never closed.
-        Arc::clone(&self.semaphore).try_acquire_owned().map_err(|_| match self.health.retry_after() {
-            Some(retry_after) => InferError::Recovering { retry_after },
-            None => InferError::Overloaded { retry_after: BUSY },
-        })
+        match Arc::clone(&self.semaphore).try_acquire_owned() {
+            Ok(permit) => Ok(Permit { permit: Some(permit), returned: Arc::clone(&self.returned) }),
+            Err(_) => Err(match self.health.retry_after() {
+                Some(retry_after) => InferError::Recovering { retry_after },
+                None => InferError::Overloaded { retry_after: BUSY },
+            }),
+        }
     }
 }
 
@@ -92,15 +118,18 @@ mod tests {
 
     #[tokio::test]
     async fn closed_permits_are_given_to_nobody_and_awaited() {
-        let permits = Permits::new(2, HealthFlag::default());
-        let held = permits.take().unwrap();
-        assert_eq!(permits.num_taken(), 1);
+        let permits = Permits::new(3, HealthFlag::default());
+        let (first, second) = (permits.take().unwrap(), permits.take().unwrap());
         permits.close();
         assert!(matches!(permits.take(), Err(InferError::Stopping)));
         let all = permits.all_returned();
         tokio::pin!(all);
         assert!(futures::poll!(&mut all).is_pending());
-        drop(held);
+        assert_eq!(permits.num_taken(), 2, "whoever waits takes none");
+        drop(first);
+        assert!(futures::poll!(&mut all).is_pending());
+        assert_eq!(permits.num_taken(), 1);
+        drop(second);
         all.await;
         assert!(permits.take().is_err() && permits.num_taken() == 0);
     }

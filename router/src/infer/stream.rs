@@ -5,10 +5,9 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use tokio::sync::OwnedSemaphorePermit;
 use tracing::Span;
 
-use super::{InferError, request_log};
+use super::{InferError, Permit, request_log};
 use crate::metrics::{Failure, Metrics, RequestTimes};
 use crate::scheduler::{End, Event, Scheduled};
 
@@ -24,7 +23,7 @@ pub struct GenerateStream {
     /// The request's: a streamed answer outlives its handler.
     span: Span,
     tells_of_success: bool,
-    _permit: OwnedSemaphorePermit,
+    _permit: Permit,
 }
 
 impl GenerateStream {
@@ -32,7 +31,7 @@ impl GenerateStream {
         scheduled: Scheduled,
         input_length: u32,
         arrived: Instant,
-        permit: OwnedSemaphorePermit,
+        permit: Permit,
         metrics: Arc<Metrics>,
     ) -> Self {
         let (is_finished, span, tells_of_success) = (false, Span::current(), false);

@@ -14,8 +14,9 @@ mod sse;
 mod state;
 mod tokenize;
 mod trace;
+mod tunnel_listener;
 
-use std::future::Future;
+use std::future::{Future, IntoFuture};
 use std::io;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -25,11 +26,15 @@ use axum::http::{Method, header};
 use axum::middleware;
 use axum::routing::{get, post};
 use axum::serve::ListenerExt;
+use futures::FutureExt;
 use tokio::net::TcpListener;
 use tower_http::cors::{AllowOrigin, CorsLayer};
 
 pub use axum::http::HeaderValue;
 pub use state::{AppState, ServerSettings};
+use tunnel_listener::TunnelListener;
+
+use crate::tunnel::Visitors;
 
 /// All routes and layers.
 pub fn app(state: AppState) -> Router {
@@ -73,12 +78,13 @@ pub fn app(state: AppState) -> Router {
 
 /// Serves until `shutdown` resolves, then until the last request is answered. Meanwhile new requests are refused with 503,
 /// by a server that still listens: a load balancer takes a while to notice that `/ready` is 503 too, and whoever gets an
-/// answer knows that nothing was begun.
+/// answer knows that nothing was begun. Visitors of a tunnel are served as those of the port are.
 ///
 /// # Errors
 /// The listener fails.
 pub async fn serve(
     listener: TcpListener,
+    visitors: Option<Visitors>,
     state: AppState,
     shutdown: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
@@ -94,7 +100,11 @@ pub async fn serve(
         permits.close();
         permits.all_returned().await;
     };
-    axum::serve(listener, app(state)).with_graceful_shutdown(drained).await
+    let (app, drained) = (app(state), drained.shared());
+    let at_port = axum::serve(listener, app.clone()).with_graceful_shutdown(drained.clone());
+    let Some(visitors) = visitors else { return at_port.await };
+    let through_tunnel = axum::serve(TunnelListener(visitors), app).with_graceful_shutdown(drained);
+    tokio::try_join!(at_port.into_future(), through_tunnel.into_future()).map(|_| ())
 }
 
 /// Now, for the `created` fields.

@@ -168,11 +168,12 @@ mod tests {
     use std::sync::Arc;
 
     use futures::StreamExt;
-    use tokio::sync::{Semaphore, mpsc};
+    use tokio::sync::mpsc;
 
     use super::*;
+    use crate::infer::Permits;
     use crate::metrics::{BucketLimits, Metrics};
-    use crate::scheduler::{GeneratedToken, Scheduled, SchedulerError};
+    use crate::scheduler::{GeneratedToken, HealthFlag, Scheduled, SchedulerError};
 
     /// `[index]` for a token, `!` for an error, `.` at the end.
     struct Marks;
@@ -192,11 +193,11 @@ mod tests {
 
     type Sender = mpsc::UnboundedSender<Result<Event, SchedulerError>>;
 
-    async fn stream() -> (Sender, GenerateStream) {
+    fn stream() -> (Sender, GenerateStream) {
         let (sender, events) = mpsc::unbounded_channel();
         let limits = BucketLimits { max_input_tokens: 1, max_total_tokens: 2 };
         let metrics = Arc::new(Metrics::new(limits).unwrap());
-        let permit = Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap();
+        let permit = Permits::new(1, HealthFlag::default()).take().unwrap();
         let arrived = std::time::Instant::now();
         (sender, GenerateStream::new(Scheduled { events }, 1, arrived, permit, metrics))
     }
@@ -212,7 +213,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_is_there_goes_out_in_one_buffer_interleaved() {
-        let ((first, a), (second, b)) = (stream().await, stream().await);
+        let ((first, a), (second, b)) = (stream(), stream());
         let mut body = SseBody::new(Ok(vec![a, b]), Marks, KEEP_ALIVE);
         for sender in [&first, &first, &second] {
             sender.send(token()).unwrap();
@@ -226,7 +227,7 @@ mod tests {
 
     #[tokio::test]
     async fn silence_is_broken_by_a_comment_and_tokens_put_it_off() {
-        let (sender, stream) = stream().await;
+        let (sender, stream) = stream();
         let silence = Duration::from_millis(60);
         let mut body = SseBody::new(Ok(vec![stream]), Marks, silence);
         tokio::time::sleep(silence / 2).await;

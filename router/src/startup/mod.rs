@@ -34,6 +34,7 @@ use crate::scheduler::{
 };
 use crate::server::{self, AppState};
 use crate::tokenization::Tokenization;
+use crate::tunnel::{Refused, Tunnel, Visitors};
 use crate::types::Info;
 use crate::validation::{Validation, ValidationLimits};
 
@@ -48,6 +49,7 @@ pub struct Started {
     socket: TcpSocket,
     address: SocketAddr,
     assembled: Assembled,
+    tunnel: Option<Tunnel>,
     ledger: Ledger,
 }
 
@@ -71,6 +73,21 @@ pub async fn start(config: RouterConfig, scheduler_runtime: &Handle) -> Result<S
         tracing::info!("{note}");
     }
     let socket = claim_address(config.address)?;
+    let tunnel = config.tunnel.clone().map(Tunnel::open).transpose();
+    let mut tunnel = tunnel.map_err(|mistake| RouterError::Configuration(vec![mistake]))?;
+    let (assembled, ledger) = tokio::select! {
+        prepared = prepare(&config, scheduler_runtime) => prepared?,
+        // A wrong token need not wait for a model to load.
+        refused = refused(&mut tunnel) => return Err(refused.into()),
+    };
+    Ok(Started { socket, address: config.address, assembled, tunnel, ledger })
+}
+
+/// Meets the shards while the model's texts are read.
+async fn prepare(
+    config: &RouterConfig,
+    scheduler_runtime: &Handle,
+) -> Result<(Assembled, Ledger), RouterError> {
     let model = tokio::task::spawn_blocking({
         let (model, hub) = (config.model.clone(), config.hub.clone());
         let tokenizer_config_path = config.tokenizer_config_path.clone();
@@ -83,8 +100,15 @@ pub async fn start(config: RouterConfig, scheduler_runtime: &Handle) -> Result<S
     ledger.prepared("tokenizer and template", model_read);
     // Only what is left of it when the shards are warm holds anybody up.
     ledger.end_phase("tokenizer", Instant::now());
-    let assembled = assemble(&config, shards, model?, scheduler_runtime)?;
-    Ok(Started { socket, address: config.address, assembled, ledger })
+    Ok((assemble(config, shards, model?, scheduler_runtime)?, ledger))
+}
+
+/// Never resolves where there is no tunnel.
+async fn refused(tunnel: &mut Option<Tunnel>) -> Refused {
+    match tunnel {
+        Some(tunnel) => tunnel.refused().await,
+        None => std::future::pending().await,
+    }
 }
 
 /// Waits for whoever holds this router back, then for the shards.
@@ -107,14 +131,21 @@ impl Started {
     /// # Errors
     /// The address is taken after all, the listener fails, or the shards are lost for good.
     pub async fn serve(self, shutdown: impl Future<Output = ()> + Send + 'static) -> Result<(), RouterError> {
-        let Self { socket, address, assembled: Assembled { state, batching, .. }, mut ledger } = self;
+        let Self { socket, address, assembled, mut tunnel, mut ledger } = self;
         let listener = socket.listen(BACKLOG).map_err(|source| RouterError::Bind { address, source })?;
         ledger.end_phase("listen", Instant::now());
-        state.note_startup(ledger.finish());
+        assembled.state.note_startup(ledger.finish());
         // The word that upstream's launcher, and everybody's scripts, wait for.
         tracing::info!("Connected");
-        let upkeep = tokio::spawn(keep_up(Arc::clone(state.metrics())));
-        let served = serve_while_batching(listener, state, shutdown, batching).await;
+        let upkeep = tokio::spawn(keep_up(Arc::clone(assembled.state.metrics())));
+        let visitors = tunnel.as_mut().and_then(Tunnel::take_visitors);
+        let served = tokio::select! {
+            served = serve_while_batching(listener, visitors, assembled, shutdown) => served,
+            refused = refused(&mut tunnel) => Err(refused.into()),
+        };
+        if let Some(tunnel) = tunnel {
+            tunnel.close().await;
+        }
         upkeep.abort();
         served
     }
@@ -123,10 +154,11 @@ impl Started {
 /// Without a batching task every request would wait for ever: the server ends with it.
 async fn serve_while_batching(
     listener: TcpListener,
-    state: AppState,
+    visitors: Option<Visitors>,
+    assembled: Assembled,
     shutdown: impl Future<Output = ()> + Send + 'static,
-    mut batching: JoinHandle<Result<(), Unrecoverable>>,
 ) -> Result<(), RouterError> {
+    let Assembled { state, mut batching, .. } = assembled;
     let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
     let until = async move {
         tokio::select! {
@@ -135,7 +167,7 @@ async fn serve_while_batching(
             _ = stopped => {}
         }
     };
-    let server = server::serve(listener, state, until);
+    let server = server::serve(listener, visitors, state, until);
     tokio::pin!(server);
     let ended = tokio::select! {
         served = &mut server => {

@@ -63,7 +63,7 @@ impl TestRouter {
         let (shutdown, requested) = oneshot::channel::<()>();
         let server = tokio::spawn(async move {
             let requested = async move { drop(requested.await) };
-            router::server::serve(listener, state, requested).await.unwrap();
+            router::server::serve(listener, None, state, requested).await.unwrap();
         });
         Self { address, shard, scheduler, server, shutdown: Some(shutdown), directory }
     }

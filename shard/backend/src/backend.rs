@@ -430,6 +430,16 @@ pub trait Backend: Send + Sized + 'static {
         self.matmul(x, weight, bias, gate_up)?;
         self.gated_activation(gate_up, activation, out)
     }
+    /// `out += x weight^T (+ bias)` with the product's sums as they are, not rounded to a narrower type; `out` is float32. False: the
+    /// device does not do this at once for as many rows, and has done nothing.
+    fn add_matmul(
+        &mut self,
+        _x: &Self::Buffer,
+        _weight_and_bias: (&Self::Linear, Option<&Self::Vector>),
+        _out: &mut Self::Buffer,
+    ) -> Result<bool, BackendError> {
+        Ok(false)
+    }
     /// Rotates the queries and keys in `qkv` (`[num_tokens, (num_heads + 2 num_kv_heads) * head_dim]`: all queries, then
     /// keys, then values) in place and stores keys and values of `layer` at the step's slots.
     fn rope_and_store_kv(

@@ -139,10 +139,10 @@ impl<B: Backend> Decoder<B> {
         for Layer { residual, mixer, mlp } in layers {
             match residual {
                 Residual::Sequential { mixer: mixer_branch, mlp: mlp_branch } => {
-                    let io = stream.input_of(backend, mixer_branch.norm.as_ref(), mixer.first())?;
+                    let io = stream.input_of(backend, mixer_branch, mixer.first())?;
                     mixer.forward(backend, io, scratch, cache)?;
                     stream.finish(backend, mixer_branch)?;
-                    let io = stream.input_of(backend, mlp_branch.norm.as_ref(), mlp.first())?;
+                    let io = stream.input_of(backend, mlp_branch, mlp.first())?;
                     mlp.forward(backend, io, scratch)?;
                     stream.finish(backend, mlp_branch)?;
                 }

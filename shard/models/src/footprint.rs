@@ -1,7 +1,8 @@
 //! What a model takes of each rank's memory, and what each rank owns, known before anything is loaded: from the
 //! specification and the headers of the weight files alone.
 //!
-//! Weights are counted as [`load`](crate::load) packs them, without the padding of the last few outputs.
+//! Weights are counted as [`load`](crate::load) packs them, without the padding of the last few outputs; of bf16 on the CPU that is
+//! an upper bound, because how much of it fits into 12 bits shows only in the weights themselves.
 
 use std::ops::Range;
 
@@ -62,7 +63,7 @@ pub struct Footprint {
 /// One rank's part.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RankFootprint {
-    /// Packed weights, in bytes.
+    /// Packed weights, in bytes; on the CPU an upper bound where they are bf16.
     pub weight_bytes: usize,
     /// Buffers of a step, in bytes.
     pub workspace_bytes: usize,

@@ -22,7 +22,7 @@ pub(crate) fn measure(backend: &mut CudaBackend) -> Result<Vec<Figure>, BackendE
     };
     let mut figures = vec![
         ceiling("reading", ceilings.read_bytes_per_second, 0.0),
-        ceiling("multiplying eight bits", 0.0, ceilings.fp8_flops.unwrap_or(0.0)),
+        ceiling("multiplying eight bits", 0.0, ceilings.fp8.map_or(0.0, |rate| rate.burst)),
     ];
     for (outputs, inputs) in SHAPES {
         let mut random = Random(outputs as u64);

@@ -32,7 +32,13 @@ pub(crate) fn measure(backend: &mut CudaBackend) -> Result<Vec<Figure>, BackendE
             bytes: ceilings.read_bytes_per_second,
             flops: 0.0,
         },
-        Figure { name: "multiplying".to_owned(), microseconds: 1e6, bytes: 0.0, flops: ceilings.bf16_flops },
+        Figure { name: "multiplying".to_owned(), microseconds: 1e6, bytes: 0.0, flops: ceilings.bf16.burst },
+        Figure {
+            name: "multiplying for long".to_owned(),
+            microseconds: 1e6,
+            bytes: 0.0,
+            flops: ceilings.bf16.sustained,
+        },
     ];
     for (outputs, inputs) in SHAPES {
         let mut random = Random(outputs as u64);
@@ -74,6 +80,7 @@ fn name(kernel: MatmulKernel) -> String {
         MatmulKernel::Library => "library".to_owned(),
         MatmulKernel::Gemv => "gemv".to_owned(),
         MatmulKernel::FewRows => "few_rows".to_owned(),
+        MatmulKernel::Hopper => "hopper_gemm".to_owned(),
         MatmulKernel::Fp8(_) => crate::fp8::name(kernel),
         MatmulKernel::Cluster(plan) => {
             format!("cluster {} {} x {}", plan.split, plan.groups, plan.group_rows)

@@ -1,9 +1,10 @@
 //! How fast the CPU kernels are at SmolLM2-135M's shapes, beside a plain loop that only reads memory.
 //!
 //! `cargo run --release -p backend --example kernels -- [--json] [--threads N] [--dtype bfloat16] [--isa portable|avx2|avx512|vnni|bf16]
-//! [--cpu-time] [--pin] [--bits 4|8] [--read-only]`; `--cpu-time` counts the processor time of the first thread, for `--threads 1` on a busy
+//! [--cpu-time] [--pin] [--bits 4|8] [--read-only] [--products-only]`; `--cpu-time` counts the processor time of the first thread, for `--threads 1` on a busy
 //! machine, with `--pin` each thread stays on one core, `--bits` times the
-//! quantized model of so many bits alone, and `--read-only` stops after the plain loop.
+//! quantized model of so many bits alone, `--read-only` stops after the plain loop and `--products-only` after the products of plain weights.
+//! GB/s are of the bytes that weights take as they are stored.
 //! Every figure is the median of several runs. Figures of a machine that does something else meanwhile are worthless.
 
 mod measure;
@@ -22,19 +23,28 @@ struct Options {
     cpu: CpuOptions,
     dtype: DType,
     read_only: bool,
+    products_only: bool,
     bits_only: Option<u32>,
 }
 
 fn options() -> Result<Options, String> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let cpu = CpuOptions { threads: cores, isa: None, pin_threads: false };
-    let mut options = Options { json: false, cpu, dtype: DType::BF16, read_only: false, bits_only: None };
+    let mut options = Options {
+        json: false,
+        cpu,
+        dtype: DType::BF16,
+        read_only: false,
+        products_only: false,
+        bits_only: None,
+    };
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         let mut value = || arguments.next().ok_or(format!("{argument} needs a value"));
         match argument.as_str() {
             "--json" => options.json = true,
             "--read-only" => options.read_only = true,
+            "--products-only" => options.products_only = true,
             "--cpu-time" => measure::COUNTS_CPU_TIME.store(true, std::sync::atomic::Ordering::Relaxed),
             "--threads" => {
                 options.cpu.threads = value()?.parse().map_err(|error| format!("--threads: {error}"))?
@@ -82,16 +92,22 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let bytes = model.weight_bytes() as f64;
     figures.push(Figure::new("packing the whole model", started.elapsed().as_secs_f64() * 1e3, "ms"));
 
+    figures.push(Figure::new("packed weights", bytes / f64::from(1 << 20), "MiB"));
     let seconds = median_seconds(20, || model.weights_only(1));
     figures.push(Figure::new("weights of one token, 1 row", seconds * 1e3, "ms"));
     figures.push(Figure::new("weights of one token, 1 row", bytes / seconds / 1e9, "GB/s"));
-    for rows in [4, 6, 8, 12, 16] {
+    for rows in [2, 4, 6, 8, 12, 16] {
         let seconds = median_seconds(10, || model.weights_only(rows));
+        figures.push(Figure::new(format!("weights of one step, {rows} rows"), seconds * 1e3, "ms"));
         figures.push(Figure::new(format!("weights of one step, {rows} rows"), bytes / seconds / 1e9, "GB/s"));
     }
     let seconds = median_seconds(3, || model.layers_only(512));
     let operations = 2.0 * 512.0 * model.layer_parameters() as f64;
     figures.push(Figure::new("all layers' products, 512 rows", operations / seconds / 1e9, "GFLOP/s"));
+
+    if options.products_only {
+        return Ok(print(&options, &model.description(), &figures)?);
+    }
 
     for context in [128, 1024] {
         model.begin(1, context)?;

@@ -1,6 +1,6 @@
 //! How the ranks of one model meet.
 //!
-//! A [`Communicator`] of CPU ranks works on host memory. [`Single`] is the group of one; [`shm`] goes through memory
+//! A [`Communicator`] works on host memory: CPU ranks exchange everything through it, ranks on GPUs what they need to meet there. [`Single`] is the group of one; [`shm`] goes through memory
 //! shared between processes (a memfd handed over a Unix socket), so nothing listens on a TCP port.
 
 mod rendezvous;
@@ -35,4 +35,17 @@ pub trait Communicator: Send {
         widths: &[usize],
         out: &mut [f32],
     ) -> Result<(), BackendError>;
+
+    /// Every rank's `bytes`, of which all bring as many, in rank order: for what ranks tell one another at start.
+    ///
+    /// # Errors
+    /// As [`Communicator::all_reduce`].
+    fn exchange(&mut self, bytes: &[u8]) -> Result<Vec<Vec<u8>>, BackendError> {
+        let world_size = self.world_size();
+        let local: Vec<f32> = bytes.iter().map(|&byte| f32::from(byte)).collect();
+        let mut all = vec![0.0; world_size * bytes.len()];
+        self.all_gather(&local, 1, &vec![bytes.len(); world_size], &mut all)?;
+        // Whole numbers below 256 are what they were.
+        Ok(all.chunks(bytes.len().max(1)).map(|part| part.iter().map(|&byte| byte as u8).collect()).collect())
+    }
 }

@@ -37,6 +37,15 @@ impl Arena {
         self.used = (start + len).next_multiple_of(ALIGNMENT);
         Ok(Region { chunk, start, len })
     }
+
+    /// Takes back the region that was handed out last, whatever is written there; of another one nothing is reused.
+    pub(super) fn take_back(&mut self, mut region: Region) {
+        let is_of_this_chunk = self.chunk.as_ref().is_some_and(|chunk| Arc::ptr_eq(chunk, &region.chunk));
+        if is_of_this_chunk && (region.start + region.len).next_multiple_of(ALIGNMENT) == self.used {
+            region.as_mut_slice::<u8>().fill(0);
+            self.used = region.start;
+        }
+    }
 }
 
 /// Bytes of a chunk that nothing else uses.
@@ -84,6 +93,23 @@ mod tests {
         for (index, region) in regions.iter().enumerate() {
             assert!(region.as_slice::<u8>().iter().all(|&x| x == index as u8 + 1));
         }
+    }
+
+    #[test]
+    fn what_was_taken_back_is_handed_out_again_as_zeros() {
+        let mut arena = Arena::default();
+        let mut first = arena.region(100, "a test").unwrap();
+        first.as_mut_slice::<u8>().fill(1);
+        let mut second = arena.region(1000, "a test").unwrap();
+        let start = second.as_slice::<u8>().as_ptr();
+        second.as_mut_slice::<u8>().fill(2);
+        arena.take_back(second);
+        let third = arena.region(500, "a test").unwrap();
+        assert!(third.as_slice::<u8>().as_ptr() == start && third.as_slice::<u8>().iter().all(|&x| x == 0));
+        // Not the last one: it stays as it is.
+        arena.take_back(first);
+        let fourth = arena.region(10, "a test").unwrap();
+        assert!(fourth.as_slice::<u8>().as_ptr() > start);
     }
 
     #[test]

@@ -2,16 +2,17 @@
 
 use std::ops::Range;
 
+use super::compact_linear::CompactLinear;
 use super::kernels::{
     GroupLayout, Kernels, LANES, MatmulArgs, PackArgs, QuantizedKernels, TypedKernels, padded_tile,
     padded_tokens,
 };
 use super::packed_linear::{PackedLinear, Storage};
+use crate::DType;
 
 /// A packed layer with the kernels for how it is stored.
 #[derive(Clone, Copy)]
 pub(super) struct LinearKernels<'a> {
-    weights: &'a [u8],
     in_features: usize,
     out_features: usize,
     kind: Kind<'a>,
@@ -19,30 +20,39 @@ pub(super) struct LinearKernels<'a> {
 
 #[derive(Clone, Copy)]
 enum Kind<'a> {
-    Plain { kernels: &'a TypedKernels, max_tile: usize, steps: usize },
-    Quantized { kernels: &'a QuantizedKernels, layout: &'a GroupLayout },
+    Plain { kernels: &'a TypedKernels, max_tile: usize, steps: usize, weights: &'a [u8] },
+    Compact { kernels: &'a TypedKernels, max_tile: usize, steps: usize, linear: &'a CompactLinear },
+    Quantized { kernels: &'a QuantizedKernels, layout: &'a GroupLayout, weights: &'a [u8] },
 }
 
 impl<'a> LinearKernels<'a> {
     /// Those of `linear`.
     pub(super) fn of(kernels: &'a Kernels, linear: &'a PackedLinear) -> Self {
         let (in_features, out_features) = (linear.in_features(), linear.out_features());
-        let (weights, kind) = match &linear.0 {
-            Storage::Plain(linear) => {
-                let (steps, max_tile) = (linear.steps, kernels.max_tile);
-                (&linear.memory, Kind::Plain { kernels: kernels.typed(linear.dtype), max_tile, steps })
+        let max_tile = kernels.max_tile;
+        let kind = match &linear.0 {
+            Storage::Plain(linear) => Kind::Plain {
+                kernels: kernels.typed(linear.dtype),
+                max_tile,
+                steps: linear.steps,
+                weights: linear.memory.as_slice(),
+            },
+            Storage::Compact(linear) => {
+                Kind::Compact { kernels: kernels.typed(DType::BF16), max_tile, steps: linear.steps(), linear }
             }
-            Storage::Quantized(linear) => {
-                (&linear.memory, Kind::Quantized { kernels: &kernels.quantized, layout: &linear.layout })
-            }
+            Storage::Quantized(linear) => Kind::Quantized {
+                kernels: &kernels.quantized,
+                layout: &linear.layout,
+                weights: linear.memory.as_slice(),
+            },
         };
-        Self { weights: weights.as_slice(), in_features, out_features, kind }
+        Self { in_features, out_features, kind }
     }
 
     /// Most rows that are packed together.
     pub(super) fn max_tile(&self) -> usize {
         match self.kind {
-            Kind::Plain { max_tile, .. } => max_tile,
+            Kind::Plain { max_tile, .. } | Kind::Compact { max_tile, .. } => max_tile,
             Kind::Quantized { kernels, .. } => kernels.max_tokens,
         }
     }
@@ -68,7 +78,9 @@ impl<'a> LinearKernels<'a> {
     /// Elements of a tile of so many rows once it is packed.
     pub(super) fn packed_len(&self, rows: usize) -> usize {
         match self.kind {
-            Kind::Plain { kernels, steps, .. } => padded_tile(rows) * steps * kernels.step_inputs,
+            Kind::Plain { kernels, steps, .. } | Kind::Compact { kernels, steps, .. } => {
+                padded_tile(rows) * steps * kernels.step_inputs
+            }
             Kind::Quantized { layout, .. } => padded_tokens(rows) * layout.row_elements(),
         }
     }
@@ -83,8 +95,8 @@ impl<'a> LinearKernels<'a> {
         // SAFETY: as the caller says.
         unsafe {
             match self.kind {
-                Kind::Plain { kernels, .. } => (kernels.pack)(args),
-                Kind::Quantized { kernels, layout } => (kernels.pack)(args, layout),
+                Kind::Plain { kernels, .. } | Kind::Compact { kernels, .. } => (kernels.pack)(args),
+                Kind::Quantized { kernels, layout, .. } => (kernels.pack)(args, layout),
             }
         }
     }
@@ -100,7 +112,7 @@ impl<'a> LinearKernels<'a> {
         out: *mut f32,
     ) {
         // SAFETY: as the caller says.
-        unsafe { self.run((self.weights, panels), (x, rows), (out, self.out_features)) };
+        unsafe { self.run((0, panels), (x, rows), (out, self.out_features)) };
     }
 
     /// The columns of `panels` alone, `[rows, columns]`.
@@ -114,35 +126,39 @@ impl<'a> LinearKernels<'a> {
         out: &mut [f32],
     ) {
         let columns = self.columns(&panels).len();
-        let panel_bytes = match self.kind {
-            Kind::Plain { kernels, steps, .. } => steps * kernels.step_bytes,
-            Kind::Quantized { layout, .. } => layout.panel_bytes(),
-        };
-        let weights = &self.weights[panels.start * panel_bytes..];
         assert!(out.len() >= rows * columns, "{rows} x {columns} results in {} elements", out.len());
         // SAFETY: as the caller says.
-        unsafe { self.run((weights, 0..panels.len()), (x, rows), (out.as_mut_ptr(), columns)) };
+        unsafe { self.run((panels.start, 0..panels.len()), (x, rows), (out.as_mut_ptr(), columns)) };
     }
 
+    /// Some panels, counted from panel `first` on.
+    ///
     /// # Safety
     /// As for [`LinearKernels::multiply`].
     unsafe fn run(
         &self,
-        (weights, panels): (&[u8], Range<usize>),
+        (first, panels): (usize, Range<usize>),
         (x, rows): (*const u32, usize),
         (out, out_width): (*mut f32, usize),
     ) {
-        let steps = match self.kind {
-            Kind::Plain { steps, .. } => steps,
-            Kind::Quantized { layout, .. } => layout.groups,
+        let args = |weights: &[u8], steps| {
+            let weights = weights.as_ptr();
+            MatmulArgs { weights, panels: panels.clone(), steps, x, rows, out, out_width, bias: None }
         };
-        let args =
-            MatmulArgs { weights: weights.as_ptr(), panels, steps, x, rows, out, out_width, bias: None };
         // SAFETY: the weights are those of the layer; the rest is as the caller says.
         unsafe {
             match self.kind {
-                Kind::Plain { kernels, .. } => (kernels.matmul)(&args),
-                Kind::Quantized { kernels, layout } => (kernels.matmul)(&args, layout),
+                Kind::Plain { kernels, steps, weights, .. } => {
+                    (kernels.matmul)(&args(&weights[first * steps * kernels.step_bytes..], steps));
+                }
+                Kind::Compact { steps, linear, .. } => {
+                    let (weights, compact) = linear.panels(first);
+                    (linear.kernels().matmul)(&args(weights, steps), &compact, &mut []);
+                }
+                Kind::Quantized { kernels, layout, weights } => {
+                    let weights = &weights[first * layout.panel_bytes()..];
+                    (kernels.matmul)(&args(weights, layout.groups), layout);
+                }
             }
         }
     }

@@ -1,6 +1,7 @@
 //! Spreads a matrix product over the threads.
 
 use super::buffer::CpuBuffer;
+use super::compact_linear::CompactLinear;
 use super::kernels::{Kernels, LANES, MatmulArgs, PackArgs, padded_tile, padded_tokens};
 use super::memory::Memory;
 use super::packed_linear::{PackedLinear, Storage};
@@ -109,6 +110,7 @@ pub(super) fn matmul(
             };
             product.compute(tools, x, out)
         }
+        (Storage::Compact(weight), _) => compact_matmul((kernels, tools), x, weight, bias, out),
         (Storage::Quantized(weight), _) => {
             let (kernels, layout) = (&kernels.quantized, &weight.layout);
             let product = Product {
@@ -123,6 +125,56 @@ pub(super) fn matmul(
                 pack: &|args| unsafe { (kernels.pack)(args, layout) },
                 // SAFETY: as above.
                 multiply: &|args, _| unsafe { (kernels.matmul)(args, layout) },
+            };
+            product.compute(tools, x, out)
+        }
+    }
+}
+
+/// [`matmul`] with compact weights; the widths fit.
+fn compact_matmul(
+    (kernels, tools): (&Kernels, (&mut Threads, &mut Workspace)),
+    x: &CpuBuffer,
+    weight: &CompactLinear,
+    bias: Option<&[f32]>,
+    out: &mut CpuBuffer,
+) -> Result<(), BackendError> {
+    let (weights, compact) = weight.panels(0);
+    // SAFETY: of all calls of kernels: as in `matmul`.
+    match kernels.fixed {
+        Some(fixed) if x.rows() >= FIXED_ROWS => {
+            let exponents = weight.exponents();
+            let product = Product {
+                weights,
+                steps: weight.steps(),
+                bias,
+                row_elements: (fixed.row_elements)(x.width()),
+                max_tile: (fixed.tile_tokens)(x.rows()),
+                padded: fixed.padded,
+                scratch_elements: (fixed.scratch_elements)(x.width()),
+                // SAFETY: as above.
+                pack: &|args| unsafe { (fixed.pack)(args) },
+                // SAFETY: as above.
+                multiply: &|args, scratch| unsafe {
+                    (fixed.compact_matmul)(args, &compact, exponents, scratch);
+                },
+            };
+            product.compute(tools, x, out)
+        }
+        _ => {
+            let (typed, compact_kernels) = (kernels.typed(DType::BF16), weight.kernels());
+            let product = Product {
+                weights,
+                steps: weight.steps(),
+                bias,
+                row_elements: weight.steps() * typed.step_inputs,
+                max_tile: kernels.max_tile,
+                padded: padded_tile,
+                scratch_elements: weight.scratch_elements(x.rows()),
+                // SAFETY: as above.
+                pack: &|args| unsafe { (typed.pack)(args) },
+                // SAFETY: as above.
+                multiply: &|args, scratch| unsafe { (compact_kernels.matmul)(args, &compact, scratch) },
             };
             product.compute(tools, x, out)
         }

@@ -5,7 +5,6 @@ use std::ops::Range;
 use super::kv_cache::plain_dtype;
 use super::norm::RowNorm;
 use super::packed_linear::Storage;
-use super::plain_linear::PlainLinear;
 use super::quantized_linear::QuantizedLinear;
 use super::rows::{SMALL, for_each_row, for_rows};
 use super::threads::{SharedMut, part};
@@ -68,8 +67,7 @@ impl Backend for CpuBackend {
 
     fn linear(&self, parts: &[HostMatrix<'_>], dtype: DType) -> Result<PackedLinear, BackendError> {
         let tools = (&mut *self.threads.borrow_mut(), &mut *self.arena.borrow_mut());
-        let linear = PlainLinear::pack(parts, dtype, self.kernels, tools)?;
-        Ok(PackedLinear(Storage::Plain(linear)))
+        PackedLinear::pack(parts, dtype, self.kernels, tools)
     }
 
     fn quantized_linear(&self, parts: &[QuantizedMatrix]) -> Result<PackedLinear, BackendError> {

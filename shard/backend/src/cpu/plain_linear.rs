@@ -49,15 +49,11 @@ impl PlainLinear {
         let (panel_memory, exponents) = packed.memory.as_mut_slice::<u8>().split_at_mut(panels_len);
         let (target, exponents) = (SharedMut::new(panel_memory), SharedMut::new(exponents));
         threads.run(&|index| {
-            let mut rows = Vec::with_capacity(LANES);
             let mut values = vec![0.0; in_features];
             for panel in part(panels, index, count) {
                 // SAFETY: each panel is one thread's.
                 let panel_memory = unsafe { target.slice(panel * panel_bytes..(panel + 1) * panel_bytes) };
-                rows.clear();
-                rows.extend(
-                    (panel * LANES..((panel + 1) * LANES).min(out_features)).map(|row| find_row(parts, row)),
-                );
+                let rows = panel_rows(parts, panel, out_features);
                 pack_panel(&rows, dtype, panel_memory, &mut values);
                 if let Some(fixed) = fixed {
                     // SAFETY: each panel is one thread's; the processor has the instruction set.
@@ -101,6 +97,16 @@ impl PlainLinear {
     }
 }
 
+/// The rows of panel `panel` of the stacked parts: each as its part and its place there.
+pub(super) fn panel_rows<'a>(
+    parts: &'a [HostMatrix<'a>],
+    panel: usize,
+    out_features: usize,
+) -> Vec<(&'a HostMatrix<'a>, usize)> {
+    let rows = panel * LANES..((panel + 1) * LANES).min(out_features);
+    rows.map(|row| find_row(parts, row)).collect()
+}
+
 /// Row `row` of the stacked parts.
 fn find_row<'a>(parts: &'a [HostMatrix<'a>], mut row: usize) -> (&'a HostMatrix<'a>, usize) {
     for part in parts {
@@ -112,8 +118,13 @@ fn find_row<'a>(parts: &'a [HostMatrix<'a>], mut row: usize) -> (&'a HostMatrix<
     unreachable!("the panel's rows are below the sum of the parts'")
 }
 
-/// Packs up to sixteen rows into zeroed memory. `values` is scratch for one row.
-fn pack_panel(rows: &[(&HostMatrix<'_>, usize)], dtype: DType, panel: &mut [u8], values: &mut [f32]) {
+/// Packs up to sixteen rows into memory that is zeroed where nothing is packed. `values` is scratch for one row.
+pub(super) fn pack_panel(
+    rows: &[(&HostMatrix<'_>, usize)],
+    dtype: DType,
+    panel: &mut [u8],
+    values: &mut [f32],
+) {
     let is_bf16 = dtype == DType::BF16;
     if is_bf16 && rows.len() == LANES && rows.iter().all(|(part, _)| part.dtype == DType::BF16) {
         pack_bf16_panel(rows, panel);

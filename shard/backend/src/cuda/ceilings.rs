@@ -9,23 +9,36 @@ use super::driver::{DeviceMemory, check};
 use super::launch::{Launch, args};
 use super::module::Module;
 use super::{CudaBackend, CudaBuffer};
-use crate::{Backend, BackendError, DType, HostMatrix};
+use crate::{BackendError, DType};
 
 /// Limits of the device, as a loop that only reads and a large matrix product reach them.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Ceilings {
     /// Reading device memory.
     pub read_bytes_per_second: f64,
-    /// A bf16 product of three 8192 x 8192 matrices through cuBLASLt, 2 FLOPs for each multiplication and addition.
-    pub bf16_flops: f64,
+    /// A bf16 product of three 8192 x 8192 matrices through cuBLASLt.
+    pub bf16: MatrixRate,
     /// The same of E4M3 matrices with a scale a row into bf16; none: the device or the library does not multiply them.
-    pub fp8_flops: Option<f64>,
+    pub fp8: Option<MatrixRate>,
+}
+
+/// FLOPs a second of matrix products, 2 for each multiplication and addition.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct MatrixRate {
+    /// Of ten products in a row, 15 ms: over before the device has slowed down to keep to its power.
+    pub burst: f64,
+    /// Of products back to back for 0.3 s, after as many that were not counted: what a step of 0.1 s or more can have.
+    pub sustained: f64,
 }
 
 /// Bytes that are read: forty times the L2 cache.
 const READ_BYTES: usize = 2 << 30;
 /// Width of the matrices.
 const SIZE: usize = 8192;
+/// Products between two looks at the clock.
+const PRODUCTS: usize = 10;
+/// Seconds of products, counted and before that.
+const SUSTAINED: f64 = 0.3;
 
 /// Time between two places in a stream.
 struct Timer {
@@ -53,22 +66,47 @@ impl Timer {
         work()?;
         let mut seconds = Vec::new();
         for _ in 0..5 {
-            let mut milliseconds = 0.0;
-            // SAFETY: events and stream are alive.
-            unsafe {
-                check("recording an event", sys::cuEventRecord(self.begin, stream))?;
-                work()?;
-                check("recording an event", sys::cuEventRecord(self.end, stream))?;
-                check("waiting for an event", sys::cuEventSynchronize(self.end))?;
-                check(
-                    "reading an event",
-                    sys::cuEventElapsedTime_v2(&raw mut milliseconds, self.begin, self.end),
-                )?;
-            }
-            seconds.push(f64::from(milliseconds) / 1e3);
+            seconds.push(self.once(stream, &mut work)?);
         }
         seconds.sort_by(f64::total_cmp);
         Ok(seconds[seconds.len() / 2])
+    }
+
+    /// Seconds that `work` takes.
+    fn once(
+        &self,
+        stream: sys::CUstream,
+        work: &mut impl FnMut() -> Result<(), BackendError>,
+    ) -> Result<f64, BackendError> {
+        let mut milliseconds = 0.0;
+        // SAFETY: events and stream are alive.
+        unsafe {
+            check("recording an event", sys::cuEventRecord(self.begin, stream))?;
+            work()?;
+            check("recording an event", sys::cuEventRecord(self.end, stream))?;
+            check("waiting for an event", sys::cuEventSynchronize(self.end))?;
+            check(
+                "reading an event",
+                sys::cuEventElapsedTime_v2(&raw mut milliseconds, self.begin, self.end),
+            )?;
+        }
+        Ok(f64::from(milliseconds) / 1e3)
+    }
+
+    /// The rate of `product`, one of squares.
+    fn rate(
+        &self,
+        stream: sys::CUstream,
+        mut product: impl FnMut() -> Result<(), BackendError>,
+    ) -> Result<MatrixRate, BackendError> {
+        let flops = PRODUCTS as f64 * 2.0 * (SIZE as f64).powi(3);
+        let burst = self.median(stream, || (0..PRODUCTS).try_for_each(|_| product()))?;
+        let times = (SUSTAINED / burst).ceil() as usize;
+        // All of them are on the stream before the first has ended: there is no pause in which the device would cool down.
+        let mut products = || (0..times * PRODUCTS).try_for_each(|_| product());
+        products()?;
+        let sustained = self.once(stream, &mut products)? / times as f64;
+        Ok(MatrixRate { burst: flops / burst, sustained: flops / sustained })
     }
 }
 
@@ -92,8 +130,8 @@ impl CudaBackend {
         let module = Module::load(&self.context, "ceiling")?;
         Ok(Ceilings {
             read_bytes_per_second: self.measure_reading(&module)?,
-            bf16_flops: self.measure_multiplying(&module)?,
-            fp8_flops: self.measure_multiplying_fp8(&module)?,
+            bf16: self.measure_multiplying(&module)?,
+            fp8: self.measure_multiplying_fp8(&module)?,
         })
     }
 
@@ -124,28 +162,15 @@ impl CudaBackend {
         Ok(READ_BYTES as f64 / seconds)
     }
 
-    fn measure_multiplying(&mut self, module: &Module) -> Result<f64, BackendError> {
-        let elements = vec![0_u8; SIZE * SIZE * 2];
-        let matrix = HostMatrix {
-            dtype: DType::BF16,
-            rows: SIZE,
-            cols: SIZE,
-            row_stride: SIZE,
-            bytes: elements.into(),
-        };
-        let weight = self.linear(&[matrix], DType::BF16)?;
-        self.finish_uploads()?;
-        let (mut x, mut out) = (self.square()?, self.square()?);
+    fn measure_multiplying(&mut self, module: &Module) -> Result<MatrixRate, BackendError> {
+        let (x, weight, out) = (self.square()?, self.square()?, self.square()?);
         self.fill(module, x.memory())?;
         self.fill(module, weight.memory())?;
-        x.resize(SIZE);
-        let stream = self.queue.stream().raw();
-        let seconds = Timer::new()?
-            .median(stream, || (0..10).try_for_each(|_| self.matmul(&x, &weight, None, &mut out)))?;
-        Ok(10.0 * 2.0 * (SIZE as f64).powi(3) / seconds)
+        let operands = Operands { x: x.ptr(), weight: weight.ptr(), bias: 0, out: out.ptr(), scales: [0; 2] };
+        self.rate_of_squares(operands, false)
     }
 
-    fn measure_multiplying_fp8(&mut self, module: &Module) -> Result<Option<f64>, BackendError> {
+    fn measure_multiplying_fp8(&mut self, module: &Module) -> Result<Option<MatrixRate>, BackendError> {
         if !self.matmuls.fp8.has_library() {
             return Ok(None);
         }
@@ -160,6 +185,11 @@ impl CudaBackend {
             out: out.ptr(),
             scales: [weight_scales.ptr(), scales.ptr()],
         };
+        self.rate_of_squares(operands, true).map(Some)
+    }
+
+    /// By the library, whatever the products of models are taken by.
+    fn rate_of_squares(&mut self, operands: Operands, is_fp8: bool) -> Result<MatrixRate, BackendError> {
         let product = Product {
             rows: SIZE,
             outputs: SIZE,
@@ -168,15 +198,12 @@ impl CudaBackend {
             dtype: DType::BF16,
             out_dtype: DType::BF16,
             out_stride: SIZE,
-            is_fp8: true,
+            is_fp8,
             has_bias: false,
         };
         let (stream, workspace, library) =
             (self.queue.stream(), self.workspace.ptr(), self.matmuls.library.blaslt());
-        let seconds = Timer::new()?.median(stream.raw(), || {
-            (0..10).try_for_each(|_| library.multiply(stream, workspace, product, operands))
-        })?;
-        Ok(Some(10.0 * 2.0 * (SIZE as f64).powi(3) / seconds))
+        Timer::new()?.rate(stream.raw(), || library.multiply(stream, workspace, product, operands))
     }
 
     /// A square rounded to eight bits, and its rows' scales.

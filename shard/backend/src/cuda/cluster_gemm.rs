@@ -9,7 +9,7 @@ use super::driver::{Context, DevicePtr};
 use super::launch::{Argument, Launch, Queue, args};
 use super::matmul::{Task, out_type};
 use super::module::{Function, Module};
-use super::tensor_map::Boxes;
+use super::tensor_map::{Boxes, TensorMaps};
 use super::{CudaLinear, DeviceFacts};
 use crate::{BackendError, DType};
 
@@ -27,8 +27,6 @@ const BLOCK_BYTES: usize = (227 << 9) - 1536;
 const LONE_BLOCK_BYTES: usize = 198 << 10;
 /// Outputs for each multiprocessor from which on blocks need not share K.
 const WHOLE_ROWS: usize = 40;
-/// Descriptions of matrices that are kept.
-const MAX_MAPS: usize = 1 << 14;
 
 /// How a product is shared out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -114,7 +112,7 @@ pub(super) struct ClusterGemms {
     plain: Kernels,
     gated: Kernels,
     num_sms: usize,
-    maps: HashMap<Boxes, sys::CUtensorMap>,
+    maps: TensorMaps,
 }
 
 impl ClusterGemms {
@@ -135,7 +133,7 @@ impl ClusterGemms {
             tokens.map(both).collect::<Result<Kernels, BackendError>>()
         };
         let (plain, gated) = (load("cluster", 1, usize::MAX)?, load("cluster_gated", 2, MOST_GATED)?);
-        Ok(Some(Self { plain, gated, num_sms: facts.num_sms, maps: HashMap::new() }))
+        Ok(Some(Self { plain, gated, num_sms: facts.num_sms, maps: TensorMaps::default() }))
     }
 
     /// How a product is computed so: 16-bit elements in rows that bulk copies can take; none: it is for others.
@@ -207,7 +205,7 @@ impl ClusterGemms {
         task: Task<'_>,
     ) -> Result<(sys::CUtensorMap, sys::CUtensorMap), BackendError> {
         let CudaLinear { dtype, out_features, in_features, row_stride, .. } = *task.weight;
-        let weights = self.map(Boxes {
+        let weights = self.maps.of(Boxes {
             address: task.weight.ptr(),
             dtype,
             rows: out_features,
@@ -215,7 +213,7 @@ impl ClusterGemms {
             row_bytes: row_stride * 2,
             box_size: [plan.group_rows, BOX_COLUMNS],
         })?;
-        let x = self.map(Boxes {
+        let x = self.maps.of(Boxes {
             address: task.x,
             dtype,
             rows: task.rows,
@@ -224,19 +222,6 @@ impl ClusterGemms {
             box_size: [plan.tokens, BOX_COLUMNS],
         })?;
         Ok((weights, x))
-    }
-
-    /// The description of a matrix of 16-bit elements, which the copy engine needs.
-    fn map(&mut self, key: Boxes) -> Result<sys::CUtensorMap, BackendError> {
-        if let Some(map) = self.maps.get(&key) {
-            return Ok(*map);
-        }
-        if self.maps.len() >= MAX_MAPS {
-            self.maps.clear();
-        }
-        let map = key.map()?;
-        self.maps.insert(key, map);
-        Ok(map)
     }
 }
 

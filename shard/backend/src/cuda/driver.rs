@@ -314,6 +314,52 @@ impl Drop for DeviceMemory {
     }
 }
 
+/// Another process's memory of a device, perhaps another device, mapped here.
+pub(super) struct IpcMemory {
+    ptr: DevicePtr,
+    context: Arc<Context>,
+}
+
+impl IpcMemory {
+    /// What other processes open `memory` by.
+    pub(super) fn export(memory: &DeviceMemory) -> Result<Vec<u8>, BackendError> {
+        let mut handle = sys::CUipcMemHandle { reserved: [0; 64] };
+        // SAFETY: a place for a handle; the address begins an allocation.
+        let code = unsafe { sys::cuIpcGetMemHandle(&raw mut handle, memory.ptr()) };
+        check("sharing memory with other ranks", code)?;
+        Ok(handle.reserved.iter().map(|&byte| byte as u8).collect())
+    }
+
+    /// Maps what another process has exported, whether or not its device is visible here.
+    pub(super) fn open(context: &Arc<Context>, exported: &[u8]) -> Result<Self, BackendError> {
+        let mut handle = sys::CUipcMemHandle { reserved: [0; 64] };
+        for (to, &byte) in handle.reserved.iter_mut().zip(exported) {
+            *to = byte.cast_signed();
+        }
+        let mut ptr = 0;
+        let flags = sys::CUipcMem_flags::CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS as u32;
+        // SAFETY: a place for an address; the driver refuses bytes that are no handle.
+        let code = unsafe { sys::cuIpcOpenMemHandle_v2(&raw mut ptr, handle, flags) };
+        check("mapping another rank's memory", code)?;
+        Ok(Self { ptr, context: Arc::clone(context) })
+    }
+
+    /// Its address here.
+    pub(super) fn ptr(&self) -> DevicePtr {
+        self.ptr
+    }
+}
+
+impl Drop for IpcMemory {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `open`; the kernels that use it are bounded, and the driver waits for them.
+        unsafe {
+            let _ = sys::cuCtxSetCurrent(self.context.raw);
+            let _ = sys::cuIpcCloseMemHandle(self.ptr);
+        }
+    }
+}
+
 /// Page-locked memory of the host, which the device's copy engines reach.
 pub(super) struct PinnedMemory {
     ptr: *mut u8,
@@ -441,6 +487,30 @@ impl Stream {
     pub(super) fn copy(&self, to: DevicePtr, from: DevicePtr, bytes: usize) -> Result<(), BackendError> {
         // SAFETY: the caller gives two address ranges of the device that are as long.
         check("copying on the device", unsafe { sys::cuMemcpyDtoDAsync_v2(to, from, bytes, self.raw) })
+    }
+
+    /// Copies `rows` rows of `row_bytes` bytes within the device, each place an address and the bytes from one row to the next.
+    pub(super) fn copy_columns(
+        &self,
+        (to, to_stride): (DevicePtr, usize),
+        (from, from_stride): (DevicePtr, usize),
+        (row_bytes, rows): (usize, usize),
+    ) -> Result<(), BackendError> {
+        if row_bytes * rows == 0 {
+            return Ok(());
+        }
+        // SAFETY: plain data, of which zero means nothing.
+        let mut copy: sys::CUDA_MEMCPY2D = unsafe { std::mem::zeroed() };
+        copy.srcMemoryType = sys::CUmemorytype::CU_MEMORYTYPE_DEVICE;
+        copy.srcDevice = from;
+        copy.srcPitch = from_stride;
+        copy.dstMemoryType = sys::CUmemorytype::CU_MEMORYTYPE_DEVICE;
+        copy.dstDevice = to;
+        copy.dstPitch = to_stride;
+        copy.WidthInBytes = row_bytes;
+        copy.Height = rows;
+        // SAFETY: the caller gives two places of the device with as many rows.
+        check("copying on the device", unsafe { sys::cuMemcpy2DAsync_v2(&raw const copy, self.raw) })
     }
 }
 

@@ -1,17 +1,14 @@
 //! Products of up to 32 rows with weights of eight bits, on Hopper: `fp8_hopper.cu`.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
 use std::sync::Arc;
-
-use cudarc::driver::sys;
 
 use super::DeviceFacts;
 use super::driver::{Context, DevicePtr};
 use super::launch::{Argument, Launch, Queue, args};
 use super::matmul::{Task, out_type};
 use super::module::{Function, Module};
-use super::tensor_map::Boxes;
+use super::tensor_map::{Boxes, TensorMaps};
 use crate::{BackendError, DType};
 
 /// Rows of weights of one product, and warpgroups that multiply.
@@ -21,8 +18,6 @@ const GROUPS: usize = 2;
 const PIECE: usize = 128;
 /// Two warpgroups that multiply, one that rounds, and a warp that copies.
 const THREADS: u32 = 128 * (GROUPS as u32 + 1) + 32;
-/// Descriptions of weights that are kept.
-const MAX_MAPS: usize = 1 << 14;
 /// Fewer blocks than these leave memory idle.
 const ENOUGH_BLOCKS: usize = 128;
 
@@ -92,7 +87,7 @@ struct Kernels {
 /// The kernels.
 pub(super) struct Fp8Hopper {
     kernels: Vec<Kernels>,
-    maps: RefCell<HashMap<Boxes, sys::CUtensorMap>>,
+    maps: RefCell<TensorMaps>,
 }
 
 impl Fp8Hopper {
@@ -159,7 +154,7 @@ impl Fp8Hopper {
         (outputs, activation): (usize, i32),
     ) -> Result<(), BackendError> {
         let weight = task.weight;
-        let map = self.map(Boxes {
+        let map = self.maps.borrow_mut().of(Boxes {
             address: weight.ptr(),
             // Pairs of numbers.
             dtype: DType::BF16,
@@ -187,20 +182,6 @@ impl Fp8Hopper {
             shared_bytes: shape.shared_bytes() as u32,
         };
         queue.launch(&launch, args![map, parameters])
-    }
-
-    /// The description of a weight, which the copy engine needs.
-    fn map(&self, key: Boxes) -> Result<sys::CUtensorMap, BackendError> {
-        let mut maps = self.maps.borrow_mut();
-        if let Some(map) = maps.get(&key) {
-            return Ok(*map);
-        }
-        if maps.len() >= MAX_MAPS {
-            maps.clear();
-        }
-        let map = key.map()?;
-        maps.insert(key, map);
-        Ok(map)
     }
 }
 

@@ -17,6 +17,8 @@ pub(super) struct GraphKey {
     pub(super) part: StepPart,
     /// Rows the part computes.
     pub(super) rows: usize,
+    /// Its layers are one launch.
+    pub(super) is_merged: bool,
 }
 
 /// What is to be done with a part of a step.
@@ -53,6 +55,11 @@ impl Graphs {
     /// Keeps a recording.
     pub(super) fn insert(&mut self, key: GraphKey, graph: Graph) {
         self.seen.insert(key, Some(graph));
+    }
+
+    /// Whether there is a recording of `key`.
+    pub(super) fn has(&self, key: GraphKey) -> bool {
+        matches!(self.seen.get(&key), Some(Some(_)))
     }
 
     /// Runs the recording of `key`, where there is one.

@@ -4,11 +4,12 @@ use std::cell::{Cell, RefCell};
 use std::ffi::{CStr, c_char, c_void};
 use std::mem;
 use std::ptr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use cudarc::driver::sys;
 
-use super::driver::{DevicePtr, Stream, check};
+use super::driver::{Context, DevicePtr, PinnedMemory, Stream, check};
 use super::module::Function;
 use super::step_clock::StepClock;
 use crate::BackendError;
@@ -53,10 +54,34 @@ pub(super) enum Mode {
     Launch,
     /// Nothing: a recorded graph is about to run them.
     Dry,
+    /// As many as this, from [`Queue::count_anew`] on, and of the others nothing.
+    First(usize),
 }
 
 /// A step of the largest legal shape takes seconds at most; after this the device counts as lost.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// Where kernels that wait for other ranks say that one did not come: one more than its number.
+pub(super) struct Alarm(PinnedMemory);
+
+impl Alarm {
+    /// One that is silent.
+    pub(super) fn new(context: &Arc<Context>) -> Result<Self, BackendError> {
+        Ok(Self(PinnedMemory::new(context, size_of::<u32>(), "the ranks' alarm")?))
+    }
+
+    /// Where kernels find it.
+    pub(super) fn ptr(&self) -> DevicePtr {
+        self.0.ptr()
+    }
+
+    /// The rank that did not come.
+    fn missing_rank(&self) -> Option<u32> {
+        let word = self.0.as_slice().as_ptr().cast::<u32>();
+        // SAFETY: page-aligned memory of four bytes. The device may write at any time, so it is read as it is.
+        unsafe { word.read_volatile() }.checked_sub(1)
+    }
+}
 
 /// Where operations go.
 pub(crate) struct Queue {
@@ -68,8 +93,12 @@ pub(crate) struct Queue {
     shared_percent: Cell<Option<u32>>,
     /// Whoever wants to know when steps begin and end on the device.
     pub(super) clock: RefCell<Option<StepClock>>,
+    /// Launches since [`Queue::count_anew`], those that were left out too.
+    launched: Cell<usize>,
     /// Name of what was launched last, for errors.
     last: Cell<*const c_char>,
+    /// Of kernels that wait for other ranks.
+    alarm: Option<Alarm>,
 }
 
 // SAFETY: the handle is only read, and used from one thread at a time.
@@ -85,8 +114,15 @@ impl Queue {
             device: device.to_owned(),
             shared_percent,
             clock: RefCell::new(None),
+            launched: Cell::new(0),
             last: Cell::new(ptr::null()),
+            alarm: None,
         }
+    }
+
+    /// Whether ranks have come is looked up there from now on, whenever the device has been waited for.
+    pub(super) fn set_alarm(&mut self, alarm: Option<Alarm>) {
+        self.alarm = alarm;
     }
 
     /// From now on kernels ask for this split of a multiprocessor's memory.
@@ -95,7 +131,15 @@ impl Queue {
     }
 
     fn wait_for_rest(&self) -> Result<(), BackendError> {
-        self.stream.synchronize(PATIENCE).map_err(|error| self.lost("waiting for a step", error))
+        self.stream.synchronize(PATIENCE).map_err(|error| self.lost("waiting for a step", error))?;
+        match self.alarm.as_ref().and_then(Alarm::missing_rank) {
+            None => Ok(()),
+            Some(rank) => Err(BackendError::DeviceLost {
+                device: self.device.clone(),
+                operation: "exchanging with the other ranks".to_owned(),
+                reason: format!("rank {rank} did not come: its process is gone, stopped or far behind"),
+            }),
+        }
     }
 
     /// A step begins with what is put on the stream next. What a step that failed or was not sampled left there is over.
@@ -148,13 +192,40 @@ impl Queue {
 
     /// Whether launches are left out.
     pub(super) fn is_dry(&self) -> bool {
-        self.mode == Mode::Dry
+        match self.mode {
+            Mode::Launch => false,
+            Mode::Dry => true,
+            Mode::First(count) => self.launched.get() >= count,
+        }
+    }
+
+    /// Launches are counted from here on.
+    pub(super) fn count_anew(&self) {
+        self.launched.set(0);
+    }
+
+    /// Launches since [`Queue::count_anew`]. Those of cuBLASLt are none.
+    pub(super) fn launched(&self) -> usize {
+        self.launched.get()
     }
 
     /// Launches a kernel. It may start while the one before it ends (programmatic dependent launch), so every kernel waits
     /// by itself before it touches anything but weights.
     pub(crate) fn launch(&self, launch: &Launch, args: &mut [*mut c_void]) -> Result<(), BackendError> {
         self.launch_clusters(launch, 1, args)
+    }
+
+    /// Launches a kernel whose blocks wait for one another: the driver runs all of them at the same time or refuses.
+    pub(super) fn launch_cooperative(
+        &self,
+        launch: &Launch,
+        args: &mut [*mut c_void],
+    ) -> Result<(), BackendError> {
+        // SAFETY: an attribute is plain data; its kind says which part of the union is read.
+        let mut attribute: sys::CUlaunchAttribute = unsafe { mem::zeroed() };
+        attribute.id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_COOPERATIVE;
+        attribute.value.cooperative = 1;
+        self.launch_with(launch, &mut [attribute], args)
     }
 
     /// The same in clusters of `blocks` blocks, of which the grid is a multiple. More than one: Hopper and later.
@@ -164,10 +235,6 @@ impl Queue {
         blocks: u32,
         args: &mut [*mut c_void],
     ) -> Result<(), BackendError> {
-        if self.is_dry() || launch.grid.contains(&0) {
-            return Ok(());
-        }
-        let [x, y, z] = launch.grid;
         // SAFETY: an attribute is plain data; its kind says which part of the union is read.
         let mut attributes: [sys::CUlaunchAttribute; 3] = unsafe { mem::zeroed() };
         attributes[0].id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
@@ -185,6 +252,24 @@ impl Queue {
                 sys::CUlaunchAttributeValue_union__bindgen_ty_1 { x: blocks, y: 1, z: 1 };
             count += 1;
         }
+        self.launch_with(launch, &mut attributes[..count], args)
+    }
+
+    fn launch_with(
+        &self,
+        launch: &Launch,
+        attributes: &mut [sys::CUlaunchAttribute],
+        args: &mut [*mut c_void],
+    ) -> Result<(), BackendError> {
+        if launch.grid.contains(&0) {
+            return Ok(());
+        }
+        let is_dry = self.is_dry();
+        self.launched.set(self.launched.get() + 1);
+        if is_dry {
+            return Ok(());
+        }
+        let [x, y, z] = launch.grid;
         let config = sys::CUlaunchConfig {
             gridDimX: x,
             gridDimY: y,
@@ -195,7 +280,7 @@ impl Queue {
             sharedMemBytes: launch.shared_bytes,
             hStream: self.stream.raw(),
             attrs: attributes.as_mut_ptr(),
-            numAttrs: count as u32,
+            numAttrs: attributes.len() as u32,
         };
         // SAFETY: the arguments are as many and of the types the kernel has; each operation is tested against its reference.
         let code = unsafe {

@@ -58,7 +58,7 @@ impl Library {
         &mut self.blaslt
     }
 
-    /// Whether every product is to be computed by [`Library::multiply`].
+    /// Whether a row's result must not depend on how many there are: as in [`Library::multiply`].
     pub(super) fn is_deterministic(&self) -> bool {
         self.is_deterministic
     }

@@ -71,11 +71,6 @@ impl CudaLinear {
         self.scales.as_ref().map(DeviceMemory::ptr)
     }
 
-    /// Its memory.
-    pub(super) fn memory(&self) -> &DeviceMemory {
-        &self.memory
-    }
-
     /// Address of the first row.
     pub(super) fn ptr(&self) -> DevicePtr {
         self.memory.ptr()

@@ -9,6 +9,7 @@ use super::elementwise::activation_number;
 use super::few_rows::FewRows;
 use super::fp8_matmul::{Fp8Kernel, Fp8Matmuls};
 use super::gemv::Gemvs;
+use super::hopper_gemm::{End, HopperGemms};
 use super::launch::Queue;
 use super::library::Library;
 use super::linear::NextWeight;
@@ -35,6 +36,8 @@ pub enum MatmulKernel {
     FewRows,
     /// Weights streamed through tensor cores by clusters of blocks, for up to 128 rows of activations; Hopper only.
     Cluster(ClusterPlan),
+    /// Tiles of many rows by warpgroups; Hopper only.
+    Hopper,
     /// With weights of eight bits.
     Fp8(Fp8Kernel),
 }
@@ -64,6 +67,7 @@ pub(super) fn out_type(dtype: DType) -> i32 {
 pub(super) struct Matmuls {
     pub(super) library: Library,
     clusters: Option<ClusterGemms>,
+    hoppers: Option<HopperGemms>,
     gemvs: Gemvs,
     few_rows: FewRows,
     pub(super) fp8: Fp8Matmuls,
@@ -80,6 +84,7 @@ impl Matmuls {
         Ok(Self {
             library: Library::load(&module, options)?,
             clusters: ClusterGemms::load(context, facts)?,
+            hoppers: HopperGemms::load(context, facts)?,
             gemvs: Gemvs::load(context)?,
             few_rows: FewRows::load(context)?,
             fp8: Fp8Matmuls::load(context, facts)?,
@@ -112,7 +117,7 @@ impl Matmuls {
             let tools = (queue, workspace, self.library.blaslt());
             return self.fp8.multiply(tools, kernel, (x, weight, bias), out);
         }
-        if x.dtype() != weight.dtype || self.library.is_deterministic() {
+        if x.dtype() != weight.dtype {
             return self.library.multiply(queue, workspace, x, (weight, bias), out);
         }
         let kernel = self.choose(task(x, (weight, bias), out));
@@ -143,14 +148,16 @@ impl Matmuls {
             out.width()
         );
         out.resize(x.rows());
-        if self.library.is_deterministic() {
-            return Ok(false);
-        }
         let activation = activation_number(activation);
+        let is_one_type = x.dtype() == weight.dtype && out.dtype() == weight.dtype;
+        if self.library.is_deterministic() {
+            let task = task(x, (weight, bias), out);
+            return if is_one_type { self.by_hopper(queue, task, End::Gate(activation)) } else { Ok(false) };
+        }
         if weight.scales().is_some() {
             return self.fp8.multiply_gated((queue, workspace), x, (weight, bias), activation, out);
         }
-        if x.rows() > GEMV_ROWS && x.dtype() == weight.dtype && out.dtype() == weight.dtype {
+        if x.rows() > GEMV_ROWS && is_one_type {
             let task = task(x, (weight, bias), out);
             return self.gated_by_tensor_cores(queue, task, activation);
         }
@@ -175,14 +182,65 @@ impl Matmuls {
             return clusters.multiply(queue, plan, task, Some(activation)).map(|()| true);
         }
         if task.rows > REGISTER_ROWS {
-            return Ok(false);
+            return self.by_hopper(queue, task, End::Gate(activation));
         }
         self.few_rows.multiply_gated(queue, task, activation)
+    }
+
+    /// `out += x weight^T (+ bias)` where that is one launch and quicker; false: it is not.
+    pub(super) fn add(
+        &mut self,
+        queue: &Queue,
+        x: &CudaBuffer,
+        (weight, bias): (&CudaLinear, Option<&CudaVector>),
+        out: &CudaBuffer,
+    ) -> Result<bool, BackendError> {
+        assert!(
+            x.width() == weight.in_features
+                && out.width() == weight.out_features
+                && out.rows() == x.rows()
+                && out.dtype() == DType::F32,
+            "a product of {} rows of {} with {} x {} added to {} rows of {} of {}",
+            x.rows(),
+            x.width(),
+            weight.out_features,
+            weight.in_features,
+            out.rows(),
+            out.width(),
+            out.dtype()
+        );
+        if x.dtype() != weight.dtype {
+            return Ok(false);
+        }
+        self.by_hopper(queue, task(x, (weight, bias), out), End::Add)
+    }
+
+    /// By the kernels for many rows where they are taken; false: they are not.
+    fn by_hopper(&mut self, queue: &Queue, task: Task<'_>, end: End) -> Result<bool, BackendError> {
+        let is_taken = self.takes_hopper(task, end);
+        match &mut self.hoppers {
+            Some(hoppers) if is_taken && !queue.is_dry() => hoppers.multiply(queue, task, end).map(|()| true),
+            _ => Ok(is_taken),
+        }
+    }
+
+    /// Whether the kernels for many rows compute a product: where they are the quickest, and wherever they can where a row's bits
+    /// must not depend on the number of rows.
+    fn takes_hopper(&self, task: Task<'_>, end: End) -> bool {
+        let Some(hoppers) = &self.hoppers else { return false };
+        let is_wanted = self.library.is_deterministic() || hoppers.is_quickest(task);
+        is_wanted && HopperGemms::accepts(task, end)
     }
 
     /// The kernel for a product, by what whole steps took (`step_bench`) and products alone (`cuda_kernels matmul`). Both
     /// tables are in `shard/kernels/README.md`.
     fn choose(&self, task: Task<'_>) -> MatmulKernel {
+        if self.takes_hopper(task, End::Store) {
+            return MatmulKernel::Hopper;
+        }
+        if self.library.is_deterministic() {
+            return MatmulKernel::Library;
+        }
         if task.rows <= GEMV_ROWS && self.gemvs.accepts(task) {
             return MatmulKernel::Gemv;
         }
@@ -201,7 +259,9 @@ impl Matmuls {
         let gemv = self.gemvs.accepts(task).then_some(MatmulKernel::Gemv);
         let few_rows = FewRows::accepts(task).then_some(MatmulKernel::FewRows);
         let cluster = self.cluster(task).map(|(plan, _)| MatmulKernel::Cluster(plan));
-        let own = [gemv, few_rows, cluster].into_iter().flatten();
+        let is_hopper = self.hoppers.is_some() && HopperGemms::accepts(task, End::Store);
+        let hopper = is_hopper.then_some(MatmulKernel::Hopper);
+        let own = [gemv, few_rows, cluster, hopper].into_iter().flatten();
         own.chain([MatmulKernel::Library]).collect()
     }
 
@@ -221,6 +281,10 @@ impl Matmuls {
     ) -> Result<(), BackendError> {
         let task = task(x, (weight, bias), out);
         match (kernel, &mut self.clusters) {
+            (MatmulKernel::Hopper, _) => {
+                let hoppers = self.hoppers.as_mut();
+                hoppers.map_or(Ok(()), |hoppers| hoppers.multiply(queue, task, End::Store))
+            }
             (MatmulKernel::Fp8(kernel), _) => {
                 let tools = (queue, workspace, self.library.blaslt());
                 self.fp8.multiply(tools, kernel, (x, weight, bias), out)

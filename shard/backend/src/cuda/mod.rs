@@ -24,15 +24,22 @@ mod fp8_skinny;
 mod gemv;
 mod graph;
 mod heads;
+mod hopper_gemm;
 mod kv_cache;
 mod launch;
 mod library;
 mod linear;
 mod matmul;
+mod merged;
 mod module;
+mod nccl;
 mod neighbours;
 mod norm;
 mod operations;
+mod peers;
+mod program;
+mod ranks;
+mod recording;
 mod rope;
 mod sampling;
 mod shared_split;
@@ -47,13 +54,14 @@ use std::sync::Arc;
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
 
 pub use buffer::CudaBuffer;
-pub use ceilings::Ceilings;
+pub use ceilings::{Ceilings, MatrixRate};
 pub use cluster_gemm::ClusterPlan;
 pub use experts::CudaExperts;
 pub use fp8_matmul::Fp8Kernel;
 pub use kv_cache::CudaKvCache;
 pub use linear::{CudaLinear, CudaVector};
 pub use matmul::MatmulKernel;
+pub use ranks::RankPath;
 pub use rope::CudaRope;
 pub use step_clock::StepTime;
 
@@ -81,8 +89,12 @@ pub struct CudaOptions {
     pub graph_batches: Vec<usize>,
     /// Every token's result is the same bits whatever is computed beside it, at the cost of speed.
     pub is_deterministic: bool,
+    /// Layers of recorded decode steps are one launch where that is quicker.
+    pub merges_steps: bool,
     /// Threads that copy weights while they are loaded.
     pub loader_threads: usize,
+    /// How ranks exchange.
+    pub rank_path: RankPath,
 }
 
 impl Default for CudaOptions {
@@ -95,7 +107,9 @@ impl Default for CudaOptions {
             max_table_elements: 1 << 20,
             graph_batches,
             is_deterministic: false,
+            merges_steps: true,
             loader_threads: 8,
+            rank_path: RankPath::Auto,
         }
     }
 }
@@ -114,6 +128,8 @@ const WORKSPACE_BYTES: usize = 64 << 20;
 
 /// One rank on one GPU.
 pub struct CudaBackend {
+    // First: work on the stream may wait for the other ranks, and the stream's end waits for its work.
+    ranks: ranks::Ranks,
     options: CudaOptions,
     description: String,
     facts: DeviceFacts,
@@ -127,6 +143,10 @@ pub struct CudaBackend {
     /// What the result of the next operation is for.
     next_weight: Cell<Option<linear::NextWeight>>,
     graphs: Graphs,
+    /// Where layers can be one launch.
+    merged: Option<merged::MergedSteps>,
+    /// What operations launch, while a step is prepared for recording.
+    notes: Option<program::Notes>,
     /// Addresses that graphs hold have changed.
     has_stale_graphs: Cell<bool>,
     norms: norm::Norms,
@@ -138,7 +158,7 @@ pub struct CudaBackend {
     heads: heads::Heads,
     experts: experts::ExpertKernels,
     samplers: sampling::Samplers,
-    /// Where collectives of ranks without a device of their own to meet on happen.
+    /// Where collectives of ranks happen that have no way between their devices.
     host: Vec<f32>,
     // Last, so that everything that uses it is gone before.
     context: Arc<Context>,
@@ -168,7 +188,7 @@ impl CudaBackend {
     ///
     /// # Errors
     /// One line that says what is missing: driver, device, kernels for it, libraries.
-    pub fn new(options: CudaOptions, communicator: Box<dyn Communicator>) -> Result<Self, BackendError> {
+    pub fn new(options: CudaOptions, mut communicator: Box<dyn Communicator>) -> Result<Self, BackendError> {
         let context = Context::new(options.ordinal)?;
         if let Some(others) = context.uuid().ok().and_then(neighbours::on_device) {
             tracing::warn!("device {}: {others}", options.ordinal);
@@ -183,15 +203,21 @@ impl CudaBackend {
         let is_deterministic = options.is_deterministic;
         let (tokens, seqs) = (options.max_step_tokens, options.max_seqs);
         let step = StepInputs::new(&context, tokens, seqs, options.max_table_elements, is_deterministic)?;
+        let mut queue = Queue::new(Stream::new(&context)?, &description);
+        let path = (options.rank_path, is_deterministic);
+        let ranks = ranks::Ranks::meet(&context, communicator.as_mut(), &mut queue, path)?;
         Ok(Self {
             facts,
-            queue: Queue::new(Stream::new(&context)?, &description),
+            queue,
+            ranks,
             description,
             uploader: RefCell::new(None),
             communicator,
             workspace: DeviceMemory::zeroed(&context, WORKSPACE_BYTES, "the workspace")?,
             next_weight: Cell::new(None),
             graphs: Graphs::default(),
+            merged: merged::MergedSteps::load(&context, facts, &options)?,
+            notes: None,
             has_stale_graphs: Cell::new(false),
             norms: norm::Norms::load(&context)?,
             elementwise: elementwise::Elementwise::load(&context)?,
@@ -207,6 +233,11 @@ impl CudaBackend {
             options,
             context,
         })
+    }
+
+    /// The way that ranks exchange by; [`RankPath::Auto`] is our own kernels for short messages and NCCL for long ones.
+    pub fn rank_path(&self) -> RankPath {
+        self.ranks.path()
     }
 
     /// Copies weights: made when the first one comes, gone with the first step.
@@ -233,6 +264,6 @@ impl CudaBackend {
 
     /// Whether steps of one token a sequence are recorded. Collectives that meet on the host cannot be.
     fn records_graphs(&self) -> bool {
-        !self.options.graph_batches.is_empty() && self.communicator.world_size() == 1
+        !self.options.graph_batches.is_empty() && self.ranks.is_on_device()
     }
 }

@@ -225,6 +225,16 @@ impl Function {
         Ok(version >= 90)
     }
 
+    /// Bytes of shared memory of a block that the kernel declares itself.
+    pub(super) fn static_shared_memory(self) -> Result<usize, BackendError> {
+        let mut bytes = 0;
+        let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES;
+        // SAFETY: the function's module is loaded; a place for a number.
+        let code = unsafe { sys::cuFuncGetAttribute(&raw mut bytes, attribute, self.raw) };
+        check("asking for a kernel's shared memory", code)?;
+        Ok(usize::try_from(bytes).unwrap_or(0))
+    }
+
     /// Allows it `bytes` of shared memory where that is more than the 48 KiB every kernel may have.
     pub(super) fn allow_shared_memory(self, bytes: u32) -> Result<(), BackendError> {
         let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;

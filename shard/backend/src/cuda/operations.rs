@@ -4,8 +4,6 @@ use std::ops::Range;
 
 use super::driver::DevicePtr;
 use super::elementwise;
-use super::graph::{Graph, GraphKey, Plan};
-use super::launch::Mode;
 use super::shared_split;
 use super::{CudaBackend, CudaBuffer, CudaExperts, CudaKvCache, CudaLinear, CudaRope, CudaVector};
 use crate::sampling::{Sampled, SamplingRow};
@@ -153,6 +151,7 @@ impl Backend for CudaBackend {
     fn begin_step(&mut self, step: &StepInput) -> Result<(), BackendError> {
         self.context.make_current()?;
         self.finish_uploads()?;
+        self.ranks.finish_joining()?;
         // Afterwards nothing reads the pinned arrays any more.
         self.queue.begin_step()?;
         self.step.upload(self.queue.stream(), step)?;
@@ -166,39 +165,7 @@ impl Backend for CudaBackend {
         part: StepPart,
         mut operations: impl FnMut(&mut Self) -> Result<(), E>,
     ) -> Result<(), E> {
-        if self.has_stale_graphs.take() {
-            self.graphs.clear();
-        }
-        let facts = self.step.facts();
-        let is_recorded = part == StepPart::Layers
-            && facts.is_decode
-            && self.records_graphs()
-            && self.options.graph_batches.contains(&facts.num_seqs);
-        if !is_recorded {
-            return operations(self);
-        }
-        let key = GraphKey { part, rows: facts.num_seqs };
-        match self.graphs.plan(key) {
-            Plan::Eager => return operations(self),
-            Plan::Record => {
-                // A recording takes longer than the step: the device works meanwhile.
-                operations(self)?;
-                Graph::begin(self.queue.stream())?;
-                let result = operations(self);
-                // The stream must not stay in recording, whatever happened.
-                let graph = Graph::end(self.queue.stream());
-                result?;
-                self.graphs.insert(key, graph?);
-            }
-            Plan::Replay => {
-                self.graphs.launch(key, self.queue.stream())?;
-                self.queue.mode = Mode::Dry;
-                let result = operations(self);
-                self.queue.mode = Mode::Launch;
-                result?;
-            }
-        }
-        Ok(())
+        self.run_or_replay(part, &mut operations)
     }
 
     fn embed(
@@ -227,7 +194,10 @@ impl Backend for CudaBackend {
         out: &mut CudaBuffer,
     ) -> Result<(), BackendError> {
         self.next_weight.take();
-        self.norms.rms(&self.queue, x, (weight, eps), out)
+        let begin = self.queue.launched();
+        self.norms.rms(&self.queue, x, (weight, eps), out)?;
+        self.note_norm(begin, (x, None), (weight, eps), out);
+        Ok(())
     }
 
     fn rms_norm_in_place(
@@ -247,12 +217,15 @@ impl Backend for CudaBackend {
         out: &mut CudaBuffer,
     ) -> Result<(), BackendError> {
         let next = self.next_weight.take();
+        let begin = self.queue.launched();
         if next.is_some_and(|next| self.matmuls.rounds(delta.rows(), &next, delta.dtype()))
             && self.norms.add_rms_rounded(&self.queue, (residual, delta), norm, out)?
         {
             return Ok(());
         }
-        self.norms.add_rms(&self.queue, (residual, delta), norm, out)
+        self.norms.add_rms(&self.queue, (residual, delta), norm, out)?;
+        self.note_norm(begin, (residual, Some(delta)), norm, out);
+        Ok(())
     }
 
     fn layer_norm(
@@ -341,7 +314,10 @@ impl Backend for CudaBackend {
         bias: Option<&CudaVector>,
         out: &mut CudaBuffer,
     ) -> Result<(), BackendError> {
-        self.matmuls.matmul(&self.queue, &self.workspace, x, (weight, bias), out)
+        let begin = self.queue.launched();
+        self.matmuls.matmul(&self.queue, &self.workspace, x, (weight, bias), out)?;
+        self.note_product(begin, x, (weight, bias), out);
+        Ok(())
     }
 
     fn gated_matmul(
@@ -352,7 +328,9 @@ impl Backend for CudaBackend {
         (gate_up, out): (&mut CudaBuffer, &mut CudaBuffer),
     ) -> Result<(), BackendError> {
         let next = self.next_weight.take();
+        let begin = self.queue.launched();
         if self.matmuls.gated((&self.queue, &self.workspace), x, (weight, bias), activation, out)? {
+            self.note_gated(begin, x, (weight, bias), activation, out);
             return Ok(());
         }
         self.matmul(x, weight, bias, gate_up)?;
@@ -363,6 +341,15 @@ impl Backend for CudaBackend {
         self.gated_activation(gate_up, activation, out)
     }
 
+    fn add_matmul(
+        &mut self,
+        x: &CudaBuffer,
+        (weight, bias): (&CudaLinear, Option<&CudaVector>),
+        out: &mut CudaBuffer,
+    ) -> Result<bool, BackendError> {
+        self.matmuls.add(&self.queue, x, (weight, bias), out)
+    }
+
     fn rope_and_store_kv(
         &mut self,
         qkv: &mut CudaBuffer,
@@ -371,7 +358,10 @@ impl Backend for CudaBackend {
         layer: usize,
         cache: &mut CudaKvCache,
     ) -> Result<(), BackendError> {
-        self.ropes.rotate_and_store(&self.queue, &self.step, (qkv, rope, shape), (layer, cache))
+        let begin = self.queue.launched();
+        self.ropes.rotate_and_store(&self.queue, &self.step, (qkv, rope, shape), (layer, cache))?;
+        self.note_rope(begin, qkv, rope, (layer, cache));
+        Ok(())
     }
 
     fn comes_next(&self, weight: &CudaLinear) {
@@ -387,7 +377,10 @@ impl Backend for CudaBackend {
         out: &mut CudaBuffer,
     ) -> Result<(), BackendError> {
         let (queue, step, workspace) = (&self.queue, &self.step, &self.workspace);
-        self.attentions.attend((queue, step, workspace), (qkv, shape), (layer, cache), out)
+        let begin = queue.launched();
+        self.attentions.attend((queue, step, workspace), (qkv, shape), (layer, cache), out)?;
+        self.note_attention(begin, (qkv, shape), (layer, cache), out);
+        Ok(())
     }
 
     fn gated_activation(
@@ -442,7 +435,7 @@ impl Backend for CudaBackend {
     }
 
     fn all_reduce(&mut self, x: &mut CudaBuffer) -> Result<(), BackendError> {
-        if self.communicator.world_size() == 1 {
+        if self.ranks.all_reduce(&self.queue, x)? {
             return Ok(());
         }
         self.host = self.read(x)?;
@@ -457,8 +450,11 @@ impl Backend for CudaBackend {
         widths: &[usize],
         out: &mut CudaBuffer,
     ) -> Result<(), BackendError> {
-        let values = self.read(local)?;
         out.resize(local.rows());
+        if self.ranks.all_gather(&self.queue, local, widths, out)? {
+            return Ok(());
+        }
+        let values = self.read(local)?;
         let mut all = vec![0.0; out.rows() * out.width()];
         self.communicator.all_gather(&values, local.rows(), widths, &mut all)?;
         self.write(out, &all)

@@ -7,6 +7,7 @@ use cudarc::driver::sys::CUdevice_attribute as Attribute;
 use super::driver::{Context, DeviceMemory, DevicePtr};
 use super::launch::{Argument, Launch, Queue, args};
 use super::module::{ByCache, Module};
+use super::program::PlainRope;
 use super::step::StepInputs;
 use super::upload::Uploader;
 use super::{CudaBuffer, CudaKvCache};
@@ -100,6 +101,16 @@ impl CudaRope {
             device.long_inv_freq = memory.ptr() + (pairs * size_of::<f32>()) as DevicePtr;
         }
         Ok(Self { frequencies: device, _tables: memory })
+    }
+
+    /// What it is, if it turns halves and never changes.
+    pub(super) fn plain(&self) -> Option<PlainRope> {
+        let Frequencies { inv_freq, pairs, is_interleaved, long_context, scale, .. } = self.frequencies;
+        (is_interleaved == 0 && long_context == 0).then_some(PlainRope {
+            inv_freq,
+            pairs: pairs as usize,
+            scale,
+        })
     }
 }
 

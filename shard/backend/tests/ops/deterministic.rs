@@ -6,7 +6,8 @@ use backend::{Activation, Backend, DType, HeadColumns, RouterScores, Routing, We
 
 use crate::cases::{Random, cuda, matrix, random_as, upload, upload_as};
 
-fn backend() -> Option<CudaBackend> {
+/// Such a backend, where there is a device.
+pub(crate) fn backend() -> Option<CudaBackend> {
     // Says why there is none.
     cuda()?;
     let options = CudaOptions { is_deterministic: true, ..CudaOptions::default() };
@@ -77,6 +78,25 @@ fn gated_products_do_not_depend_on_the_batch() {
             let mut out = upload_as(backend, &vec![f32::NAN; rows * width], width, dtype);
             let weight = (&packed, None);
             backend.gated_matmul(&input, weight, Activation::Silu, (&mut gate_up, &mut out)).unwrap();
+            backend.read(&out).unwrap()
+        });
+    }
+}
+
+#[test]
+fn products_that_are_added_do_not_depend_on_the_batch() {
+    let Some(mut backend) = backend() else { return };
+    let mut random = Random(15);
+    let (inputs, outputs) = (1032, 520);
+    for dtype in [DType::BF16, DType::F16] {
+        let weight = random.vector(outputs * inputs);
+        let packed = backend.linear(&[matrix(&weight, outputs, inputs, dtype)], dtype).unwrap();
+        let x = random_as(&mut random, 200 * inputs, dtype);
+        is_invariant(&mut backend, &format!("added, {dtype}"), (&x, inputs), |backend, x| {
+            let rows = x.len() / inputs;
+            let input = upload_as(backend, x, inputs, dtype);
+            let mut out = upload_as(backend, &vec![0.5; rows * outputs], outputs, DType::F32);
+            backend.add_matmul(&input, (&packed, None), &mut out).unwrap();
             backend.read(&out).unwrap()
         });
     }

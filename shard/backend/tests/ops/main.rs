@@ -6,6 +6,7 @@
 mod activation;
 mod attention;
 mod cases;
+mod compact;
 #[cfg(feature = "cuda")]
 mod deterministic;
 mod embedding;
@@ -16,8 +17,12 @@ mod fp8;
 mod heads;
 mod many_rows;
 mod matmul;
+#[cfg(feature = "cuda")]
+mod merged;
 mod norm;
 mod quantized;
+#[cfg(feature = "cuda")]
+mod ranks;
 mod rope;
 mod sampling;
 mod sampling_distribution;

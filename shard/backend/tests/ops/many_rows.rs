@@ -26,11 +26,17 @@ fn reference(x: &[f32], weight: &[f32], inputs: usize) -> (Vec<f64>, Vec<f64>) {
 
 /// Whether float32 activations are multiplied as they are, to the accuracy of these tests; on a GPU they are rounded to the
 /// weights' type first, and `matmul` has its products.
-fn keeps_activations<B: Backend>(backend: &B) -> bool {
+pub(crate) fn keeps_activations<B: Backend>(backend: &B) -> bool {
     backend.device().device_type == "cpu"
 }
 
-fn check<B: Backend>(backend: &mut B, what: &str, x: &[f32], values: &[f32], inputs: usize) -> Vec<f32> {
+pub(crate) fn check<B: Backend>(
+    backend: &mut B,
+    what: &str,
+    x: &[f32],
+    values: &[f32],
+    inputs: usize,
+) -> Vec<f32> {
     let (rows, outputs) = (x.len() / inputs, values.len() / inputs);
     let weight: Vec<f32> = values.iter().map(|&x| rounded(x, DType::BF16)).collect();
     let input = upload(backend, x, inputs);

@@ -38,7 +38,7 @@ fn check_product<B: Backend>(
     let weight: Vec<f32> = values.iter().map(|&x| rounded(rounded(x, stored), dtype)).collect();
     let beside = activations_beside(backend, dtype);
     let x = random_as(random, rows * inputs, beside);
-    let bias = (outputs % 2 == 1).then(|| random.vector(outputs));
+    let bias = (outputs % 2 == 1 || outputs % 24 == 0).then(|| random.vector(outputs));
     let input = upload_as(backend, &x, inputs, beside);
     let packed = backend.linear(&[matrix(&values, outputs, inputs, stored)], dtype).unwrap();
     let bias_vector = bias.clone().map(|bias| backend.vector(bias).unwrap());
@@ -108,6 +108,11 @@ fn agrees_when_shared_out<B: Backend>(backend: &mut B) {
             (65, 456, 901),
             (128, 1024, 257),
             (129, 264, 390),
+            // Many rows: whole tiles, rests, and rows that bulk copies cannot take.
+            (512, 64, 512),
+            (513, 200, 264),
+            (700, 72, 1000),
+            (600, 36, 260),
         ] {
             check_product(backend, &mut random, shape, (dtype, dtype));
         }
@@ -158,6 +163,17 @@ fn every_kernel_agrees_with_plain_sums() {
     }
 }
 
+/// What computes many rows quickest is taken for any number of them where a row's bits must not depend on it.
+#[cfg(feature = "cuda")]
+#[test]
+fn batch_invariant_products_agree_with_plain_sums() {
+    let Some(mut backend) = crate::deterministic::backend() else { return };
+    eprintln!("on CUDA, batch-invariant");
+    agrees_when_shared_out(&mut backend);
+    gates_what_it_multiplies(&mut backend);
+    adds_what_it_multiplies(&mut backend);
+}
+
 /// SiLU or GELU by tanh, and how much a value moves by its argument's relative change.
 fn activated(activation: Activation, x: f64) -> (f64, f64) {
     let of = |x: f64| match activation {
@@ -183,6 +199,7 @@ fn gates_what_it_multiplies<B: Backend>(backend: &mut B) {
             (30, 776, 333),
             (64, 1024, 96),
             (90, 72, 70),
+            (600, 40, 264),
         ] {
             if has_fixed_point && dtype == DType::BF16 && rows >= FIXED_ROWS {
                 continue;
@@ -235,6 +252,39 @@ fn gates_what_it_multiplies<B: Backend>(backend: &mut B) {
 #[test]
 fn gated_matmul_activates_what_it_multiplies() {
     on_every_backend!(gates_what_it_multiplies);
+}
+
+/// A product added to what is there, or nothing done.
+fn adds_what_it_multiplies<B: Backend>(backend: &mut B) {
+    let mut random = Random(8);
+    for dtype in [DType::BF16, DType::F16] {
+        let beside = activations_beside(backend, dtype);
+        for (rows, inputs, outputs) in [(1, 64, 48), (40, 136, 512), (600, 72, 264), (513, 1032, 256)] {
+            let values = random_as(&mut random, outputs * inputs, dtype);
+            let x = random_as(&mut random, rows * inputs, beside);
+            let before = random.vector(rows * outputs);
+            let bias = (outputs % 3 == 0).then(|| random.vector(outputs));
+            let input = upload_as(backend, &x, inputs, beside);
+            let packed = backend.linear(&[matrix(&values, outputs, inputs, dtype)], dtype).unwrap();
+            let bias_vector = bias.clone().map(|bias| backend.vector(bias).unwrap());
+            let mut out = upload_as(backend, &before, outputs, DType::F32);
+            let what = format!("{rows} x {inputs} -> {outputs}, {dtype} added");
+            if !backend.add_matmul(&input, (&packed, bias_vector.as_ref()), &mut out).unwrap() {
+                assert_eq!(backend.read(&out).unwrap(), before, "{what}: nothing is done");
+                continue;
+            }
+            let (sums, mut magnitudes) = reference(&x, &values, bias.as_deref(), inputs);
+            let expected: Vec<f64> = sums.iter().zip(&before).map(|(a, &b)| a + f64::from(b)).collect();
+            magnitudes.iter_mut().zip(&before).for_each(|(size, &b)| *size += f64::from(b.abs()));
+            let found = backend.read(&out).unwrap();
+            assert_close(&what, &found, &expected, &magnitudes, tolerances::matmul(dtype));
+        }
+    }
+}
+
+#[test]
+fn add_matmul_adds_all_or_nothing() {
+    on_every_backend!(adds_what_it_multiplies);
 }
 
 /// A rank's window of a larger matrix, at an odd address, stacked on others of other types.

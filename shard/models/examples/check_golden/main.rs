@@ -1,7 +1,7 @@
 //! Compares a model with reference outputs: tokens, and log-probabilities.
 //!
 //!     cargo run --release -p models --example check_golden -- MODEL GOLDEN [--ranks N] [--threads N] [--dtype D] [--chunk N] [--batch N]
-//!         [--device cpu|cuda] [--quantize fp8] [--kv-cache-dtype fp8_e4m3fn|fp8_e5m2]
+//!         [--device cpu|cuda] [--rank R --rendezvous SOCKET] [--quantize fp8] [--kv-cache-dtype fp8_e4m3fn|fp8_e5m2]
 //!
 //! MODEL is a directory or a .gguf file. GOLDEN is JSON: either an object with a list `prompts`, or one object a line. Read
 //! are, of each prompt: `input_ids`, `generated_ids` (greedy), `logprobs` and `gaps` of the generated ids (gap: best minus
@@ -9,7 +9,8 @@
 //! (log-probability of each prompt token, the first null).
 //!
 //! Ids are compared up to the first gap below 0.02: past a near-tie either choice is right and the texts part.
-//! `--ranks` splits the model over that many threads that meet through shared memory as processes would; `--chunk` cuts
+//! `--ranks` splits the model over that many threads that meet through shared memory as processes would; with `--rank` this process
+//! is one of them, as ranks on GPUs have to be. `--chunk` cuts
 //! prompts into steps of at most that many tokens, `--batch` computes so many prompts in the same steps. Exit code 1 when an id differs.
 
 mod batch;
@@ -46,6 +47,10 @@ struct Arguments {
     near_tie: f64,
     quantize: Option<Quantize>,
     kv_dtype: Option<KvDType>,
+    /// The only rank in this process.
+    rank: Option<usize>,
+    /// Where it meets the others.
+    rendezvous: PathBuf,
 }
 
 fn main() -> ExitCode {
@@ -63,10 +68,13 @@ fn run() -> Result<bool, Failure> {
     let arguments = parse_arguments()?;
     let cases = read_cases(&arguments.golden)?;
     let folder = tempfile::tempdir()?;
-    let socket = folder.path().join("rendezvous");
+    let (socket, own) = match arguments.rank {
+        Some(rank) => (arguments.rendezvous.clone(), rank..rank + 1),
+        None => (folder.path().join("rendezvous"), 0..arguments.ranks),
+    };
     let (arguments, cases) = (&arguments, cases.as_slice());
     let mut results = std::thread::scope(|scope| {
-        let ranks: Vec<_> = (0..arguments.ranks)
+        let ranks: Vec<_> = own
             .map(|rank| {
                 let socket = socket.clone();
                 scope.spawn(move || run_rank(arguments, cases, rank, socket))
@@ -198,7 +206,7 @@ fn print_table(cases: &[Case], outcomes: &[Outcome]) {
 }
 
 fn parse_arguments() -> Result<Arguments, Failure> {
-    const USAGE: &str = "usage: check_golden MODEL GOLDEN [--ranks N] [--threads N] [--dtype float32|bfloat16|float16] [--chunk N] [--batch N] [--device cpu|cuda] [--near-tie GAP] [--quantize fp8] [--kv-cache-dtype fp8_e4m3fn|fp8_e5m2]";
+    const USAGE: &str = "usage: check_golden MODEL GOLDEN [--ranks N] [--threads N] [--dtype float32|bfloat16|float16] [--chunk N] [--batch N] [--device cpu|cuda] [--rank R --rendezvous SOCKET] [--near-tie GAP] [--quantize fp8] [--kv-cache-dtype fp8_e4m3fn|fp8_e5m2]";
     let mut positional = Vec::new();
     let mut arguments = Arguments {
         model: String::new(),
@@ -212,6 +220,8 @@ fn parse_arguments() -> Result<Arguments, Failure> {
         near_tie: NEAR_TIE,
         quantize: None,
         kv_dtype: None,
+        rank: None,
+        rendezvous: PathBuf::new(),
     };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
@@ -228,6 +238,8 @@ fn parse_arguments() -> Result<Arguments, Failure> {
             "--device" if matches!(value.as_str(), "cpu" | "cuda") => arguments.is_cuda = value == "cuda",
             "--quantize" => arguments.quantize = Some(Quantize::from_name(&value).ok_or(USAGE)?),
             "--kv-cache-dtype" => arguments.kv_dtype = Some(KvDType::from_fp8_name(&value).ok_or(USAGE)?),
+            "--rank" => arguments.rank = Some(value.parse()?),
+            "--rendezvous" => arguments.rendezvous = value.into(),
             "--near-tie" => arguments.near_tie = value.parse()?,
             "--dtype" => arguments.dtype = Some(DType::from_name(&value).ok_or(USAGE)?),
             _ => return Err(USAGE.into()),

@@ -1,19 +1,22 @@
 //! How long the steps of a model take on a GPU, beside what the hardware allows.
 //!
-//!     cargo run --release -p models --features cuda --example step_bench -- MODEL_DIR [--context N] [--steps N] [--decode 1,8,32] [--prefill 1x128,8x2048] [--deterministic] [--json FILE]
+//!     cargo run --release -p models --features cuda --example step_bench -- MODEL_DIR [--context N] [--steps N] [--decode 1,8,32] [--prefill 1x128,8x2048] [--deterministic] [--launch-by-launch] [--json FILE]
 //!         [--quantize fp8] [--kv-cache-dtype fp8_e4m3fn|fp8_e5m2]
+//!         [--rank R/N --rendezvous SOCKET [--rank-path auto|peers|nccl|host]]
 //!
-//! A step is everything the engine does with a model: inputs up, all layers, logits, a token chosen for each sequence and
+//! With `--rank` it is one of N processes that share a model, each with a device of its own (CUDA_VISIBLE_DEVICES); the floor is then
+//! that of an N-th of the bytes and FLOPs. A step is everything the engine does with a model: inputs up, all layers, logits, a token chosen for each sequence and
 //! brought back, with the share of the time in which the device waited between two of them (by its own clock). Floor: the bytes it must read (weights, and the keys and values of the context) over the read bandwidth, or
-//! its FLOPs over the matrix rate, whichever is longer; both are measured in the same run. Medians.
+//! its FLOPs over the matrix rate, whichever is longer; both are measured in the same run. The matrix rate is that of a burst of
+//! 15 ms; a prompt's sustained floor takes the rate that the device can keep for 0.3 s, which its power limits. Medians.
 
 #![allow(clippy::print_stdout, reason = "the table is what it is for")]
 
 use std::error::Error;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use backend::collectives::Single;
-use backend::cuda::{Ceilings, CudaBackend, CudaOptions, StepTime};
+use backend::collectives::shm::{Rendezvous, join};
+use backend::cuda::{Ceilings, CudaBackend, CudaOptions, MatrixRate, RankPath, StepTime};
 use backend::sampling::{SamplingParams, SamplingRow};
 use backend::{Backend, DType, KvDType, StepInput};
 use models::spec::{DecoderSpec, ExpectedTensor, MixerSpec};
@@ -21,7 +24,7 @@ use models::{CausalLm, Decoder, LoadOptions, Quantize, decoder_spec, load};
 
 type Failure = Box<dyn Error + Send + Sync>;
 
-const USAGE: &str = "usage: step_bench MODEL_DIR [--context N] [--steps N] [--decode 1,8,32] [--prefill 1x128,8x2048] [--deterministic] [--json FILE] [--quantize fp8] [--kv-cache-dtype fp8_e4m3fn|fp8_e5m2]";
+const USAGE: &str = "usage: step_bench MODEL_DIR [--context N] [--steps N] [--decode 1,8,32] [--prefill 1x128,8x2048] [--deterministic] [--launch-by-launch] [--json FILE] [--quantize fp8] [--kv-cache-dtype fp8_e4m3fn|fp8_e5m2] [--rank R/N --rendezvous SOCKET [--rank-path auto|peers|nccl|host]]";
 const BLOCK_SIZE: usize = 16;
 /// Decode steps that are not counted.
 const WARM_STEPS: usize = 4;
@@ -44,24 +47,44 @@ struct Arguments {
     prefill: Vec<(usize, usize)>,
     /// Batch-invariant arithmetic.
     is_deterministic: bool,
+    /// No step is merged into one launch.
+    is_launch_by_launch: bool,
     json: Option<String>,
     quantize: Option<Quantize>,
     kv_dtype: Option<KvDType>,
+    /// This rank, of how many.
+    rank: (usize, usize),
+    rendezvous: String,
+    rank_path: RankPath,
 }
 
 fn main() -> Result<(), Failure> {
     let arguments = parse_arguments()?;
+    let communicator = join(&Rendezvous {
+        socket: arguments.rendezvous.clone().into(),
+        rank: arguments.rank.0,
+        world_size: arguments.rank.1,
+        fingerprint: "step_bench".to_owned(),
+        timeout: Duration::from_secs(60),
+    })?;
     let begin = Instant::now();
-    let options = CudaOptions { is_deterministic: arguments.is_deterministic, ..CudaOptions::default() };
-    let mut backend = CudaBackend::new(options, Box::new(Single))?;
+    let options = CudaOptions {
+        is_deterministic: arguments.is_deterministic,
+        merges_steps: !arguments.is_launch_by_launch,
+        rank_path: arguments.rank_path,
+        ..CudaOptions::default()
+    };
+    let mut backend = CudaBackend::new(options, Box::new(communicator))?;
     let opened = begin.elapsed().as_secs_f64();
     let ceilings = backend.measure_ceilings()?;
     println!(
-        "{}: reads {:.0} GB/s, multiplies {:.0} TFLOP/s in bf16, {:.0} in fp8; opened in {opened:.2} s",
+        "{}: reads {:.0} GB/s, multiplies {:.0} TFLOP/s in bf16 ({:.0} for 0.3 s), {:.0} ({:.0}) in fp8; opened in {opened:.2} s",
         backend.device().description,
         ceilings.read_bytes_per_second / 1e9,
-        ceilings.bf16_flops / 1e12,
-        ceilings.fp8_flops.unwrap_or(0.0) / 1e12
+        ceilings.bf16.burst / 1e12,
+        ceilings.bf16.sustained / 1e12,
+        ceilings.fp8.map_or(0.0, |rate| rate.burst) / 1e12,
+        ceilings.fp8.map_or(0.0, |rate| rate.sustained) / 1e12
     );
     let model = hub::ModelRef { model_id: arguments.model.clone(), revision: None };
     let files = hub::locate(&model, &hub::HubOptions::default())?;
@@ -70,7 +93,8 @@ fn main() -> Result<(), Failure> {
     let options =
         LoadOptions { max_rows_sampled: 256, threads: 8, quantize, kv_dtype, ..LoadOptions::default() };
     let mut decoder = load(backend, &files, &options)?;
-    let work = Work::new(&decoder_spec(&files.config()?)?, decoder.info().dtype, quantize, &ceilings);
+    let spec = decoder_spec(&files.config()?)?;
+    let work = Work::new(&spec, decoder.info().dtype, quantize, &ceilings).shared_by(arguments.rank.1);
     println!("loaded in {:.2} s", begin.elapsed().as_secs_f64());
     let largest = arguments.decode.iter().map(|batch| batch * (arguments.context + arguments.steps + 16));
     let prompts = arguments.prefill.iter().map(|(count, len)| count * len);
@@ -89,10 +113,13 @@ fn main() -> Result<(), Failure> {
             "model": arguments.model,
             "context": arguments.context,
             "read_bytes_per_second": ceilings.read_bytes_per_second,
-            "bf16_flops": ceilings.bf16_flops,
-            "fp8_flops": ceilings.fp8_flops,
+            "bf16_flops": ceilings.bf16.burst,
+            "bf16_sustained_flops": ceilings.bf16.sustained,
+            "fp8_flops": ceilings.fp8.map(|rate| rate.burst),
+            "fp8_sustained_flops": ceilings.fp8.map(|rate| rate.sustained),
             "quantize": arguments.quantize.map(Quantize::name),
             "kv_cache_dtype": arguments.kv_dtype.map(KvDType::name),
+            "ranks": arguments.rank.1,
             "results": results,
         });
         std::fs::write(path, serde_json::to_vec_pretty(&report)?)?;
@@ -191,17 +218,21 @@ fn prefill(
     // Half of the pairs of tokens count: a token sees none after it.
     let attention = count as f64 * 2.0 * (len * len) as f64 * work.attention_width as f64;
     let flops = (count * len) as f64 * work.flops_a_token + attention;
-    let floor = (flops / work.flops).max(work.weight_bytes as f64 / ceilings.read_bytes_per_second);
+    let floor_at = |rate: f64| (flops / rate).max(work.weight_bytes as f64 / ceilings.read_bytes_per_second);
+    let (floor, sustained) = (floor_at(work.rate.burst), floor_at(work.rate.sustained));
     println!(
-        "prefill {count:>3} x {len:>5}: {:.2} ms, floor {:.2} ms: {:.3} x; {:.0} tokens/s",
+        "prefill {count:>3} x {len:>5}: {:.2} ms, floor {:.2} ms: {:.3} x; sustained floor {:.2} ms: {:.3} x; {:.0} tokens/s",
         median * 1e3,
         floor * 1e3,
         median / floor,
+        sustained * 1e3,
+        median / sustained,
         (count * len) as f64 / median
     );
     Ok(
         serde_json::json!({"what": "prefill", "prompts": count, "tokens": len, "ms": median * 1e3, "floor_ms": floor * 1e3,
-        "ratio": median / floor, "runs_ms": seconds.iter().map(|s| s * 1e3).collect::<Vec<_>>()}),
+        "ratio": median / floor, "sustained_floor_ms": sustained * 1e3, "sustained_ratio": median / sustained,
+        "runs_ms": seconds.iter().map(|s| s * 1e3).collect::<Vec<_>>()}),
     )
 }
 
@@ -240,8 +271,8 @@ struct Work {
     weight_bytes: usize,
     /// FLOPs of a prompt's token in matrix products; logits are computed for few tokens.
     flops_a_token: f64,
-    /// FLOPs a second of matrix products with such weights.
-    flops: f64,
+    /// Of matrix products with such weights.
+    rate: MatrixRate,
     /// Elements of all query heads of all layers: 4 FLOPs each for every pair of tokens.
     attention_width: usize,
 }
@@ -265,15 +296,25 @@ impl Work {
                 MixerSpec::LatentAttention(_) => 0,
             })
             .sum();
-        let (bytes, flops) = match quantize {
-            Some(_) => (1, ceilings.fp8_flops.unwrap_or(ceilings.bf16_flops)),
-            None => (dtype.size_bytes(), ceilings.bf16_flops),
+        let (bytes, rate) = match quantize {
+            Some(_) => (1, ceilings.fp8.unwrap_or(ceilings.bf16)),
+            None => (dtype.size_bytes(), ceilings.bf16),
         };
         Self {
             weight_bytes: elements * bytes + spec.vocab_size * spec.hidden_size * dtype.size_bytes(),
-            flops,
+            rate,
             flops_a_token: 2.0 * elements as f64,
             attention_width,
+        }
+    }
+
+    /// One rank's part of it.
+    fn shared_by(self, ranks: usize) -> Self {
+        Self {
+            weight_bytes: self.weight_bytes / ranks,
+            flops_a_token: self.flops_a_token / ranks as f64,
+            attention_width: self.attention_width / ranks,
+            ..self
         }
     }
 }
@@ -297,9 +338,13 @@ fn parse_arguments() -> Result<Arguments, Failure> {
         decode: vec![1, 8, 32, 128],
         prefill: vec![(1, 128), (1, 1024), (1, 4096), (8, 2048)],
         is_deterministic: false,
+        is_launch_by_launch: false,
         json: None,
         quantize: None,
         kv_dtype: None,
+        rank: (0, 1),
+        rendezvous: String::new(),
+        rank_path: RankPath::Auto,
     };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
@@ -309,6 +354,10 @@ fn parse_arguments() -> Result<Arguments, Failure> {
         }
         if word == "--deterministic" {
             arguments.is_deterministic = true;
+            continue;
+        }
+        if word == "--launch-by-launch" {
+            arguments.is_launch_by_launch = true;
             continue;
         }
         let value = words.next().ok_or(USAGE)?;
@@ -328,6 +377,12 @@ fn parse_arguments() -> Result<Arguments, Failure> {
             "--quantize" => arguments.quantize = Some(Quantize::from_name(&value).ok_or(USAGE)?),
             "--kv-cache-dtype" => arguments.kv_dtype = Some(KvDType::from_fp8_name(&value).ok_or(USAGE)?),
             "--json" => arguments.json = Some(value),
+            "--rank" => {
+                let (rank, ranks) = value.split_once('/').ok_or(USAGE)?;
+                arguments.rank = (rank.parse()?, ranks.parse::<usize>()?.max(1));
+            }
+            "--rendezvous" => arguments.rendezvous = value,
+            "--rank-path" => arguments.rank_path = RankPath::from_name(&value).ok_or(USAGE)?,
             _ => return Err(USAGE.into()),
         }
     }

@@ -4,7 +4,7 @@ use backend::{Alibi, AttentionShape, Backend};
 
 use super::linear::{ColumnPart, Linear};
 use super::qk_norm::QkNorm;
-use super::{Loader, Role, Scratch};
+use super::{InputOutput, Loader, Role, Scratch};
 use crate::ModelError;
 use crate::spec::AttentionSpec;
 use crate::tensor_parallel::{HeadSplit, split_heads};
@@ -85,7 +85,7 @@ impl<B: Backend> Attention<B> {
     pub(crate) fn forward(
         &self,
         backend: &mut B,
-        (x, out): (&B::Buffer, &mut B::Buffer),
+        (x, out): InputOutput<'_, B>,
         scratch: &mut Scratch<B>,
         cache: &mut B::KvCache,
     ) -> Result<(), ModelError> {
@@ -101,6 +101,6 @@ impl<B: Backend> Attention<B> {
         let (rope, layer) = (self.rope.map(|index| &ropes[index]), self.cache_layer);
         backend.rope_and_store_kv(qkv, rope, &self.shape, layer, cache)?;
         backend.attention(qkv, &self.shape, layer, cache, heads)?;
-        self.o_proj.forward(backend, heads, out)
+        out.project(backend, &self.o_proj, heads)
     }
 }

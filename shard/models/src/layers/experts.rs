@@ -4,7 +4,7 @@ use backend::{Activation, Backend, RouterScores, Routing, WeightNormalization};
 
 use super::linear::{ColumnPart, Linear};
 use super::mlp::Mlp;
-use super::{InputOutput, Loader, Role, Scratch};
+use super::{Loader, Output, Role, Scratch};
 use crate::ModelError;
 use crate::spec::{ExpertsSpec, GatedSpec, LinearSpec, MlpSpec, SharedExpertSpec};
 use crate::tensor_parallel::split_tiles;
@@ -78,14 +78,14 @@ impl<B: Backend> Experts<B> {
     pub(super) fn forward(
         &self,
         backend: &mut B,
-        (x, out): InputOutput<'_, B>,
+        (x, out): (&B::Buffer, &mut B::Buffer),
         scratch: &mut Scratch<B>,
     ) -> Result<(), ModelError> {
         let Some(Shared { expert, routed_out }) = &self.shared else {
             return self.routed.forward(backend, (x, out), scratch.one(self.routed.router_logits));
         };
         match expert {
-            SharedExpert::Plain(mlp) => mlp.forward(backend, (x, out), scratch)?,
+            SharedExpert::Plain(mlp) => mlp.forward(backend, (x, Output::to(out)), scratch)?,
             SharedExpert::Weighed(expert) => {
                 expert.forward(backend, (x, out), scratch.one(expert.router_logits))?;
             }
@@ -131,7 +131,7 @@ impl<B: Backend> Routed<B> {
     fn forward(
         &self,
         backend: &mut B,
-        (x, out): InputOutput<'_, B>,
+        (x, out): (&B::Buffer, &mut B::Buffer),
         router_logits: &mut B::Buffer,
     ) -> Result<(), ModelError> {
         self.router.forward(backend, x, router_logits)?;

@@ -152,7 +152,7 @@ impl<B: Backend> LatentAttention<B> {
         let from = HeadColumns { first: rotary, stride: self.shape.head_dim, width: latent };
         let to = HeadColumns { first: 0, stride: value, width: value };
         backend.matmul_heads((mixed, from), &self.value_up, (values, to))?;
-        self.o_proj.forward(backend, values, out)
+        out.project(backend, &self.o_proj, values)
     }
 
     /// Brings the queries to the form that meets the cache.

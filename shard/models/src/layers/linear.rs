@@ -129,6 +129,17 @@ impl<B: Backend> Linear<B> {
         Ok(backend.matmul(x, &self.weight, self.bias.as_ref(), out)?)
     }
 
+    /// Adds the result to `out`, `[rows, out_features]` of float32; false: the device does not do that at once, and nothing has
+    /// happened.
+    pub(super) fn forward_adding(
+        &self,
+        backend: &mut B,
+        x: &B::Buffer,
+        out: &mut B::Buffer,
+    ) -> Result<bool, ModelError> {
+        Ok(backend.add_matmul(x, (&self.weight, self.bias.as_ref()), out)?)
+    }
+
     /// `out = activation(gate) * up`, where this projection gives gate and up side by side; `gate_up` is room for them.
     pub(super) fn forward_gated(
         &self,

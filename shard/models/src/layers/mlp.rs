@@ -4,7 +4,7 @@ use backend::{Activation, Backend};
 
 use super::experts::Experts;
 use super::linear::{ColumnPart, Linear};
-use super::{Loader, Role, Scratch};
+use super::{InputOutput, Loader, Role, Scratch};
 use crate::ModelError;
 use crate::spec::MlpSpec;
 use crate::tensor_parallel::split_tiles;
@@ -90,7 +90,7 @@ impl<B: Backend> Mlp<B> {
     pub(crate) fn forward(
         &self,
         backend: &mut B,
-        (x, out): (&B::Buffer, &mut B::Buffer),
+        (x, out): InputOutput<'_, B>,
         scratch: &mut Scratch<B>,
     ) -> Result<(), ModelError> {
         match self {
@@ -98,15 +98,15 @@ impl<B: Backend> Mlp<B> {
                 let (gate_up, activated) = scratch.pair(*gate_up, *activated);
                 down_proj.comes_next(backend);
                 gate_up_proj.forward_gated(backend, x, *activation, (gate_up, activated))?;
-                down_proj.forward(backend, activated, out)
+                out.project(backend, down_proj, activated)
             }
             Mlp::Plain { up_proj, activation, down_proj, inner } => {
                 let inner = scratch.one(*inner);
                 up_proj.forward(backend, x, inner)?;
                 backend.activate(inner, *activation)?;
-                down_proj.forward(backend, inner, out)
+                out.project(backend, down_proj, inner)
             }
-            Mlp::Experts(experts) => experts.forward(backend, (x, out), scratch),
+            Mlp::Experts(experts) => experts.forward(backend, (x, out.buffer()), scratch),
         }
     }
 }

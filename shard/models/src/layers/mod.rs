@@ -22,6 +22,7 @@ pub(crate) use latent_attention::LatentAttention;
 pub(crate) use linear::Linear;
 pub(crate) use mlp::Mlp;
 pub(crate) use norm::Norm;
+use residual::Output;
 pub(crate) use residual::{InputOutput, Residual, Stream};
 
 use crate::ModelError;

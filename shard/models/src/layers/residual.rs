@@ -71,13 +71,53 @@ impl<B: Backend> Branch<B> {
             multiplier: spec.multiplier,
         })
     }
+
+    /// Whether a part's result is added as it is, and its input is not the stream itself.
+    fn adds_at_once(&self) -> bool {
+        self.norm.is_some() && self.post_norm.is_none() && self.multiplier == 1.0
+    }
 }
 
 /// Where the next part of a layer reads and writes.
-pub(crate) type InputOutput<'a, B> = (&'a <B as Backend>::Buffer, &'a mut <B as Backend>::Buffer);
+pub(crate) type InputOutput<'a, B> = (&'a <B as Backend>::Buffer, Output<'a, B>);
+
+/// Where a part of a layer writes.
+pub(crate) struct Output<'a, B: Backend> {
+    delta: &'a mut B::Buffer,
+    /// Where nothing is done to a part's result but adding it: the stream, and whether `delta` is still to be added to it.
+    stream: Option<(&'a mut B::Buffer, &'a mut bool)>,
+}
+
+impl<'a, B: Backend> Output<'a, B> {
+    /// A buffer that the result is to be written to.
+    pub(crate) fn to(delta: &'a mut B::Buffer) -> Self {
+        Self { delta, stream: None }
+    }
+
+    /// The buffer, for what is no projection.
+    pub(crate) fn buffer(self) -> &'a mut B::Buffer {
+        self.delta
+    }
+
+    /// The part's last projection: added to the stream at once where the device can do that, else written.
+    pub(crate) fn project(
+        self,
+        backend: &mut B,
+        projection: &Linear<B>,
+        x: &B::Buffer,
+    ) -> Result<(), ModelError> {
+        if let Some((stream, is_pending)) = self.stream
+            && projection.forward_adding(backend, x, stream)?
+        {
+            *is_pending = false;
+            return Ok(());
+        }
+        projection.forward(backend, x, self.delta)
+    }
+}
 
 /// The stream that layers add to. What a layer adds stays in `delta` until the next norm, which adds and normalises in one
-/// pass over memory.
+/// pass over memory, unless the product that gives it added it already.
 pub(crate) struct Stream<B: Backend> {
     residual: B::Buffer,
     /// Output of the last part, summed over the ranks.
@@ -141,20 +181,27 @@ impl<B: Backend> Stream<B> {
                 &self.residual
             }
         };
-        Ok((input, &mut self.delta))
+        Ok((input, Output::to(&mut self.delta)))
     }
 
-    /// The same for a part of which only `first` reads, if there is one.
+    /// The same for the part of a branch that only `first` reads, if there is one.
     pub(crate) fn input_of(
         &mut self,
         backend: &mut B,
-        norm: Option<&Norm<B>>,
+        branch: &Branch<B>,
         first: Option<&Linear<B>>,
     ) -> Result<InputOutput<'_, B>, ModelError> {
+        let norm = branch.norm.as_ref();
         if let (Some(first), Some(_)) = (first, norm) {
             first.comes_next(backend);
         }
-        self.input(backend, norm)
+        let (_, world_size) = backend.rank_and_world();
+        if !branch.adds_at_once() || world_size > 1 {
+            return self.input(backend, norm);
+        }
+        self.input(backend, norm)?;
+        let stream = Some((&mut self.residual, &mut self.is_pending));
+        Ok((&self.normed, Output { delta: &mut self.delta, stream }))
     }
 
     /// Where the feed-forward beside a mixer reads and writes, once the mixer has written; without a norm it reads what the
@@ -168,7 +215,7 @@ impl<B: Backend> Stream<B> {
             norm.forward(backend, &self.residual, &mut self.normed)?;
         }
         // Without parallel layers nobody asks; with them the buffer is there.
-        Ok((&self.normed, self.beside.as_mut().unwrap_or(&mut self.delta)))
+        Ok((&self.normed, Output::to(self.beside.as_mut().unwrap_or(&mut self.delta))))
     }
 
     /// Adds what the feed-forward beside the mixer wrote, and sums over the ranks.
@@ -179,8 +226,12 @@ impl<B: Backend> Stream<B> {
         Ok(backend.all_reduce(&mut self.delta)?)
     }
 
-    /// Sums over the ranks what a part wrote, and does to it what the branch does before it is added.
+    /// Sums over the ranks what a part wrote, and does to it what the branch does before it is added; what was added already is
+    /// left alone.
     pub(crate) fn finish(&mut self, backend: &mut B, branch: &Branch<B>) -> Result<(), ModelError> {
+        if !self.is_pending {
+            return Ok(());
+        }
         backend.all_reduce(&mut self.delta)?;
         if let Some(norm) = &branch.post_norm {
             norm.forward_in_place(backend, &mut self.delta)?;

@@ -104,7 +104,7 @@ pub(crate) struct Fixture {
     pub(crate) tensors: Vec<Tensor>,
     /// Those of eight bits, by name.
     eight: HashMap<String, Eight>,
-    stored: Stored,
+    pub(crate) stored: Stored,
     noise: Noise,
     folder: tempfile::TempDir,
     model: PathBuf,

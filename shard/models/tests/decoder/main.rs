@@ -145,7 +145,8 @@ fn in_pieces(decoder: &mut CpuDecoder, tokens: &[u32], sizes: &[usize]) -> Vec<V
     logits
 }
 
-/// What the footprint says must be what a load takes, but for padding and what products in fixed point keep beside weights.
+/// What the footprint says must be what a load takes, but for padding and what products in fixed point keep beside weights. Of bf16
+/// it is an upper bound: some processors keep it in 12 bits.
 #[test]
 fn a_footprint_is_what_a_load_takes() {
     let rules = DeviceRules {
@@ -177,7 +178,8 @@ fn a_footprint_is_what_a_load_takes() {
                 assert_eq!(foreseen.block_bytes, loaded.block_bytes, "{context}");
                 let (weights, taken) = (foreseen.weight_bytes as f64, bytes("weights") as f64);
                 // The fixtures' matrices are narrow, so a share of each panel of 16 is padding.
-                assert!(weights <= taken && taken <= 1.3 * weights + 2048.0, "{context}: {weights} {taken}");
+                let least = if fixture.stored == Stored::Bf16 { 0.75 * weights } else { weights };
+                assert!(least <= taken && taken <= 1.3 * weights + 2048.0, "{context}: {weights} {taken}");
             }
         }
     }

@@ -2,6 +2,7 @@
 
 use std::arch::x86_64::*;
 
+use super::compact::{CompactSimd, QUAD_EXPONENTS, SIGN_EXPONENT_MANTISSA, WINDOW};
 use super::quantized::{IntegerDot, split_pairs};
 use super::simd::{LANES, Simd};
 
@@ -29,6 +30,13 @@ macro_rules! halves {
     };
 }
 
+/// `f` of both halves of one.
+macro_rules! halves1 {
+    ($f:ident, $a:expr) => {
+        [$f($a[0]), $f($a[1])]
+    };
+}
+
 impl Simd for Avx2 {
     type V = V;
     const MAX_TILE: usize = 4;
@@ -45,14 +53,7 @@ impl Simd for Avx2 {
             [_mm256_cvtph_ps(_mm_loadu_si128(from.cast())), _mm256_cvtph_ps(_mm_loadu_si128(from.add(8).cast()))]
         }
         fn load_bf16_pairs(from: *const u32) -> (V, V) {
-            let [a, b] = [_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(8).cast())];
-            let upper = _mm256_castsi256_ps(_mm256_set1_epi32(0xFFFF_0000u32.cast_signed()));
-            let first = [_mm256_slli_epi32::<16>(a), _mm256_slli_epi32::<16>(b)];
-            let second = [_mm256_castsi256_ps(a), _mm256_castsi256_ps(b)];
-            (
-                [_mm256_castsi256_ps(first[0]), _mm256_castsi256_ps(first[1])],
-                halves!(_mm256_and_ps, second, [upper; 2]),
-            )
+            widen_pairs([_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(8).cast())])
         }
         fn store(to: *mut f32, v: V) {
             _mm256_storeu_ps(to, v[0]);
@@ -139,5 +140,54 @@ impl IntegerDot for Avx2 {
     #[inline(always)]
     unsafe fn split(x: &[i32; LANES]) -> [[u32; 2]; 4] {
         split_pairs(x)
+    }
+}
+
+/// The words of a step in two registers, of eight pairs each.
+impl CompactSimd for Avx2 {
+    type Bases = [__m256i; 2];
+    type Step = [__m256i; 2];
+
+    lanes! {
+        fn bases(from: *const u8) -> [__m256i; 2] {
+            let bytes = _mm_loadu_si128(from.cast());
+            let bases = [_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128::<8>(bytes))];
+            let lowest = halves!(_mm256_sub_epi32, bases, [_mm256_set1_epi32(i32::from(WINDOW)); 2]);
+            let first = [_mm256_slli_epi32::<7>(lowest[0]), _mm256_slli_epi32::<7>(lowest[1])];
+            let second = [_mm256_slli_epi32::<23>(lowest[0]), _mm256_slli_epi32::<23>(lowest[1])];
+            halves!(_mm256_or_si256, first, second)
+        }
+        fn quad(from: *const u8, bases: [__m256i; 2]) -> [[__m256i; 2]; 4] {
+            let exponents = from.add(QUAD_EXPONENTS);
+            let [a, b] = [_mm256_loadu_si256(exponents.cast()), _mm256_loadu_si256(exponents.add(32).cast())];
+            [
+                compact_step(from, [_mm256_slli_epi16::<7>(a), _mm256_slli_epi16::<7>(b)], bases),
+                compact_step(from.add(32), [_mm256_slli_epi16::<3>(a), _mm256_slli_epi16::<3>(b)], bases),
+                compact_step(from.add(64), [_mm256_srli_epi16::<1>(a), _mm256_srli_epi16::<1>(b)], bases),
+                compact_step(from.add(96), [_mm256_srli_epi16::<5>(a), _mm256_srli_epi16::<5>(b)], bases),
+            ]
+        }
+        fn widen(step: [__m256i; 2]) -> (V, V) { widen_pairs(step) }
+        fn store_step(to: *mut u32, step: [__m256i; 2]) {
+            _mm256_storeu_si256(to.cast(), step[0]);
+            _mm256_storeu_si256(to.add(8).cast(), step[1]);
+        }
+    }
+}
+
+lanes! {
+    fn compact_step(from: *const u8, exponents: [__m256i; 2], bases: [__m256i; 2]) -> [__m256i; 2] {
+        let bytes = [_mm_loadu_si128(from.cast()), _mm_loadu_si128(from.add(16).cast())];
+        let bytes = [_mm256_cvtepi8_epi16(bytes[0]), _mm256_cvtepi8_epi16(bytes[1])];
+        let mask = _mm256_set1_epi16(SIGN_EXPONENT_MANTISSA.cast_signed());
+        let bits = halves!(_mm256_and_si256, halves!(_mm256_xor_si256, bytes, exponents), [mask; 2]);
+        let is_zero = halves!(_mm256_cmpeq_epi16, bits, [_mm256_setzero_si256(); 2]);
+        halves!(_mm256_add_epi16, bits, halves!(_mm256_andnot_si256, is_zero, bases))
+    }
+    fn widen_pairs(pairs: [__m256i; 2]) -> (V, V) {
+        let upper = _mm256_set1_epi32(0xFFFF_0000u32.cast_signed());
+        let first = [_mm256_slli_epi32::<16>(pairs[0]), _mm256_slli_epi32::<16>(pairs[1])];
+        let second = halves!(_mm256_and_si256, pairs, [upper; 2]);
+        (halves1!(_mm256_castsi256_ps, first), halves1!(_mm256_castsi256_ps, second))
     }
 }

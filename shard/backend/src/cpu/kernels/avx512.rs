@@ -3,6 +3,7 @@
 
 use std::arch::x86_64::*;
 
+use super::compact::{CompactSimd, CompactWeight, QUAD_EXPONENTS, SIGN_EXPONENT_MANTISSA, WINDOW};
 use super::matmul::Weight;
 use super::quantized::IntegerDot;
 use super::simd::{LANES, Simd};
@@ -92,6 +93,60 @@ impl Weight<Avx512> for Bf16Dot {
         let high = x.map(bf16_nearest);
         let low = [0, 1].map(|i| bf16_nearest(x[i] - f32::from_bits(high[i] << 16)));
         [high[0] | high[1] << 16, low[0] | low[1] << 16]
+    }
+}
+
+impl CompactWeight<Avx512> for Bf16Dot {
+    #[inline(always)]
+    unsafe fn from_step(step: __m512i) -> __m512bh {
+        // SAFETY: both are 64 bytes of any bits.
+        unsafe { std::mem::transmute::<__m512i, __m512bh>(step) }
+    }
+    #[inline(always)]
+    unsafe fn activation(x: *const u32, input: usize) -> f32 {
+        // SAFETY: the contract of `Weight`: two elements, the two parts of both inputs.
+        let parts = unsafe { [x.read(), x.add(1).read()] };
+        let [high, low] =
+            parts.map(|part| f32::from_bits(if input == 0 { part << 16 } else { part & 0xFFFF_0000 }));
+        high + low
+    }
+}
+
+/// Only for kernels compiled with AVX512-BW.
+impl CompactSimd for Avx512 {
+    type Bases = __m512i;
+    type Step = __m512i;
+
+    lanes! {
+        fn bases(from: *const u8) -> __m512i {
+            let bases = _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()));
+            let lowest = _mm512_sub_epi32(bases, _mm512_set1_epi32(i32::from(WINDOW)));
+            _mm512_or_si512(_mm512_slli_epi32::<7>(lowest), _mm512_slli_epi32::<23>(lowest))
+        }
+        fn quad(from: *const u8, bases: __m512i) -> [__m512i; 4] {
+            let exponents = _mm512_loadu_si512(from.add(QUAD_EXPONENTS).cast());
+            [
+                compact_step(from, _mm512_slli_epi16::<7>(exponents), bases),
+                compact_step(from.add(32), _mm512_slli_epi16::<3>(exponents), bases),
+                compact_step(from.add(64), _mm512_srli_epi16::<1>(exponents), bases),
+                compact_step(from.add(96), _mm512_srli_epi16::<5>(exponents), bases),
+            ]
+        }
+        fn widen(step: __m512i) -> (V, V) {
+            let upper = _mm512_set1_epi32(0xFFFF_0000u32.cast_signed());
+            (_mm512_castsi512_ps(_mm512_slli_epi32::<16>(step)), _mm512_castsi512_ps(_mm512_and_si512(step, upper)))
+        }
+        fn store_step(to: *mut u32, step: __m512i) { _mm512_storeu_si512(to.cast(), step) }
+    }
+}
+
+lanes! {
+    fn compact_step(from: *const u8, exponents: __m512i, bases: __m512i) -> __m512i {
+        let bytes = _mm512_cvtepi8_epi16(_mm256_loadu_si256(from.cast()));
+        // `(bytes ^ exponents) & mask`.
+        let mask = _mm512_set1_epi16(SIGN_EXPONENT_MANTISSA.cast_signed());
+        let bits = _mm512_ternarylogic_epi32::<0x28>(bytes, exponents, mask);
+        _mm512_mask_add_epi16(bits, _mm512_test_epi16_mask(bits, bits), bits, bases)
     }
 }
 

@@ -13,6 +13,7 @@ use std::arch::x86_64::*;
 
 use super::FixedKernels;
 use super::avx512::Avx512;
+use super::compact::{CompactPanels, CompactSimd, QUAD_BYTES, prefetch_quad};
 use super::matmul::{MatmulArgs, PackArgs, Place};
 use super::simd::LANES;
 
@@ -59,7 +60,8 @@ pub(super) static KERNELS: FixedKernels = FixedKernels {
     exponents_len,
     exponents,
     pack,
-    matmul: panels,
+    matmul: plain_panels,
+    compact_matmul: compact_panels,
 };
 
 /// Largest tile of tokens: their sums and results, each in a register, leave room for the weights.
@@ -249,15 +251,114 @@ impl Factors {
     }
 }
 
+/// Steps that are converted at a time.
+const STEPS_AT_ONCE: usize = 4;
+
+/// How bf16 weights lie in memory.
+///
+/// # Safety
+/// Of every function: the processor has the instruction set, the panel lies within the weights of `args`.
+trait Stored: Copy {
+    /// What a group's weights need beside them.
+    type Group: Copy;
+    /// Where a panel begins.
+    unsafe fn panel(self, args: &MatmulArgs<'_>, panel: usize) -> *const u8;
+    /// Of group `group` of a panel.
+    unsafe fn group(self, args: &MatmulArgs<'_>, panel: usize, group: usize) -> Self::Group;
+    /// The next steps as bf16 pairs, of which `count` exist; moves `from` behind them.
+    unsafe fn next(from: &mut *const u8, count: usize, group: Self::Group) -> [__m512i; STEPS_AT_ONCE];
+}
+
+/// As bf16 pairs, step by step.
+#[derive(Clone, Copy)]
+struct Plain;
+
+impl Stored for Plain {
+    type Group = ();
+    #[inline(always)]
+    unsafe fn panel(self, args: &MatmulArgs<'_>, panel: usize) -> *const u8 {
+        // SAFETY: as the caller says.
+        unsafe { args.weights.add(panel * args.steps * STEP_BYTES) }
+    }
+    #[inline(always)]
+    unsafe fn group(self, _args: &MatmulArgs<'_>, _panel: usize, _group: usize) {}
+    #[inline(always)]
+    unsafe fn next(from: &mut *const u8, count: usize, (): ()) -> [__m512i; STEPS_AT_ONCE] {
+        // SAFETY: only steps that exist are read; a prefetch may point anywhere.
+        unsafe {
+            let mut steps = [_mm512_setzero_si512(); STEPS_AT_ONCE];
+            for step in &mut steps[..count] {
+                _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(PREFETCH_BYTES).cast());
+                *step = _mm512_loadu_si512(from.cast());
+                *from = from.add(STEP_BYTES);
+            }
+            steps
+        }
+    }
+}
+
+/// In 12 bits.
+#[derive(Clone, Copy)]
+struct Compact<'a>(&'a CompactPanels<'a>);
+
+impl Stored for Compact<'_> {
+    type Group = __m512i;
+    #[inline(always)]
+    unsafe fn panel(self, args: &MatmulArgs<'_>, panel: usize) -> *const u8 {
+        // SAFETY: as the caller says.
+        unsafe { args.weights.add(panel * args.steps / STEPS_AT_ONCE * QUAD_BYTES) }
+    }
+    #[inline(always)]
+    unsafe fn group(self, args: &MatmulArgs<'_>, panel: usize, group: usize) -> __m512i {
+        let bases = &self.0.bases(panel, args.steps / STEPS_AT_ONCE)[group * LANES..][..LANES];
+        // SAFETY: sixteen bytes.
+        unsafe { Avx512::bases(bases.as_ptr()) }
+    }
+    #[inline(always)]
+    unsafe fn next(from: &mut *const u8, _count: usize, bases: __m512i) -> [__m512i; STEPS_AT_ONCE] {
+        // SAFETY: steps are whole quads; a prefetch may point anywhere.
+        unsafe {
+            prefetch_quad::<Avx512>(*from);
+            let steps = Avx512::quad(*from, bases);
+            *from = from.add(QUAD_BYTES);
+            steps
+        }
+    }
+}
+
 /// Computes some panels for all tokens.
 ///
 /// # Safety
 /// As for [`super::matmul::panels`] with bf16 pairs as weights; the exponents are those of all panels.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn panels(args: &MatmulArgs<'_>, exponents: &[u8], scratch: &mut [u32]) {
+unsafe fn plain_panels(args: &MatmulArgs<'_>, exponents: &[u8], scratch: &mut [u32]) {
+    // SAFETY: the caller's contract.
+    unsafe { panels(args, Plain, exponents, scratch) }
+}
+
+/// The same of compact weights.
+///
+/// # Safety
+/// As for [`plain_panels`], `args.steps` whole quads.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn compact_panels(
+    args: &MatmulArgs<'_>,
+    compact: &CompactPanels<'_>,
+    exponents: &[u8],
+    scratch: &mut [u32],
+) {
+    // SAFETY: the caller's contract.
+    unsafe { panels(args, Compact(compact), exponents, scratch) }
+}
+
+/// # Safety
+/// As for [`plain_panels`] and [`compact_panels`].
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
+unsafe fn panels<P: Stored>(args: &MatmulArgs<'_>, stored: P, exponents: &[u8], scratch: &mut [u32]) {
     if args.rows > STREAMED_ROWS {
         // SAFETY: the caller's contract.
-        return unsafe { converted_panels(args, exponents, scratch) };
+        return unsafe { converted_panels(args, stored, exponents, scratch) };
     }
     let row_elements = args.steps.div_ceil(STEPS) * ROW_ELEMENTS;
     for panel in args.panels.clone() {
@@ -267,13 +368,13 @@ unsafe fn panels(args: &MatmulArgs<'_>, exponents: &[u8], scratch: &mut [u32]) {
             let place = Place { args, panel, row, count };
             // SAFETY: the panel and the tile lie within what the caller gave.
             unsafe {
-                let weights = (args.weights.add(panel * args.steps * STEP_BYTES), args.steps);
                 let x = args.x.add(row * row_elements);
+                let from = (args, stored, panel);
                 match padded_fixed(count) {
-                    4 => place.store::<Avx512, 4>(streamed_tile::<4>(weights, exponents, x)),
-                    6 => place.store::<Avx512, 6>(streamed_tile::<6>(weights, exponents, x)),
-                    8 => place.store::<Avx512, 8>(streamed_tile::<8>(weights, exponents, x)),
-                    _ => place.store::<Avx512, 12>(streamed_tile::<12>(weights, exponents, x)),
+                    4 => place.store::<Avx512, 4>(streamed_tile::<P, 4>(from, exponents, x)),
+                    6 => place.store::<Avx512, 6>(streamed_tile::<P, 6>(from, exponents, x)),
+                    8 => place.store::<Avx512, 8>(streamed_tile::<P, 8>(from, exponents, x)),
+                    _ => place.store::<Avx512, 12>(streamed_tile::<P, 12>(from, exponents, x)),
                 }
             }
         }
@@ -285,7 +386,12 @@ unsafe fn panels(args: &MatmulArgs<'_>, exponents: &[u8], scratch: &mut [u32]) {
 /// # Safety
 /// As for [`panels`].
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn converted_panels(args: &MatmulArgs<'_>, exponents: &[u8], scratch: &mut [u32]) {
+unsafe fn converted_panels<P: Stored>(
+    args: &MatmulArgs<'_>,
+    stored: P,
+    exponents: &[u8],
+    scratch: &mut [u32],
+) {
     let groups = args.steps.div_ceil(STEPS);
     let panel_elements = groups * GROUP_ELEMENTS;
     let at_once = scratch.len() / panel_elements;
@@ -294,7 +400,7 @@ unsafe fn converted_panels(args: &MatmulArgs<'_>, exponents: &[u8], scratch: &mu
         for (panel, out) in panels.clone().zip(scratch.chunks_exact_mut(panel_elements)) {
             let exponents = &exponents[panel * groups * LANES..][..groups * LANES];
             // SAFETY: the panel lies within the weights.
-            unsafe { convert(args.weights.add(panel * args.steps * STEP_BYTES), args.steps, exponents, out) };
+            unsafe { convert((args, stored, panel), exponents, out) };
         }
         let mut row = 0;
         while row < args.rows {
@@ -317,27 +423,33 @@ unsafe fn converted_panels(args: &MatmulArgs<'_>, exponents: &[u8], scratch: &mu
     }
 }
 
-/// Converts a panel of `steps` steps of bf16 pairs.
+/// Converts a panel.
 ///
 /// # Safety
-/// The processor has the instruction set; `from` is valid for the panel.
+/// The processor has the instruction set; the panel lies within the weights of the arguments.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl")]
-unsafe fn convert(from: *const u8, steps: usize, exponents: &[u8], out: &mut [u32]) {
+unsafe fn convert<P: Stored>(
+    (args, stored, panel): (&MatmulArgs<'_>, P, usize),
+    exponents: &[u8],
+    out: &mut [u32],
+) {
+    // SAFETY: the panel lies within the weights.
+    let mut from = unsafe { stored.panel(args, panel) };
     let groups = out.chunks_exact_mut(GROUP_ELEMENTS).zip(exponents.as_chunks::<LANES>().0);
     for (group, (out, exponents)) in groups.enumerate() {
         let (scales, values) = out.split_at_mut(LANES);
-        let (values, padding) = values.split_at_mut((steps - group * STEPS).min(STEPS) * LANES);
+        let (values, padding) = values.split_at_mut((args.steps - group * STEPS).min(STEPS) * LANES);
         padding.fill(0);
         // SAFETY: the group's steps lie within the panel; each is stored to its sixteen elements.
         unsafe {
-            let from = from.add(group * STEPS * STEP_BYTES);
             let factors = Factors::load(exponents.as_ptr());
             _mm512_storeu_ps(scales.as_mut_ptr().cast(), factors.scale);
-            for (step, out) in values.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
-                let from = from.add(step * STEP_BYTES);
-                _mm_prefetch::<_MM_HINT_T0>(from.wrapping_add(PREFETCH_BYTES).cast());
-                let pairs = _mm512_loadu_si512(from.cast());
-                _mm512_storeu_si512(out.as_mut_ptr().cast(), factors.convert(pairs));
+            let stored = stored.group(args, panel, group);
+            for out in values.chunks_mut(STEPS_AT_ONCE * LANES) {
+                let steps = P::next(&mut from, out.len() / LANES, stored);
+                for (out, pairs) in out.as_chunks_mut::<LANES>().0.iter_mut().zip(steps) {
+                    _mm512_storeu_si512(out.as_mut_ptr().cast(), factors.convert(pairs));
+                }
             }
         }
     }
@@ -389,7 +501,7 @@ unsafe fn tile<const T: usize>(mut w: *const u32, mut x: *const u32, groups: usi
 /// `T` tokens times one panel as it is stored, converted in registers.
 ///
 /// # Safety
-/// The processor has the instruction set; the weights are valid for as many steps as they say, `x` for `T` tokens' packed
+/// The processor has the instruction set; the panel lies within the weights of the arguments, `x` is valid for `T` tokens' packed
 /// activations.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
@@ -397,33 +509,39 @@ unsafe fn tile<const T: usize>(mut w: *const u32, mut x: *const u32, groups: usi
     clippy::needless_range_loop,
     reason = "plain indices with constant bounds are unrolled into registers"
 )]
-unsafe fn streamed_tile<const T: usize>(
-    (mut w, steps): (*const u8, usize),
+unsafe fn streamed_tile<P: Stored, const T: usize>(
+    (args, stored, panel): (&MatmulArgs<'_>, P, usize),
     exponents: &[u8],
     mut x: *const u32,
 ) -> [__m512; T] {
-    // SAFETY: all offsets are below the sizes the caller vouches for; a prefetch may point anywhere.
+    // SAFETY: all offsets are below the sizes the caller vouches for.
     unsafe {
         let mut acc = [_mm512_setzero_ps(); T];
-        let mut rest = steps;
-        for exponents in exponents.as_chunks::<LANES>().0 {
+        let mut w = stored.panel(args, panel);
+        for (group, exponents) in exponents.as_chunks::<LANES>().0.iter().enumerate() {
             let factors = Factors::load(exponents.as_ptr());
+            let stored = stored.group(args, panel, group);
             let mut sums = [_mm512_setzero_si512(); T];
-            for step in 0..rest.min(STEPS) {
-                _mm_prefetch::<_MM_HINT_T0>(w.wrapping_add(PREFETCH_BYTES).cast());
-                let weights = factors.convert(_mm512_loadu_si512(w.cast()));
-                for t in 0..T {
-                    let pair = _mm512_set1_epi32(x.add(t * STEPS + step).read().cast_signed());
-                    sums[t] = _mm512_dpwssd_epi32(sums[t], weights, pair);
+            let steps = (args.steps - group * STEPS).min(STEPS);
+            for first in (0..steps).step_by(STEPS_AT_ONCE) {
+                let count = (steps - first).min(STEPS_AT_ONCE);
+                let pairs = P::next(&mut w, count, stored);
+                for step in 0..STEPS_AT_ONCE {
+                    if step >= count {
+                        break;
+                    }
+                    let weights = factors.convert(pairs[step]);
+                    for t in 0..T {
+                        let pair = _mm512_set1_epi32(x.add(t * STEPS + first + step).read().cast_signed());
+                        sums[t] = _mm512_dpwssd_epi32(sums[t], weights, pair);
+                    }
                 }
-                w = w.add(STEP_BYTES);
             }
             for t in 0..T {
                 let scale = _mm512_set1_ps(x.add(T * STEPS + t).cast::<f32>().read());
                 let scale = _mm512_mul_ps(factors.scale, scale);
                 acc[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[t]), scale, acc[t]);
             }
-            rest -= rest.min(STEPS);
             x = x.add(T * ROW_ELEMENTS);
         }
         acc

@@ -112,7 +112,7 @@ pub(in crate::cpu) struct PackArgs<'a> {
     pub(in crate::cpu) width: usize,
     /// At most `MAX_TILE` elements' worth of tokens: one tile.
     pub(in crate::cpu) rows: usize,
-    /// `[steps][padded_tile(rows)][STEP_INPUTS]`.
+    /// `[steps][padded_tile(rows)][STEP_INPUTS]`; steps beyond the width become zero.
     pub(in crate::cpu) out: &'a mut [u32],
 }
 
@@ -124,7 +124,7 @@ pub(in crate::cpu) struct PackArgs<'a> {
 pub(super) unsafe fn pack<S: Simd, W: Weight<S>>(args: PackArgs<'_>) {
     let tile = padded_tile(args.rows);
     let step_elements = tile * W::STEP_INPUTS;
-    if args.rows < tile {
+    if args.rows < tile || args.out.len() > args.width.div_ceil(W::STEP_INPUTS) * step_elements {
         args.out.fill(0);
     }
     for (t, row) in args.x.chunks_exact(args.width).take(args.rows).enumerate() {
@@ -163,30 +163,42 @@ pub(in crate::cpu) struct MatmulArgs<'a> {
 /// these panels.
 #[inline(always)]
 pub(super) unsafe fn panels<S: Simd, W: Weight<S>>(args: &MatmulArgs<'_>) {
-    let panel_bytes = args.steps * W::STEP_BYTES;
     for panel in args.panels.clone() {
-        let mut row = 0;
-        while row < args.rows {
-            let count = (args.rows - row).min(S::MAX_TILE);
-            // SAFETY: the panel and the tile lie within what the caller gave.
-            unsafe {
-                let w = args.weights.add(panel * panel_bytes);
-                let x = args.x.add(row * args.steps * W::STEP_INPUTS);
-                let place = Place { args, panel, row, count };
-                match padded_tile(count) {
-                    1 => place.store::<S, 1>(tile::<S, W, 1, 8>(w, x, args.steps)),
-                    2 => place.store::<S, 2>(tile::<S, W, 2, 4>(w, x, args.steps)),
-                    3 => place.store::<S, 3>(tile::<S, W, 3, 2>(w, x, args.steps)),
-                    4 => place.store::<S, 4>(tile::<S, W, 4, 2>(w, x, args.steps)),
-                    6 if S::MAX_TILE >= 6 => place.store::<S, 6>(tile::<S, W, 6, 1>(w, x, args.steps)),
-                    8 if S::MAX_TILE >= 8 => place.store::<S, 8>(tile::<S, W, 8, 1>(w, x, args.steps)),
-                    16 if S::MAX_TILE >= 16 => place.store::<S, 16>(tile::<S, W, 16, 1>(w, x, args.steps)),
-                    _ if S::MAX_TILE >= 24 => place.store::<S, 24>(tile::<S, W, 24, 1>(w, x, args.steps)),
-                    _ => unreachable!("a tile has at most MAX_TILE tokens"),
-                }
+        // SAFETY: the panel lies within what the caller gave.
+        unsafe { self::panel::<S, W>(args, panel, args.weights.add(panel * args.steps * W::STEP_BYTES)) };
+    }
+}
+
+/// One panel for all tokens, whose weights are at `w`.
+///
+/// # Safety
+/// As for [`panels`].
+#[inline(always)]
+pub(super) unsafe fn panel<S: Simd, W: Weight<S>>(args: &MatmulArgs<'_>, panel: usize, w: *const u8) {
+    let mut row = 0;
+    while row < args.rows {
+        let count = (args.rows - row).min(S::MAX_TILE);
+        // SAFETY: the tile lies within what the caller gave.
+        unsafe {
+            let x = args.x.add(row * args.steps * W::STEP_INPUTS);
+            let place = Place { args, panel, row, count };
+            match padded_tile(count) {
+                1 => place.store::<S, 1>(tile::<S, W, 1, 8>(w, x, args.steps)),
+                // Two registers a vector leave no room for more accumulators.
+                2 if S::MAX_TILE < 6 => place.store::<S, 2>(tile::<S, W, 2, 2>(w, x, args.steps)),
+                3 if S::MAX_TILE < 6 => place.store::<S, 3>(tile::<S, W, 3, 1>(w, x, args.steps)),
+                4 if S::MAX_TILE < 6 => place.store::<S, 4>(tile::<S, W, 4, 1>(w, x, args.steps)),
+                2 => place.store::<S, 2>(tile::<S, W, 2, 4>(w, x, args.steps)),
+                3 => place.store::<S, 3>(tile::<S, W, 3, 2>(w, x, args.steps)),
+                4 => place.store::<S, 4>(tile::<S, W, 4, 2>(w, x, args.steps)),
+                6 if S::MAX_TILE >= 6 => place.store::<S, 6>(tile::<S, W, 6, 1>(w, x, args.steps)),
+                8 if S::MAX_TILE >= 8 => place.store::<S, 8>(tile::<S, W, 8, 1>(w, x, args.steps)),
+                16 if S::MAX_TILE >= 16 => place.store::<S, 16>(tile::<S, W, 16, 1>(w, x, args.steps)),
+                _ if S::MAX_TILE >= 24 => place.store::<S, 24>(tile::<S, W, 24, 1>(w, x, args.steps)),
+                _ => unreachable!("a tile has at most MAX_TILE tokens"),
             }
-            row += count;
         }
+        row += count;
     }
 }
 
@@ -248,6 +260,22 @@ pub(super) struct Place<'a> {
 }
 
 impl Place<'_> {
+    /// Adds to the results of output `lane` of the panel, of each token what `f` says.
+    ///
+    /// # Safety
+    /// As for [`panels`].
+    #[inline(always)]
+    pub(super) unsafe fn add(&self, lane: usize, f: impl Fn(usize) -> f32) {
+        let column = self.panel * LANES + lane;
+        if column >= self.args.out_width {
+            return;
+        }
+        for t in 0..self.count {
+            // SAFETY: within the rows and columns.
+            unsafe { *self.args.out.add((self.row + t) * self.args.out_width + column) += f(t) };
+        }
+    }
+
     /// # Safety
     /// As for [`panels`].
     #[inline(always)]

@@ -5,6 +5,7 @@ mod attention;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+mod compact;
 mod elementwise;
 #[cfg(target_arch = "x86_64")]
 mod fixed_point;
@@ -15,6 +16,10 @@ mod simd;
 
 pub(super) use attention::{
     AttentionArgs, AttentionConfig, KeysValues, QueryRow, Target, merge, partial_len, scratch_len,
+};
+pub(super) use compact::{
+    CompactKernels, CompactPanels, EncodedPanel, Exception, GROUP, QUAD_BYTES, QUAD_INPUTS, bases_len,
+    decode, is_worth_it, max_exceptions,
 };
 pub(super) use matmul::{MatmulArgs, PackArgs, padded_tile};
 pub(super) use quantized::{GroupLayout, STEP, STEP_BYTES, padded_tokens};
@@ -67,6 +72,8 @@ pub(super) struct FixedKernels {
     pub(super) pack: unsafe fn(PackArgs<'_>),
     /// Multiplies panels, with the exponents of all panels and memory of `scratch_elements` for converted ones.
     pub(super) matmul: unsafe fn(&MatmulArgs<'_>, &[u8], &mut [u32]),
+    /// The same of compact panels.
+    pub(super) compact_matmul: unsafe fn(&MatmulArgs<'_>, &CompactPanels<'_>, &[u8], &mut [u32]),
 }
 
 /// Of a row, its weight and bias, the epsilon, and the result.
@@ -85,6 +92,8 @@ pub(super) struct Kernels {
     pub(super) quantized: QuantizedKernels,
     /// Products of many rows with bf16 weights, where the processor has a faster way for them.
     pub(super) fixed: Option<&'static FixedKernels>,
+    /// Products with bf16 weights in 12 bits, where decoding them in registers is quicker than reading 16 bits.
+    pub(super) compact: Option<&'static CompactKernels>,
     /// `out = rms_norm(x) * weight`.
     pub(super) rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
     /// `out = layer_norm(x) * weight + bias`.
@@ -137,9 +146,9 @@ impl Kernels {
 }
 
 /// Instantiates every kernel for one instruction set: `module, Simd type, bf16 weight type, integer type, fixed-point kernels,
-/// features`.
+/// compact kernels, features`.
 macro_rules! kernels {
-    ($module:ident, $simd:ty, $bf16:ty, $integer:ty, $fixed:expr $(, $feature:literal)?) => {
+    ($module:ident, $simd:ty, $bf16:ty, $integer:ty, $fixed:expr, $compact:expr $(, $feature:literal)?) => {
         mod $module {
             use super::matmul::{Bf16, F16, F32, Widened};
             use super::*;
@@ -203,6 +212,7 @@ macro_rules! kernels {
                     matmul: quantized_matmul,
                 },
                 fixed: $fixed,
+                compact: $compact,
                 rms_norm,
                 layer_norm,
                 rms_norm_in_place,
@@ -245,11 +255,19 @@ macro_rules! kernels {
     };
 }
 
-kernels!(portable_kernels, portable::Portable, matmul::Bf16Pairs, portable::Portable, None);
+kernels!(portable_kernels, portable::Portable, matmul::Bf16Pairs, portable::Portable, None, None);
 #[cfg(target_arch = "x86_64")]
-kernels!(avx2_kernels, avx2::Avx2, matmul::Bf16Pairs, avx2::Avx2, None, "avx2,fma,f16c");
+kernels!(
+    avx2_kernels,
+    avx2::Avx2,
+    matmul::Bf16Pairs,
+    avx2::Avx2,
+    None,
+    Some(&compact::AVX2),
+    "avx2,fma,f16c"
+);
 #[cfg(target_arch = "x86_64")]
-kernels!(avx512_kernels, avx512::Avx512, matmul::Bf16Pairs, avx2::Avx2, None, "avx512f,avx2,fma,f16c");
+kernels!(avx512_kernels, avx512::Avx512, matmul::Bf16Pairs, avx2::Avx2, None, None, "avx512f,avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
 kernels!(
     avx512_vnni_kernels,
@@ -257,6 +275,7 @@ kernels!(
     matmul::Bf16Pairs,
     avx512::Avx512,
     Some(&fixed_point::KERNELS),
+    None,
     "avx512f,avx512vnni,avx512bw,avx512vl,avx2,fma,f16c"
 );
 #[cfg(target_arch = "x86_64")]
@@ -266,5 +285,6 @@ kernels!(
     avx512::Bf16Dot,
     avx512::Avx512,
     Some(&fixed_point::KERNELS),
+    Some(&compact::AVX512_BF16),
     "avx512f,avx512bf16,avx512vnni,avx512bw,avx512vl,avx2,fma,f16c"
 );
