@@ -20,6 +20,8 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader | 
 step op-tests "$here/bin/op_tests" --test-threads 1
 # By itself: its process has no use of the GPU afterwards.
 step fault "$here/bin/op_tests" --ignored a_fault
+# Half a minute: as long as a rank waits for one that is gone.
+step lost-rank "$here/bin/op_tests" --ignored a_rank_that_is_gone
 step tiny-llama "$here/bin/check_golden" "$here/models/tiny-llama" "$here/models/tiny-llama/golden.json" --device cuda --dtype float32
 for size in 3.2-1b 3.1-8b; do
     step "make-$size" "$here/bin/random_model" "$here/models/llama-$size.json" "$models/llama-$size"
